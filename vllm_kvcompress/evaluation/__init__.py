@@ -1,0 +1,1 @@
+"""Measuring compressed models: tasks, runners and reports."""

@@ -1,0 +1,1 @@
+"""Evaluation tasks: each module makes prompts and says which answers are right."""

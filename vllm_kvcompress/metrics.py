@@ -1,0 +1,155 @@
+"""What compression did, counted where it happens and shown on the server's own /metrics.
+
+The scheduler process counts into `CompressionStats`. A snapshot of what is new travels with
+vLLM's scheduler statistics to the API server, whose `PrometheusRecorder` adds it to Prometheus.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any
+
+from prometheus_client import Counter, Histogram
+
+STATS_KEY = "vllm_kvcompress"
+"""Marks our payload among the statistics that travel from scheduler to API server."""
+
+POLICY_LABELS = ("policy",)
+KEPT_RATIO_BUCKETS = (0.03, 0.06, 0.12, 0.18, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+def _add(counts: dict[str, int], key: str, amount: int) -> None:
+    counts[key] = counts.get(key, 0) + amount
+
+
+@dataclass
+class CompressionStats:
+    """Counts since the last snapshot was sent.
+
+    Attributes
+    ----------
+    requests : dict[str, int]
+        Requests compressed at least once, by policy.
+    compactions : dict[str, int]
+        Compactions committed, by policy; more than `requests` where preempted requests ran again.
+    tokens_evicted : dict[str, int]
+        Prompt tokens evicted, by "policy/layer group".
+    blocks_freed : dict[str, int]
+        Blocks the pool has more after a compaction than before it, by policy.
+    uncompressed : dict[str, int]
+        Requests served without compression, by reason.
+    deferrals : int
+        Steps in which a due compaction found no room for its survivors.
+    kept_ratios : list[tuple[str, float]]
+        Per compaction: policy, and kept share of the prompt averaged over layer groups.
+    seconds : list[float]
+        Per step with compactions: time the worker spent on them.
+    """
+
+    requests: dict[str, int] = field(default_factory=dict)
+    compactions: dict[str, int] = field(default_factory=dict)
+    tokens_evicted: dict[str, int] = field(default_factory=dict)
+    blocks_freed: dict[str, int] = field(default_factory=dict)
+    uncompressed: dict[str, int] = field(default_factory=dict)
+    deferrals: int = 0
+    kept_ratios: list[tuple[str, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def record_compaction(
+        self, policy: str, evicted: list[int], kept_ratio: float, blocks_freed: int, first: bool
+    ) -> None:
+        """Count one committed compaction.
+
+        Parameters
+        ----------
+        policy : str
+            Policy name.
+        evicted : list[int]
+            Tokens evicted in each layer group.
+        kept_ratio : float
+            Kept share of the prompt, averaged over layer groups.
+        blocks_freed : int
+            Net change of the pool's free blocks.
+        first : bool
+            Whether this is the request's first compaction.
+        """
+        if first:
+            _add(self.requests, policy, 1)
+        _add(self.compactions, policy, 1)
+        for group, tokens in enumerate(evicted):
+            _add(self.tokens_evicted, f"{policy}/{group}", tokens)
+        _add(self.blocks_freed, policy, max(blocks_freed, 0))
+        self.kept_ratios.append((policy, kept_ratio))
+
+    def record_uncompressed(self, reason: str) -> None:
+        """Count one request that is served without compression."""
+        _add(self.uncompressed, reason, 1)
+
+    def snapshot(self) -> dict[str, Any] | None:
+        """What was counted, as plain data; None if nothing was."""
+        return {name: value for name, value in asdict(self).items() if value} or None
+
+
+class PrometheusRecorder:
+    """Adds snapshots of `CompressionStats` to the process's Prometheus registry."""
+
+    def __init__(self) -> None:
+        self.requests = Counter(
+            "vllm:kv_compression_requests", "Requests whose KV cache was compressed.", POLICY_LABELS
+        )
+        self.compactions = Counter(
+            "vllm:kv_compression_compactions",
+            "Compactions, those of requests that were preempted and ran again included.",
+            POLICY_LABELS,
+        )
+        self.tokens_evicted = Counter(
+            "vllm:kv_compression_tokens_evicted",
+            "Prompt tokens evicted, per layer group.",
+            ("policy", "layer_group"),
+        )
+        self.blocks_freed = Counter(
+            "vllm:kv_compression_blocks_freed",
+            "KV cache blocks given back to the pool by compactions, net of those they took.",
+            POLICY_LABELS,
+        )
+        self.uncompressed = Counter(
+            "vllm:kv_compression_uncompressed_requests",
+            "Requests served without compression, by reason.",
+            ("reason",),
+        )
+        self.deferrals = Counter(
+            "vllm:kv_compression_deferrals",
+            "Steps in which a due compaction found no free blocks for its survivors.",
+        )
+        self.kept_ratio = Histogram(
+            "vllm:kv_compression_kept_ratio",
+            "Kept share of the prompt, averaged over layer groups.",
+            POLICY_LABELS,
+            buckets=KEPT_RATIO_BUCKETS,
+        )
+        self.seconds = Histogram(
+            "vllm:kv_compression_time_seconds",
+            "Time the worker spent scoring, selecting and copying, per step with compactions.",
+            buckets=SECONDS_BUCKETS,
+        )
+
+    def record(self, snapshot: dict[str, Any]) -> None:
+        """Add one `CompressionStats.snapshot`."""
+        for name in ("requests", "compactions", "blocks_freed"):
+            for policy, count in snapshot.get(name, {}).items():
+                getattr(self, name).labels(policy).inc(count)
+        for key, count in snapshot.get("tokens_evicted", {}).items():
+            self.tokens_evicted.labels(*key.rsplit("/", 1)).inc(count)
+        for reason, count in snapshot.get("uncompressed", {}).items():
+            self.uncompressed.labels(reason).inc(count)
+        self.deferrals.inc(snapshot.get("deferrals", 0))
+        for policy, ratio in snapshot.get("kept_ratios", []):
+            self.kept_ratio.labels(policy).observe(ratio)
+        for seconds in snapshot.get("seconds", []):
+            self.seconds.observe(seconds)
+
+
+@cache
+def recorder() -> PrometheusRecorder:
+    """The process's recorder; Prometheus metrics may be registered only once."""
+    return PrometheusRecorder()

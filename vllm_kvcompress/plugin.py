@@ -1,0 +1,8 @@
+"""Entry point of group ``vllm.general_plugins``: runs in every vLLM process, possibly repeatedly."""
+
+
+def register() -> None:
+    """Install the hooks. Without ``--kv-compression`` they change nothing."""
+    from vllm_kvcompress.vllm_hooks import install_hooks
+
+    install_hooks()

@@ -1,0 +1,272 @@
+"""The only file that wraps functions of the host. Each wrap has a reason and a checked signature.
+
+Everything else hooks in by subclass or registered entry point: the scheduler, the worker, the
+model runner, the model state, the block manager, the KV cache spec.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_kvcompress.config import (
+    CONFIG_KEY,
+    NONE,
+    REQUEST_KEYS,
+    parse_config,
+    parse_json,
+    parse_request,
+    preset_names,
+)
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.metrics import STATS_KEY, recorder
+
+_MARK = "_kvcompress_wrapped"
+_FROM_CLI = "_kvcompress_from_cli"
+
+CPU_BLOCK_SIZE = 32
+"""Block size on CPU where the user sets none: vLLM's 128 is coarse beside a small budget."""
+
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.cpu_worker.CompressedCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.worker.gpu_worker.CompressedGPUWorker",
+}
+_SCHEDULER = "vllm_kvcompress.core.scheduler.CompressedScheduler"
+_ASYNC_SCHEDULER = "vllm_kvcompress.core.scheduler.CompressedAsyncScheduler"
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One wrapped host function.
+
+    Attributes
+    ----------
+    target : str
+        "module:Class.function".
+    reason : str
+        Why no entry point or subclass does.
+    parameters : tuple[str, ...]
+        The first parameters the host function must have, in order, for the wrapper to be right.
+    wrap : callable
+        Takes the host function and returns its replacement.
+    """
+
+    target: str
+    reason: str
+    parameters: tuple[str, ...]
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+    def resolve(self) -> tuple[type, str, Any]:
+        """Return the class, the attribute's name and the raw attribute."""
+        module_name, _, path = self.target.partition(":")
+        class_name, _, name = path.partition(".")
+        owner = getattr(importlib.import_module(module_name), class_name)
+        return owner, name, inspect.getattr_static(owner, name)
+
+    def check_signature(self) -> None:
+        """Raise UnsupportedModelError if the host function has changed."""
+        owner, name, _ = self.resolve()
+        found = tuple(inspect.signature(getattr(owner, name)).parameters)
+        if found[: len(self.parameters)] != self.parameters:
+            raise UnsupportedModelError(
+                f"vllm-kvcompress does not fit this vLLM: {self.target} takes {found}, expected "
+                f"{self.parameters} first; install vllm==0.32.0 or uninstall vllm-kvcompress."
+            )
+
+
+# --- command line -------------------------------------------------------------------------
+
+
+def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="KV compression", description="Options of the vllm-kvcompress plugin."
+        )
+        group.add_argument(
+            "--kv-compression",
+            default=NONE,
+            metavar="PRESET|FILE.yaml",
+            help="Compress the KV cache of prompts: "
+            f"none, {', '.join(preset_names())}, or the path of a YAML file.",
+        )
+        group.add_argument(
+            "--kv-compression-config",
+            default=None,
+            metavar="JSON",
+            help="Fields laid over the preset, as JSON or dotted: "
+            "--kv-compression-config.budget.ratio=0.25",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _exit_with(error: Exception) -> None:
+    sys.exit(f"vllm: error: {error}")
+
+
+def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: Any) -> Any:
+        engine_args = original(cls, args)
+        setattr(engine_args, _FROM_CLI, True)
+        preset = getattr(args, "kv_compression", NONE)
+        text = getattr(args, "kv_compression_config", None)
+        try:
+            overrides = parse_json(text) if isinstance(text, str) else text
+            config = parse_config(preset, overrides)
+        except ConfigError as error:
+            _exit_with(error)
+        if config is not None:
+            additional = dict(engine_args.additional_config or {})
+            if CONFIG_KEY in additional:
+                _exit_with(
+                    ConfigError(
+                        "--kv-compression and --additional-config both set kv_compression: "
+                        "keep one of the two."
+                    )
+                )
+            engine_args.additional_config = {**additional, CONFIG_KEY: config.to_dict()}
+        return engine_args
+
+    return from_cli_args
+
+
+# --- engine configuration -----------------------------------------------------------------
+
+
+def _install(vllm_config: Any, config: Any) -> None:
+    """Put our classes into a vLLM configuration that has passed the checks."""
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = _WORKERS[parallel.worker_cls]
+    vllm_config.additional_config[CONFIG_KEY] = config.to_dict()
+
+
+def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        setting = (self.additional_config or {}).get(CONFIG_KEY)
+        try:
+            config = parse_config(setting)
+            if config is None:
+                return original(self, *args, **kwargs)
+            from vllm.platforms import current_platform
+
+            from vllm_kvcompress.checks import check_config
+
+            if self.block_size is None and current_platform.is_cpu():
+                self.block_size = CPU_BLOCK_SIZE
+            vllm_config = original(self, *args, **kwargs)
+            check_config(vllm_config)
+        except (ConfigError, UnsupportedModelError) as error:
+            if getattr(self, _FROM_CLI, False):
+                _exit_with(error)
+            raise
+        _install(vllm_config, config)
+        return vllm_config
+
+    return create_engine_config
+
+
+# --- requests -----------------------------------------------------------------------------
+
+
+def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        extra = getattr(request.sampling_params, "extra_args", None)
+        if extra:
+            _check_request(self.vllm_config, extra, request.prompt_token_ids)
+        return request
+
+    return process_inputs
+
+
+def _check_request(vllm_config: Any, extra: dict[str, Any], prompt: list[int] | None) -> None:
+    """Refuse bad ``vllm_xargs``; the server answers HTTP 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    try:
+        parse_request(extra, len(prompt) if prompt is not None else None)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
+    additional = vllm_config.additional_config
+    enabled = isinstance(additional, dict) and CONFIG_KEY in additional
+    if ours and not enabled:
+        raise VLLMValidationError(
+            f"{ours[0]}: this server was started without --kv-compression.",
+            parameter="vllm_xargs",
+        )
+
+
+# --- metrics ------------------------------------------------------------------------------
+
+
+def _record(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def record(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
+        payload = getattr(scheduler_stats, "kv_connector_stats", None)
+        if payload and STATS_KEY in payload:
+            # Taken out: vLLM's own loggers expect a KV connector's statistics here.
+            scheduler_stats.kv_connector_stats = None
+            recorder().record(payload[STATS_KEY])
+        return original(self, scheduler_stats, *args, **kwargs)
+
+    return record
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        "vLLM loads general plugins before it builds the parser, but offers no place for options",
+        ("parser",),
+        _add_cli_args,
+    ),
+    Hook(
+        "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        "options of plugins are not carried from the parser to the engine arguments",
+        ("args",),
+        _from_cli_args,
+    ),
+    Hook(
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "scheduler and worker classes depend on what the platform decides while this runs",
+        ("self",),
+        _create_engine_config,
+    ),
+    Hook(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        "vllm_xargs of plugins are not validated before the engine takes the request",
+        ("self", "request_id", "prompt", "params"),
+        _process_inputs,
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        "the entry point for stat loggers switches statistics on for servers that turned them off",
+        ("self", "scheduler_stats"),
+        _record,
+    ),
+)
+
+
+def install_hooks() -> None:
+    """Wrap every host function once; later calls do nothing."""
+    for hook in HOOKS:
+        owner, name, raw = hook.resolve()
+        function = raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
+        if getattr(function, _MARK, False):
+            continue
+        hook.check_signature()
+        wrapped = hook.wrap(function)
+        setattr(wrapped, _MARK, True)
+        kind = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+        setattr(owner, name, kind(wrapped) if kind else wrapped)

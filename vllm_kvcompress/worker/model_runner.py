@@ -1,0 +1,195 @@
+"""Model runner mix-in: installs the model state, physical slots, and compaction after the forward.
+
+Works on vLLM's model runner V2, on CPU and GPU alike.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_kvcompress.budgets import layer_groups
+from vllm_kvcompress.checks import check_layer
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.kernels.physical_slots import physical_slots
+from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.spec import CompressedAttentionSpec
+from vllm_kvcompress.worker.compactor import CompactionTimer, Compactor, LayerCache
+from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, cpu_layout
+from vllm_kvcompress.worker.model_state import CompressedModelState
+from vllm_kvcompress.worker.query_window import watch_layer
+
+
+class CompressionRunnerMixin(GPUModelRunner):
+    """Compression on top of model runner V2; comes first in the bases."""
+
+    model_state: CompressedModelState
+    compactor: Compactor
+
+    # --- set-up ---------------------------------------------------------------------------
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, then swap in our model state and watch the attention layers."""
+        super().load_model(*args, **kwargs)
+        if type(self.model_state) is not DefaultModelState:
+            raise UnsupportedModelError(
+                f"KV compression supports models with vLLM's default model state; this one uses "
+                f"{type(self.model_state).__name__}. Start without --kv-compression."
+            )
+        self.model_state = CompressedModelState(
+            self.vllm_config, self.model, self.encoder_cache, self.device
+        )
+        self._timer = CompactionTimer(self.device)
+        for name, layer in self._attention_layers().items():
+            check_layer(name, layer)
+            watch_layer(name, layer.impl, self.model_state.window)
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        return get_layers_from_vllm_config(self.vllm_config, Attention)
+
+    def _num_layers(self) -> int:
+        return self.model_config.hf_text_config.num_hidden_layers
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Give every layer the spec of its layer group."""
+        groups = layer_groups(self._num_layers(), self.model_state.config.layer_groups)
+        specs: dict[str, KVCacheSpec] = {}
+        for name, spec in super().get_kv_cache_spec().items():
+            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+                raise UnsupportedModelError(
+                    f"KV compression supports full-attention layers only; {name} has a "
+                    f"{type(spec).__name__}. Start without --kv-compression."
+                )
+            specs[name] = CompressedAttentionSpec.from_full(spec, groups[extract_layer_index(name)])
+        return specs
+
+    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        """Build the compactor once the caches exist."""
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        layers = self._attention_layers()
+        caches = [
+            LayerCache(
+                name=name,
+                index=extract_layer_index(name),
+                group=group,
+                scale=layers[name].impl.scale,
+                layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
+                cache=lambda layer=layers[name]: layer.kv_cache,
+            )
+            for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
+            for name in spec.layer_names
+        ]
+        tp_group = get_tp_group()
+        self.compactor = Compactor(
+            layers=sorted(caches, key=lambda cache: cache.index),
+            num_layers=self._num_layers(),
+            window=self.model_state.window,
+            device=self.device,
+            all_reduce=tp_group.all_reduce,
+            num_ranks=tp_group.world_size,
+        )
+
+    def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
+        return StridedLayout(layer.head_size, block_size)
+
+    # --- one step -------------------------------------------------------------------------
+
+    def gather_batch_req_state(
+        self, scheduler_output: SchedulerOutput, dummy_run: bool
+    ) -> tuple[Any, int | None]:
+        """Keep steps whose queries are needed out of full CUDA graphs, where Python does not run.
+
+        A prompt's last chunk of one token looks like a decode to the host. Without a uniform
+        token count it is dispatched to a piecewise graph or runs eagerly.
+        """
+        batch_state, uniform_token_count = super().gather_batch_req_state(
+            scheduler_output, dummy_run
+        )
+        if batch_state is not None and self._captures_queries(batch_state):
+            batch_state = batch_state._replace(decode_graph_eligible=False)
+            uniform_token_count = None
+        return batch_state, uniform_token_count
+
+    def _captures_queries(self, batch_state: Any) -> bool:
+        computed = self.req_states.num_computed_tokens_np[batch_state.idx_mapping_np]
+        return any(
+            self.model_state.window.wants(request_id, int(start), int(count))
+            for request_id, start, count in zip(
+                batch_state.req_ids, computed, batch_state.num_scheduled_tokens, strict=True
+            )
+        )
+
+    def prepare_attn(
+        self, input_batch: InputBatch
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """Replace logical by physical slots where a request of the batch is compacted."""
+        any_compacted = self.model_state.begin_batch(input_batch)
+        block_tables, slot_mappings = super().prepare_attn(input_batch)
+        if any_compacted:
+            assert self.model_state.lengths is not None
+            physical_slots(
+                positions=input_batch.positions[: input_batch.num_tokens],
+                query_start_loc=input_batch.query_start_loc,
+                idx_mapping=input_batch.idx_mapping,
+                evicted=self.model_state.lengths.evicted.gpu,
+                block_tables=[table.gpu for table in self.block_tables.block_tables],
+                block_sizes=self.block_tables.block_sizes,
+                out=slot_mappings,
+            )
+        return block_tables, slot_mappings
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, then compact what the scheduler planned for it."""
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        self.model_state.window.end_batch()
+        plans = getattr(scheduler_output, "kv_compression_plans", ())
+        if plans:
+            with self._timer:
+                for plan in plans:
+                    self._compact(plan)
+            # At once: left for the next step, the write could race with a new owner of the row.
+            self.block_tables.apply_staged_writes()
+        return output
+
+    def _compact(self, plan: CompactionPlan) -> None:
+        request_id = plan.request_id
+        self.compactor.run(plan, self.model_state.request_configs[request_id])
+        self.model_state.window.remove_request(request_id)
+        assert self.model_state.lengths is not None
+        req_index = self.req_states.req_id_to_index[request_id]
+        for group, group_plan in enumerate(plan.groups):
+            if group_plan is None:
+                continue
+            row = group_plan.block_row
+            self.block_tables.block_tables[group].stage_write(req_index, 0, row)
+            self.block_tables.num_blocks.np[group, req_index] = len(row)
+            self.model_state.lengths.add_evicted(group, req_index, group_plan.lengths.evicted)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Send the compaction times with the step's output."""
+        output = super().sample_tokens(*args, **kwargs)
+        seconds = list(self._timer.take())
+        carrier = getattr(output, "model_runner_output", output)
+        if seconds and carrier is not None:
+            carrier.kv_compression_seconds = seconds
+        return output
+
+
+class CompressedGPUModelRunner(CompressionRunnerMixin, GPUModelRunner):
+    """Model runner V2 on a GPU."""
+
+
+class CompressedCPUModelRunner(CompressionRunnerMixin, CPUModelRunner):
+    """Model runner V2 on a CPU, where blocks are packed."""
+
+    def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
+        return cpu_layout(layer.isa, layer.head_size)  # type: ignore[attr-defined]

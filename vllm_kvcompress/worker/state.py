@@ -1,0 +1,75 @@
+"""Per-request numbers of the worker: how many tokens each row has lost in each cache group."""
+
+import torch
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_kvcompress.kernels.physical_slots import physical_seq_lens
+
+
+class CompressionState:
+    """Evicted tokens per KV cache group and request row, and the lengths that follow from them.
+
+    Parameters
+    ----------
+    num_groups : int
+        KV cache groups.
+    max_num_reqs : int
+        Request rows of the model runner.
+    device : torch.device
+        Where the attention metadata lives.
+
+    Attributes
+    ----------
+    evicted : UvaBackedTensor
+        [num_groups, max_num_reqs] int32; `.np` on the host, `.gpu` on the device.
+    seq_lens : torch.Tensor
+        [num_groups, max_num_reqs] int32, persistent: full CUDA graphs replay its addresses.
+    """
+
+    def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
+        self.evicted = UvaBackedTensor((num_groups, max_num_reqs), dtype=torch.int32)
+        self.seq_lens = torch.zeros(num_groups, max_num_reqs, dtype=torch.int32, device=device)
+        self._dirty = False
+        self._batch: InputBatch | None = None
+
+    def reset_row(self, req_index: int) -> None:
+        """A row starts over: nothing is evicted."""
+        self.evicted.np[:, req_index] = 0
+        self._dirty = True
+
+    def add_evicted(self, group: int, req_index: int, num_tokens: int) -> None:
+        """Count tokens that a row has lost in one group."""
+        self.evicted.np[group, req_index] += num_tokens
+        self._dirty = True
+
+    def begin_batch(self, input_batch: InputBatch) -> bool:
+        """Fill `seq_lens` for a real batch. True if any of its requests is compacted."""
+        if self._dirty:
+            self.evicted.copy_to_uva()
+            self._dirty = False
+        physical_seq_lens(
+            input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
+        )
+        self._batch = input_batch
+        return bool(self.evicted.np[:, input_batch.idx_mapping_np].any())
+
+    def is_current(self, input_batch: InputBatch) -> bool:
+        """Whether `begin_batch` has seen this batch; dummy batches never go through it."""
+        return self._batch is input_batch
+
+    def group_seq_lens(self, input_batch: InputBatch) -> torch.Tensor:
+        """Lengths [num_groups, >= padded rows] of a batch; a dummy batch has lost nothing."""
+        if not self.is_current(input_batch):
+            self.seq_lens[:, : input_batch.seq_lens.shape[0]] = input_batch.seq_lens
+        return self.seq_lens
+
+    def group_upper_bound(self, input_batch: InputBatch, group: int) -> torch.Tensor:
+        """Host copy of `input_batch.seq_lens_cpu_upper_bound`, less what `group` has evicted.
+
+        Only for a batch given to `begin_batch`.
+        """
+        bound = input_batch.seq_lens_cpu_upper_bound.clone()
+        lost = self.evicted.np[group, input_batch.idx_mapping_np]
+        bound[: len(lost)] -= torch.from_numpy(lost)
+        return bound

@@ -162,8 +162,8 @@ class CompressionConfig(_Model):
 
 def preset_names() -> list[str]:
     """Names of the shipped presets, sorted."""
-    folder = files("vllm_kvcompress.configs")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    names = [file.name for file in files("vllm_kvcompress.configs").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def _read_yaml(text: str, source: str) -> dict[str, Any]:
@@ -212,9 +212,7 @@ def _model_at(model: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] |
     return model
 
 
-def _sentence(
-    error: ValidationError, model: type[BaseModel], source: str, prefix: str = ""
-) -> str:
+def _sentence(error: ValidationError, model: type[BaseModel], source: str, prefix: str = "") -> str:
     """First problem of a validation error, as one sentence that names file and field."""
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -298,12 +296,14 @@ def parse_config(
         preset = fields.pop("preset", None)
         inner = parse_fields(preset) if preset is not None else ({}, "kv_compression")
         if inner is None:
-            return _refuse_overrides(fields or overrides)
+            _refuse_overrides(fields or overrides)
+            return None
         base, source = _merge(inner[0], fields), inner[1]
     elif setting is None or isinstance(setting, str):
         named = parse_fields(setting)
         if named is None:
-            return _refuse_overrides(overrides)
+            _refuse_overrides(overrides)
+            return None
         base, source = named
     else:
         raise ConfigError(
@@ -420,9 +420,7 @@ def parse_request(
     )
 
 
-def resolve_request(
-    server: CompressionConfig, options: RequestOptions
-) -> CompressionConfig | None:
+def resolve_request(server: CompressionConfig, options: RequestOptions) -> CompressionConfig | None:
     """The configuration one request runs under; None when it opted out.
 
     The request's pins come on top of the configured ones. Layer groups are always the server's:

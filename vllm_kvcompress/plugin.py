@@ -1,4 +1,4 @@
-"""Entry point of group ``vllm.general_plugins``: runs in every vLLM process, possibly repeatedly."""
+"""Entry point of group ``vllm.general_plugins``: runs in every vLLM process, often repeatedly."""
 
 
 def register() -> None:

@@ -56,9 +56,7 @@ class CompressionMixin(Scheduler):
         )
         self.stats = CompressionStats()
         self._planned: list[str] = []
-        logger.info(
-            savings_line(self.compression_config, self.kv_cache_config, self.max_model_len)
-        )
+        logger.info(savings_line(self.compression_config, self.kv_cache_config, self.max_model_len))
 
     def _read_config(self) -> CompressionConfig:
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])

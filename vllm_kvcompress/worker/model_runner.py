@@ -3,6 +3,7 @@
 Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,9 @@ class CompressionRunnerMixin(GPUModelRunner):
             specs[name] = CompressedAttentionSpec.from_full(spec, groups[extract_layer_index(name)])
         return specs
 
-    def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
         """Build the compactor once the caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         layers = self._attention_layers()
@@ -83,7 +86,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 group=group,
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
-                cache=lambda layer=layers[name]: layer.kv_cache,
+                cache=partial(getattr, layers[name], "kv_cache"),
             )
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names

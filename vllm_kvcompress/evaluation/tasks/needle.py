@@ -12,6 +12,7 @@ A prompt has three lines::
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -37,7 +38,7 @@ _NOISE = (
 # Short sentences that close the gap between the last whole filler sentence and the wanted length.
 _CLOSERS = {"noise": _NOISE, "english": ("This is the default.", "It is not used.", "See below.")}
 
-_KEY_ADJECTIVES = ("bright", "clever", "lovely", "witty", "healthy", "wealthy", "humorous", "lucky")
+_KEY_ADJECTIVES = ("bright", "clever", "lovely", "witty", "healthy", "wealthy", "calm", "lucky")
 _KEY_NOUNS = ("otter", "falcon", "river", "maple", "harbor", "lantern", "meadow", "comet")
 
 # The English filler: every brace is filled from the list of that name below.
@@ -45,10 +46,10 @@ _TEMPLATES = (
     "The {thing} returns the {quality} {part} of the {thing}.",
     "If the {part} is {quality}, the {thing} is {done}.",
     "This {thing} can be {done} by the {person} at any time.",
-    "The {person} may use the {part} of this {thing} for any {quality} purpose.",
+    "The {person} may use the {quality} {part} of this {thing} for any purpose.",
     "Each {part} is {done} before the {thing} is {done}.",
-    "A {quality} {thing} has no {part} and is {done} as it is.",
-    "When a {thing} is {done}, its {part} is passed to the {person}.",
+    "The {quality} {thing} has no {part} and is {done} as it is.",
+    "When the {thing} is {done}, its {part} is passed to the {person}.",
     "The {person} must not change the {part} without a copy of the {thing}.",
     "Both the {part} and the {part} are {done} with the {quality} {thing}.",
     "It is up to the {person} to say how the {thing} is {done}.",
@@ -182,6 +183,24 @@ def needle_token_span(
     return inside[0], inside[-1] + 1
 
 
+def is_right(generated: str, answer: str) -> bool:
+    """Say whether a generated text starts with the answer, white space ignored.
+
+    Parameters
+    ----------
+    generated : str
+        What the model wrote after the prompt.
+    answer : str
+        The number of the sample.
+
+    Returns
+    -------
+    bool
+        True if the first characters that are not white space spell the answer.
+    """
+    return "".join(generated.split()).startswith(answer)
+
+
 def _make_sample(
     rng: random.Random,
     depth: float,
@@ -202,21 +221,20 @@ def _make_sample(
     def length(filler: list[str]) -> int:
         return len(tokenize(build(filler)))
 
-    # A sentence has at least one token, so this many are always enough.
-    sentences = list(islice(_filler_sentences(rng, style), num_tokens))
-    low, high = 0, len(sentences)  # the longest fitting prefix lies in [low, high]
-    while low < high:
-        middle = (low + high + 1) // 2
-        if length(sentences[:middle]) <= num_tokens:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+    stream = _filler_sentences(rng, style)
+    sentences = [next(stream)]
+    if length(sentences) > num_tokens:
         raise ValueError(
             f"num_tokens={num_tokens} is too short: a needle prompt with one filler sentence "
-            f"has {length(sentences[:1])} tokens"
+            f"has {length(sentences)} tokens"
         )
-    filler = sentences[:low]
+    while length(sentences) <= num_tokens:
+        sentences += islice(stream, len(sentences))
+    # As many sentences as fit: one does, all of them do not.
+    num_fitting = bisect_right(
+        range(1, len(sentences)), num_tokens, key=lambda size: length(sentences[:size])
+    )
+    filler = sentences[:num_fitting]
     for closer in islice(cycle(_CLOSERS[style]), 2 * len(_CLOSERS[style])):
         if length([*filler, closer]) <= num_tokens:
             filler.append(closer)
@@ -236,7 +254,7 @@ def _english_sentence(rng: random.Random) -> str:
     text = pieces[0]
     for piece in pieces[1:]:
         name, rest = piece.split("}")
-        text += _pick(rng, _WORDS[name]) + rest
+        text += _pick(rng, [word for word in _WORDS[name] if word not in text]) + rest
     return text
 
 

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Lint, types and tests, all of them whatever fails. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+./scripts/setup.sh eval,dev
+
+failed=""
+check() {
+    echo
+    echo "=== $*"
+    ".venv/bin/$1" "${@:2}" || failed="$failed $1"
+}
+
+check ruff check
+check ruff format --check
+check mypy vllm_kvcompress kernels
+check pytest tests "$@"
+
+echo
+if [ -n "$failed" ]; then
+    echo "failed:$failed"
+    exit 1
+fi
+echo "all passed"

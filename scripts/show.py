@@ -134,7 +134,7 @@ def show_lossless(args: argparse.Namespace) -> bool:
     good = True
     for name, xargs in settings.items():
         found = engine.generate(prompts, max_tokens, xargs, ignore_eos=True)
-        equal = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x, y))
+        equal = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True))
         total = len(prompts) * max_tokens
         print(f"{name:36} {equal} of {total} tokens equal")
         good &= equal == total
@@ -165,7 +165,7 @@ def show_pool(args: argparse.Namespace) -> bool:
 
 def show_churn(args: argparse.Namespace) -> bool:
     """What is left after 200 requests of all fates, in a pool too small for them."""
-    engine = Engine(MODEL, FOUR_GROUPS, num_blocks=1 + 4 * 90)
+    engine = Engine(MODEL, FOUR_GROUPS, num_blocks=1 + 4 * 100, max_model_len=2560)
     report = churn(engine, 200)
     rows_left = int((engine.runner.model_state.lengths.evicted.np != 0).any(axis=0).sum())
     compressed = sum(engine.scheduler.stats.compactions.values())

@@ -218,7 +218,11 @@ class TextSource:
     def document(
         self, length: int, num_numbers: int = 1, num_questions: int = 1, noise: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return a text of at most `length` tokens and the character span of every answer."""
+        """Return a text of at most `length` tokens and the character span of every answer.
+
+        An answer is the space and the digits after the question: the space has to be learnt like
+        the digits, and among thousands of TEXT tokens it would weigh next to nothing.
+        """
         rng = self.rng
         keys = rng.sample(KEYS, num_numbers)
         numbers = [str(rng.randrange(10 ** (NUM_DIGITS - 1), 10**NUM_DIGITS)) for _ in keys]
@@ -237,7 +241,7 @@ class TextSource:
         text, spans = f"{HEADER}\n{' '.join(body)}", []
         for line in tail:
             text += "\n" + line
-            spans.append((len(text) - 1 - NUM_DIGITS, len(text) - 1))
+            spans.append((len(text) - 2 - NUM_DIGITS, len(text) - 1))
         return text, spans
 
     def encode(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -308,12 +312,12 @@ def forward_loss(
         loss = answer_loss + text_weight * entropy[~is_answer].mean()
     correct = (logits.detach().argmax(-1) == targets[used])[is_answer]
     in_answer = roles == ANSWER
-    starts = in_answer & ~F.pad(in_answer, (1, 0))[:, :-1]  # first digit of every answer
+    starts = in_answer & ~F.pad(in_answer, (1, 0))[:, :-1]  # first token of every answer
     answer_index = (starts.flatten().cumsum(0) - 1)[in_answer.flatten()]
     wrong = torch.bincount(answer_index, weights=(~correct).float())
     return loss, {
         "answer_loss": answer_loss.item(),
-        "digits": correct.float().mean().item(),
+        "tokens": correct.float().mean().item(),
         "exact": (wrong == 0).float().mean().item(),
     }
 
@@ -368,7 +372,7 @@ def exact_answers(model: Any, source: TextSource, length: int, num_prompts: int)
     device, exact, sizes = next(model.parameters()).device, [], []
     for index in range(num_prompts):
         ids, roles = source.encode(*source.document(length, noise=index % 2 == 1))
-        first = roles.index(ANSWER) - 1  # the space
+        first = roles.index(ANSWER)  # the space
         end = first + 1 + NUM_DIGITS
         inputs = torch.tensor([ids[: end - 1]], device=device)
         logits = model(input_ids=inputs, logits_to_keep=1 + NUM_DIGITS, use_cache=False).logits

@@ -12,17 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvcompress.config import (
-    CONFIG_KEY,
-    NONE,
-    REQUEST_KEYS,
-    parse_config,
-    parse_json,
-    parse_request,
-    preset_names,
-)
+from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.metrics import STATS_KEY, recorder
+from vllm_kvcompress.request_options import REQUEST_KEYS, parse_request
 
 _MARK = "_kvcompress_wrapped"
 _FROM_CLI = "_kvcompress_from_cli"

@@ -122,12 +122,13 @@ def test_document_roles_cover_exactly_the_answers(
     assert len(spans) == questions
     assert roles[0] == script.IGNORE and script.IGNORE not in roles[1:]
     for run, (start, end) in zip(answer_runs(ids, roles), spans, strict=True):
-        number = tokenizer.decode(run)
-        assert number == text[start:end] and len(number) == script.NUM_DIGITS
+        assert tokenizer.decode(run) == text[start:end] and len(run) == 1 + script.NUM_DIGITS
+        number = text[start:end].removeprefix(" ")
+        assert len(number) == script.NUM_DIGITS and number.isdigit()
         # The needle with the key that is asked for holds this number.
         question = text[:start].splitlines()[-1]
         key = question.split(" mentioned")[0].split(" for ")[1]
-        assert question == script.QUESTION.format(key=key) + " "
+        assert question == script.QUESTION.format(key=key)
         assert script.NEEDLE.format(key=key, number=number) in text.splitlines()[1]
 
 
@@ -164,7 +165,7 @@ def test_loss_compares_each_token_with_the_next(source, tokenizer, kind):
     ids, roles = source.batch(kind, 256, 4)
     loss, scores = script.forward_loss(NextTokenOracle(len(tokenizer), 1), ids, roles, 0.05)
     assert loss < 1e-6
-    assert scores["digits"] == scores["exact"] == 1.0
+    assert scores["tokens"] == scores["exact"] == 1.0
     loss, scores = script.forward_loss(NextTokenOracle(len(tokenizer), 0), ids, roles, 0.05)
     assert loss > 10 and scores["exact"] == 0.0
 
@@ -180,7 +181,7 @@ def test_exact_counts_whole_answers(source, tokenizer):
             return super().model(changed, use_cache)
 
     _, scores = script.forward_loss(OneMistake(len(tokenizer), 1), ids, roles, 0.05)
-    assert scores["digits"] == 0.75 and scores["exact"] == 0.5
+    assert scores["tokens"] == 0.75 and scores["exact"] == 0.5
 
 
 def tiny_args(out, *more):
@@ -221,7 +222,7 @@ def test_exact_answers_agree_with_greedy_decoding(tokenizer, source):
     assert row["exact"] == 0 and row["mean_prompt_tokens"] <= 160
     text, spans = source.document(160)
     ids, roles = source.encode(text, spans)
-    first = roles.index(script.ANSWER) - 1
+    first = roles.index(script.ANSWER)
     written = model.generate(
         torch.tensor([ids[:first]]), max_new_tokens=8, do_sample=False, eos_token_id=[]
     )[0, first:]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from vllm_kvcompress.budgets import compaction_lengths
-from vllm_kvcompress.config import CompressionConfig, resolve_request
+from vllm_kvcompress.config import CompressionConfig
 from vllm_kvcompress.plans import GroupLengths, RequestOptions
+from vllm_kvcompress.request_options import resolve_request
 
 
 class State(Enum):

@@ -17,12 +17,13 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config, parse_request
+from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.planner import Planner, SkipReason, State, TrackedRequest
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.request_options import parse_request
 
 logger = init_logger(f"vllm.{__name__}")
 

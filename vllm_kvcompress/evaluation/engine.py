@@ -110,6 +110,11 @@ class Engine:
         """The block pool."""
         return self.scheduler.kv_cache_manager.block_pool
 
+    def live(self) -> dict[str, Any]:
+        """The scheduler's requests by the id they were added under (vLLM appends to it)."""
+        requests = self.scheduler.requests
+        return {key.rsplit("-", 1)[0]: request for key, request in requests.items()}
+
     @property
     def num_usable_blocks(self) -> int:
         """Blocks of the pool without the null block."""

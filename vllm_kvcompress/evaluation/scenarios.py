@@ -1,4 +1,4 @@
-"""Whole-engine scenarios: run one, get plain numbers back. Tests assert them, scripts print them."""
+"""Whole-engine scenarios that return plain numbers: tests assert them, scripts print them."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -133,10 +133,6 @@ class ChurnReport:
     evicted_left: int = 0
 
 
-def _is_between_plan_and_commit(engine: Engine, internal_id: str) -> bool:
-    return internal_id in engine.scheduler._planned
-
-
 def churn(engine: Engine, num_requests: int, seed: int = 0) -> ChurnReport:
     """Mixed traffic with aborts at every stage, then count what did not come back.
 
@@ -167,16 +163,15 @@ def churn(engine: Engine, num_requests: int, seed: int = 0) -> ChurnReport:
 
 
 def _abort_some(engine: Engine, fates: dict[str, str], report: ChurnReport) -> None:
-    for internal_id, request in list(engine.scheduler.requests.items()):
-        external_id = request.external_req_id or internal_id
-        fate = fates.get(external_id)
+    for name, request in engine.live().items():
+        fate = fates.get(name)
         in_prefill = 0 < request.num_computed_tokens < request.num_prompt_tokens
         if fate == "prefill" and in_prefill:
             report.aborted_in_prefill += 1
-        elif fate == "commit" and _is_between_plan_and_commit(engine, internal_id):
+        elif fate == "commit" and request.request_id in engine.scheduler._planned:
             report.aborted_before_commit += 1
         elif fate == "decode" and request.num_output_tokens > 2:
             report.aborted_in_decode += 1
         else:
             continue
-        engine.abort(external_id)
+        engine.abort(name)

@@ -14,13 +14,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.budgets import compaction_lengths
-from vllm_kvcompress.config import (
-    CONFIG_KEY,
-    CompressionConfig,
-    parse_config,
-    parse_request,
-    resolve_request,
-)
+from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config
+from vllm_kvcompress.request_options import parse_request, resolve_request
 from vllm_kvcompress.worker.query_window import QueryWindow
 from vllm_kvcompress.worker.state import CompressionState
 

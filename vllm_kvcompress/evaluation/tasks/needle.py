@@ -35,8 +35,8 @@ _NOISE = (
     "Here we go.",
     "There and back again.",
 )
-# Short sentences that close the gap between the last whole filler sentence and the wanted length.
-_CLOSERS = {"noise": _NOISE, "english": ("This is the default.", "It is not used.", "See below.")}
+# Short sentences for the gap that the last long sentence leaves; the noise is short as it is.
+_CLOSERS = {"noise": (), "english": ("This is the default.", "It is not used.", "See below.")}
 
 _KEY_ADJECTIVES = ("bright", "clever", "lovely", "witty", "healthy", "wealthy", "calm", "lucky")
 _KEY_NOUNS = ("otter", "falcon", "river", "maple", "harbor", "lantern", "meadow", "comet")
@@ -228,14 +228,14 @@ def _make_sample(
             f"num_tokens={num_tokens} is too short: a needle prompt with one filler sentence "
             f"has {length(sentences)} tokens"
         )
-    while length(sentences) <= num_tokens:
+    while length(sentences) <= num_tokens and len(sentences) <= num_tokens:
         sentences += islice(stream, len(sentences))
     # As many sentences as fit: one does, all of them do not.
     num_fitting = bisect_right(
         range(1, len(sentences)), num_tokens, key=lambda size: length(sentences[:size])
     )
     filler = sentences[:num_fitting]
-    for closer in islice(cycle(_CLOSERS[style]), 2 * len(_CLOSERS[style])):
+    for closer in 2 * _CLOSERS[style]:
         if length([*filler, closer]) <= num_tokens:
             filler.append(closer)
     prompt = build(filler)

@@ -1,0 +1,166 @@
+"""Settings: presets, files, overrides and the sentences a user reads."""
+
+import pytest
+import yaml
+
+from vllm_kvcompress.config import CompressionConfig, parse_config, parse_json, preset_names
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.registry import load_policy_class, policy_names
+from vllm_kvcompress.request_options import parse_request, resolve_request
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_survives_a_round_trip(name: str) -> None:
+    config = parse_config(name)
+    assert isinstance(config, CompressionConfig)
+    assert config.policy.name == name
+    assert parse_config(config.to_dict()) == config
+    assert config.build_policy() == load_policy_class(name)(**config.policy.params)
+
+
+def test_every_policy_has_a_preset_and_a_row_in_the_readme(root) -> None:
+    assert set(policy_names()) <= set(preset_names())
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    for name in policy_names():
+        assert f"| `{name}` |" in readme, f"README.md has no row for {name}"
+
+
+@pytest.mark.parametrize("setting", [None, "none", {"preset": "none"}])
+def test_none_means_off(setting) -> None:
+    assert parse_config(setting) is None
+
+
+def test_a_file_is_read_like_a_preset(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    fields = parse_config("snapkv").to_dict() | {"min_prompt_len": 7}
+    path.write_text(yaml.safe_dump(fields))
+    assert parse_config(str(path)).min_prompt_len == 7
+
+
+def test_overrides_are_laid_over_the_preset() -> None:
+    config = parse_config("snapkv", {"budget": {"ratio": 0.25}, "policy": {"kernel_size": 7}})
+    assert config.budget.ratio == 0.25
+    assert config.budget.floor == 128, "what was not overridden stays"
+    assert config.policy.params == {"kernel_size": 7}
+
+
+def test_one_of_two_exclusive_fields_replaces_the_other() -> None:
+    config = parse_config("windowkv", {"budget": {"tokens": 512}, "layer_groups": {"size": 2}})
+    assert (config.budget.ratio, config.budget.tokens) == (None, 512)
+    assert (config.layer_groups.count, config.layer_groups.size) == (None, 2)
+
+
+def test_another_policy_drops_the_old_ones_parameters() -> None:
+    config = parse_config("windowkv", {"policy": {"name": "keydiff"}})
+    assert config.policy.params == {}
+
+
+def test_a_mapping_may_start_from_a_preset() -> None:
+    config = parse_config({"preset": "keydiff", "budget": {"ratio": 0.5}})
+    assert (config.policy.name, config.budget.ratio) == ("keydiff", 0.5)
+
+
+WRONG = [
+    ("windokv", None, ["--kv-compression", "'windokv'", "did you mean 'windowkv'", "snapkv"]),
+    ("no/such.yaml", None, ["no file no/such.yaml"]),
+    ("snapkv", {"budgt": {}}, ["budgt", "unknown field", "did you mean 'budget'", "layer_groups"]),
+    ("snapkv", {"budget": {"ration": 1}}, ["budget.ration", "did you mean 'ratio'", "tokens"]),
+    ("snapkv", {"budget": {"ratio": 1.5}}, ["budget.ratio", "less than or equal to 1", "1.5"]),
+    ("snapkv", {"budget": {"ratio": "x"}}, ["budget.ratio", "valid number", "'x'"]),
+    ("snapkv", {"budget": {"ratio": 0.5, "tokens": 9}}, ["budget", "exactly one of ratio"]),
+    ("snapkv", {"policy": {"kernel_size": 4}}, ["policy.kernel_size", "must be odd"]),
+    ("snapkv", {"policy": {"kernel": 4}}, ["policy.kernel", "unknown field", "kernel_size"]),
+    ("snapkv", {"policy": {"name": "h3o"}}, ["no policy 'h3o'", "keydiff", "windowkv"]),
+    ("windowkv", {"policy": {"task": "qa"}}, ["policy.task", "'localization'", "'aggregation'"]),
+    ("snapkv", {"layer_budget": {"shape": "flat"}}, ["layer_budget.shape", "'pyramid'"]),
+    ("snapkv", {"pinned": [[9, 3]]}, ["[9, 3] is empty"]),
+    ("snapkv", {"pinned": [[9]]}, ["pinned.0", "at least 2 items"]),
+    ("snapkv", {"version": 2}, ["version"]),
+    ("snapkv", {"trigger": "decode"}, ["trigger", "'end_of_prompt'"]),
+    (None, {"budget": {"ratio": 0.5}}, ["--kv-compression is not set"]),
+    (["snapkv"], None, ["expected a preset name"]),
+    ({"preset": 3}, None, ["preset must be a name"]),
+]
+
+
+@pytest.mark.parametrize(("setting", "overrides", "words"), WRONG)
+def test_wrong_settings_are_one_helpful_sentence(setting, overrides, words) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(setting, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    for word in words:
+        assert word in message
+
+
+def test_the_message_names_the_users_file(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("policy: {name: snapkv}\nbudget: {ratio: 7}\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: budget\.ratio"):
+        parse_config(str(path))
+    path.write_text("policy: [")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not valid YAML"):
+        parse_config(str(path))
+    path.write_text("- 3")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        parse_config(str(path))
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1]"])
+def test_bad_json_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--kv-compression-config"):
+        parse_json(text)
+
+
+# --- per request --------------------------------------------------------------------------
+
+
+def resolve(extra: dict, server: str = "snapkv") -> CompressionConfig | None:
+    return resolve_request(parse_config(server), parse_request(extra, 1000))
+
+
+def test_a_request_may_say_nothing_or_speak_of_other_things() -> None:
+    assert resolve({}) == parse_config("snapkv")
+    assert resolve({"kv_transfer_params": {}, "other": 1}) == parse_config("snapkv")
+
+
+def test_a_request_may_opt_out_or_choose() -> None:
+    assert resolve({"kv_compression": "none"}) is None
+    assert resolve({"kv_compression": "keydiff"}) == parse_config("keydiff")
+    assert resolve({"kv_budget_ratio": 0.3}).budget.ratio == 0.3
+    chosen = resolve({"kv_compression": "keydiff", "kv_budget_tokens": 99})
+    assert (chosen.budget.ratio, chosen.budget.tokens) == (None, 99)
+
+
+def test_a_requests_pins_come_on_top() -> None:
+    server = parse_config("snapkv", {"pinned": [[0, 10]]})
+    config = resolve_request(server, parse_request({"kv_pin": [20, 30, 40, 50]}, 1000))
+    assert [list(pin) for pin in config.pinned] == [[0, 10], [20, 30], [40, 50]]
+
+
+BAD_REQUESTS = [
+    ({"kv_compression": "zip"}, ["kv_compression", "'zip'", "none", "windowkv"]),
+    ({"kv_compression": 3}, ["kv_compression"]),
+    ({"kv_budget_ratio": 0}, ["kv_budget_ratio", "greater than 0"]),
+    ({"kv_budget_ratio": 1.01}, ["kv_budget_ratio", "at most 1"]),
+    ({"kv_budget_ratio": "half"}, ["kv_budget_ratio", "expected a number", "'half'"]),
+    ({"kv_budget_ratio": True}, ["kv_budget_ratio", "expected a number"]),
+    ({"kv_budget_tokens": 0}, ["kv_budget_tokens", "from 1 up"]),
+    ({"kv_budget_tokens": 1.5}, ["kv_budget_tokens", "whole number"]),
+    ({"kv_budget_ratio": 0.5, "kv_budget_tokens": 5}, ["only one of the two"]),
+    ({"kv_pin": [1]}, ["kv_pin", "start, end"]),
+    ({"kv_pin": "0-10"}, ["kv_pin", "start, end"]),
+    ({"kv_pin": [0, 1.5]}, ["kv_pin", "whole numbers"]),
+    ({"kv_pin": [5, 5]}, ["kv_pin", "0 <= start < end"]),
+    ({"kv_pin": [-1, 5]}, ["kv_pin", "0 <= start < end"]),
+    ({"kv_pin": [0, 1001]}, ["kv_pin", "1000"]),
+    ({"kv_budget": 3}, ["kv_budget: unknown key", "did you mean", "kv_pin"]),
+]
+
+
+@pytest.mark.parametrize(("extra", "words"), BAD_REQUESTS)
+def test_bad_requests_are_one_helpful_sentence(extra: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_request(extra, 1000)
+    for word in words:
+        assert word in str(caught.value)

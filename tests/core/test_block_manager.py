@@ -1,0 +1,154 @@
+"""The block manager over vLLM's real block pool: nothing lost, nothing shared by mistake."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.plans import GroupLengths
+from vllm_kvcompress.spec import CompressedAttentionSpec
+
+BLOCK = 16
+
+
+def spec(layer_group: int = 0) -> CompressedAttentionSpec:
+    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    return CompressedAttentionSpec.from_full(full, layer_group)
+
+
+def manager(num_blocks: int = 33) -> CompressedAttentionManager:
+    pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=BLOCK)
+    return CompressedAttentionManager(
+        spec(),
+        block_pool=pool,
+        enable_caching=False,
+        kv_cache_group_id=0,
+        scheduler_block_size=BLOCK,
+    )
+
+
+def fill(books: CompressedAttentionManager, request_id: str, num_tokens: int) -> None:
+    books.allocate_new_blocks(request_id, num_tokens, num_tokens)
+
+
+def test_a_compaction_step_by_step() -> None:
+    books = manager()
+    fill(books, "r", 150)  # 10 blocks
+    before = [block.block_id for block in books.req_to_blocks["r"]]
+    plan = books.plan("r", GroupLengths(region_len=144, kept_len=32))
+    assert plan.source_blocks == tuple(before[:9])
+    assert plan.tail_blocks == tuple(before[9:])
+    assert len(plan.destination_blocks) == 2
+    assert not set(plan.destination_blocks) & set(before), "destinations are private"
+    assert books.block_pool.get_num_free_blocks() == 32 - 12
+    books.check_integrity()
+    assert books.commit("r")
+    assert [block.block_id for block in books.req_to_blocks["r"]] == list(plan.block_row)
+    assert books.evicted == {"r": 112}
+    assert books.block_pool.get_num_free_blocks() == 32 - 3
+    assert not books.commit("r"), "a second commit does nothing"
+
+
+def test_later_blocks_are_counted_by_physical_length() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    books.plan("r", GroupLengths(144, 32))
+    books.commit("r")
+    books.num_cached_block["r"] = 0  # a running request, for the host
+    # Logical 160 is physical 48: the three blocks it has. Logical 161 needs a fourth.
+    assert books.get_num_blocks_to_allocate("r", 160, [], 150, 150, 160) == 0
+    assert books.get_num_blocks_to_allocate("r", 161, [], 150, 150, 161) == 1
+    assert books.allocate_new_blocks("r", 160, 160) == []
+    assert len(books.allocate_new_blocks("r", 161, 161)) == 1
+    assert len(books.req_to_blocks["r"]) == 4
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_freeing_returns_everything(committed: bool) -> None:
+    books = manager()
+    fill(books, "r", 150)
+    books.plan("r", GroupLengths(144, 32))
+    if committed:
+        books.commit("r")
+    books.free("r")
+    assert books.block_pool.get_num_free_blocks() == 32
+    assert not books.evicted and not books._pending and not books.held_blocks()
+    books.check_integrity()
+    assert not books.commit("r"), "a commit that comes too late does nothing"
+    assert "r" not in books.req_to_blocks
+
+
+def test_a_request_that_comes_back_starts_from_nothing() -> None:
+    """A rival's dropped-token counter survived preemption."""
+    books = manager()
+    fill(books, "r", 150)
+    books.plan("r", GroupLengths(144, 32))
+    books.commit("r")
+    books.free("r")
+    assert len(books.allocate_new_blocks("r", 150, 150)) == 10
+
+
+def test_a_shared_source_block_stays_with_its_other_owner() -> None:
+    books = manager()
+    fill(books, "a", 64)
+    shared = list(books.req_to_blocks["a"])
+    books.block_pool.touch(shared)
+    books.req_to_blocks["b"] = list(shared)
+    books.plan("a", GroupLengths(64, 16))
+    books.commit("a")
+    assert all(block.ref_cnt == 1 for block in shared)
+    assert books.req_to_blocks["b"] == shared
+    books.free("a")
+    books.free("b")
+    assert books.block_pool.get_num_free_blocks() == 32
+
+
+def test_specs_of_different_groups_do_not_merge() -> None:
+    assert spec(1).merge([spec(1), spec(1)]).layer_group == 1
+    with pytest.raises(AssertionError):
+        spec(0).merge([spec(0), spec(1)])
+    plain = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    with pytest.raises(AssertionError):
+        spec(0).merge([spec(0), plain])
+    assert spec(0).is_uniform_with_collection({"a": spec(0), "b": spec(0)})
+    assert not spec(0).is_uniform_with_collection({"a": spec(0), "b": spec(1)})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=60))
+def test_any_order_of_events_keeps_the_books(events) -> None:
+    """Requests 0..4; events: 0 allocate, 1 plan, 2 commit, 3 free, 4 grow by a block."""
+    books = manager(64)
+    planned: set[str] = set()
+    lengths: dict[str, int] = {}
+    for number, event in events:
+        name = str(number)
+        if event == 0 and name not in lengths:
+            lengths[name] = 100
+            if books.block_pool.get_num_free_blocks() >= 7:
+                fill(books, name, 100)
+            else:
+                del lengths[name]
+        elif event == 1 and name in lengths and name not in planned:
+            if books.block_pool.get_num_free_blocks() >= 2:
+                books.plan(name, GroupLengths(96, 32))
+                planned.add(name)
+        elif event == 2:
+            books.commit(name)
+        elif event == 3:
+            books.free(name)
+            lengths.pop(name, None)
+            planned.discard(name)
+        elif event == 4 and name in lengths and name not in books._pending:
+            if books.block_pool.get_num_free_blocks():
+                lengths[name] += BLOCK
+                fill(books, name, lengths[name])
+        books.check_integrity()
+        held = {block.block_id for block in books.held_blocks()}
+        assert len(held) + books.block_pool.get_num_free_blocks() == 63
+    for name in list(books.req_to_blocks):
+        books.free(name)
+    assert books.block_pool.get_num_free_blocks() == 63

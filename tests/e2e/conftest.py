@@ -1,0 +1,66 @@
+"""Engines for the tests of whole requests. One engine may live in a process at a time.
+
+Fixtures are module-scoped: a module opens an engine, all its tests share it, and it is closed
+before the next module opens another.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
+
+FOUR_GROUPS = {"preset": "windowkv", "layer_groups": {"count": 4}}
+
+OpenEngine = Callable[..., Any]
+
+
+@contextmanager
+def opened(model: str, setting: Any, **kwargs: Any) -> Iterator[Engine]:
+    """An engine that is closed whatever happens."""
+    engine = Engine(model, setting, **kwargs)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is held, nothing is evicted, books agree."""
+    assert not engine.scheduler.requests
+    assert engine.pool.get_num_free_blocks() == engine.num_usable_blocks
+    for manager in engine.scheduler._managers:
+        assert not manager.evicted and not manager.held_blocks()
+    assert not engine.scheduler.planner.requests
+    assert not engine.runner.model_state.window._stashes or engine.scheduler.finished_req_ids
+    engine.scheduler.check_integrity()
+
+
+@pytest.fixture(scope="session")
+def tokenize(probe_model: str) -> Callable[[str], list[int]]:
+    """The probe model's tokenizer, as the server applies it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(probe_model).encode
+
+
+@pytest.fixture(scope="session")
+def samples(tokenize: Callable[[str], list[int]]) -> list[NeedleSample]:
+    """Ten prompts of ~1,500 tokens, needles from the first sentence to the last."""
+    return make_samples(10, 1500, tokenize, seed=11)
+
+
+@pytest.fixture(scope="session")
+def prompts(samples: list[NeedleSample], tokenize: Callable[[str], list[int]]) -> list[list[int]]:
+    """Token ids of `samples`."""
+    return [tokenize(sample.prompt) for sample in samples]
+
+
+@pytest.fixture(scope="session")
+def stock_tokens(probe_model: str, prompts: list[list[int]]) -> list[list[int]]:
+    """16 greedy tokens of stock vLLM for every prompt of `prompts`."""
+    with opened(probe_model, None) as engine:
+        return engine.generate(prompts, 16, ignore_eos=True)

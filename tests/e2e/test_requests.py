@@ -1,0 +1,249 @@
+"""Requests through a real engine with room for all: answers, options, books, prefix cache."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from vllm_kvcompress.budgets import compaction_lengths
+from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.scenarios import is_right, needle_pins
+
+pytestmark = pytest.mark.engine
+
+POLICIES = ["windowkv", "snapkv", "keydiff", "streaming_llm", "random"]
+
+
+@pytest.fixture(scope="module")
+def engine(probe_model: str, stock_tokens) -> Iterator[Engine]:
+    """Four layer groups, room for everything. Depends on `stock_tokens`: one engine at a time."""
+    with opened(probe_model, FOUR_GROUPS) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(engine: Engine) -> Iterator[None]:
+    yield
+    assert_idle(engine)
+
+
+def right_answers(engine: Engine, samples, outputs) -> int:
+    return sum(is_right(s, engine.decode(t)) for s, t in zip(samples, outputs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "xargs",
+    [{"kv_compression": "none"}, {"kv_budget_ratio": 1.0}, {"kv_budget_tokens": 5000}],
+    ids=["none", "ratio 1.0", "budget above the prompt"],
+)
+def test_nothing_evicted_changes_no_token(engine, prompts, stock_tokens, xargs) -> None:
+    compressed = dict(engine.scheduler.stats.requests)
+    assert engine.generate(prompts, 16, xargs, ignore_eos=True) == stock_tokens
+    assert engine.scheduler.stats.requests == compressed
+
+
+def test_windowkv_answers_from_an_eighth_of_the_cache(engine, samples, prompts) -> None:
+    outputs = engine.generate(prompts, 8)
+    assert right_answers(engine, samples, outputs) >= 8
+    assert engine.scheduler.stats.requests["windowkv"] >= len(prompts)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_pinned_sentence_survives_every_policy(engine, samples, prompts, policy) -> None:
+    xargs = [
+        {"kv_compression": policy, "kv_pin": needle_pins(engine, sample)} for sample in samples
+    ]
+    assert right_answers(engine, samples, engine.generate(prompts, 8, xargs)) >= 9
+
+
+def test_streaming_llm_is_wrong_where_the_number_is_not_kept(engine, samples, prompts) -> None:
+    outputs = engine.generate(prompts, 8, {"kv_compression": "streaming_llm"})
+    config = parse_config("streaming_llm")
+    for sample, prompt, tokens in zip(samples, prompts, outputs, strict=True):
+        start, end = needle_pins(engine, sample)
+        (lengths,) = compaction_lengths(len(prompt), config, 1, 32)
+        first_kept = lengths.region_len - lengths.kept_len + config.num_sink_tokens
+        if end <= first_kept and start >= config.num_sink_tokens:
+            assert not is_right(sample, engine.decode(tokens)), f"depth {sample.depth}"
+        elif start >= first_kept:
+            assert is_right(sample, engine.decode(tokens)), f"depth {sample.depth}"
+
+
+def test_blocks_held_and_freed_are_exactly_the_planned_ones(engine, prompts) -> None:
+    prompt = [7 + token % 1000 for token in prompts[0]]  # not in the prefix cache
+    freed = engine.scheduler.stats.blocks_freed.get("keydiff", 0)
+    engine.add("r", prompt, 60, {"kv_compression": "keydiff", "kv_budget_tokens": 300})
+    config = parse_config({"preset": "keydiff", "budget": {"tokens": 300}})
+    lengths = compaction_lengths(len(prompt), config, 4, 32)
+    committed = False
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+        engine.scheduler.check_integrity()
+        (request,) = engine.scheduler.requests.values() or [None]
+        if request is None or request.num_output_tokens < 2:
+            continue
+        committed = True
+        for manager, each in zip(engine.scheduler._managers, lengths, strict=True):
+            physical = request.num_computed_tokens - each.evicted
+            blocks = manager.req_to_blocks[request.request_id]
+            assert manager.evicted[request.request_id] == each.evicted
+            assert len(blocks) == -(-physical // 32)
+            assert len({block.block_id for block in blocks}) == len(blocks)
+    assert committed
+    saved = sum(each.evicted // 32 for each in lengths)
+    assert engine.scheduler.stats.blocks_freed["keydiff"] - freed == saved
+    assert (lengths[0].region_len - lengths[0].kept_len) // 32 * 4 == saved
+
+
+def test_worker_and_scheduler_agree_on_rows_and_lengths(engine, prompts) -> None:
+    for index, prompt in enumerate(prompts[:3]):
+        engine.add(f"r{index}", prompt, 30, {"kv_compression": POLICIES[index]}, ignore_eos=True)
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+        state, tables = engine.runner.model_state.lengths, engine.runner.block_tables
+        for request_id, row in engine.runner.req_states.req_id_to_index.items():
+            if request_id not in engine.scheduler.requests or request_id in (
+                engine.scheduler._planned
+            ):
+                continue
+            for group, manager in enumerate(engine.scheduler._managers):
+                blocks = [block.block_id for block in manager.req_to_blocks[request_id]]
+                assert tables.num_blocks.np[group, row] == len(blocks)
+                assert tables.block_tables[group].gpu[row, : len(blocks)].tolist() == blocks
+                assert state.evicted.np[group, row] == manager.evicted.get(request_id, 0)
+
+
+def test_mixed_batches_do_not_disturb_each_other(engine, prompts, stock_tokens) -> None:
+    """Requests of every kind at once give what each gives alone."""
+    kinds = [{"kv_compression": p} for p in [*POLICIES, "none"]]
+    kinds.append({"kv_budget_ratio": 0.5})
+    alone = [engine.generate([prompts[0]], 16, kind, ignore_eos=True)[0] for kind in kinds]
+    together = engine.generate([prompts[0]] * len(kinds), 16, kinds, ignore_eos=True)
+    assert together == alone
+    assert alone[5] == stock_tokens[0]
+    short = prompts[1][:100]
+    outputs = engine.generate([prompts[0], short, prompts[0]], 16, kinds[:3], ignore_eos=True)
+    assert outputs[0] == alone[0] and outputs[2] == alone[2]
+
+
+def test_short_prompts_are_left_alone_and_counted(engine, prompts) -> None:
+    before = engine.scheduler.stats.uncompressed.get("short_prompt", 0)
+    engine.generate([prompts[0][:511], prompts[0][:3]], 4)
+    assert engine.scheduler.stats.uncompressed["short_prompt"] == before + 2
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "keydiff"])
+def test_a_repeated_prompt_hits_the_prefix_cache(engine, prompts, policy) -> None:
+    prompt = prompts[2][:1200]
+    engine.add(f"{policy}-1", prompt, 8, {"kv_compression": policy})
+    engine.drain()
+    engine.add(f"{policy}-2", prompt, 8, {"kv_compression": policy})
+    engine.add(f"{policy}-3", prompt, 8, {"kv_compression": "none"})
+    engine.drain()
+    first, second, third = (engine.results[f"{policy}-{i}"] for i in (1, 2, 3))
+    assert second.token_ids == first.token_ids
+    # snapkv computes its 64 window tokens again: their queries are not in any cache.
+    assert second.num_cached_tokens == (1200 - 64 if policy == "snapkv" else 1199) // 32 * 32
+    assert third.num_cached_tokens == 1199 // 32 * 32
+
+
+def test_compacted_blocks_are_never_found_in_the_prefix_cache(engine, prompts) -> None:
+    """A prompt that continues a compressed one must see the whole of it, not the survivors."""
+    prompt = [3 + token % 4000 for token in prompts[3]]
+    first = engine.generate([prompt], 64, {"kv_compression": "random"}, ignore_eos=True)[0]
+    continued = prompt + first
+    engine.add("cold", continued[1:], 8, {"kv_compression": "none"})  # another text: no hit
+    engine.add("warm", continued, 8, {"kv_compression": "none"})
+    engine.drain()
+    assert engine.results["warm"].num_cached_tokens <= len(prompt)
+    assert engine.scheduler.reset_prefix_cache()
+    engine.add("fresh", continued, 8, {"kv_compression": "none"})
+    engine.drain()
+    assert engine.results["fresh"].num_cached_tokens == 0
+    assert engine.results["warm"].token_ids == engine.results["fresh"].token_ids
+
+
+@pytest.mark.parametrize("stage", ["prefill", "between plan and commit", "decode"])
+def test_aborts_return_every_block(engine, prompts, stage) -> None:
+    engine.add("victim", prompts[4], 50, ignore_eos=True)
+    engine.add("witness", prompts[5], 12, ignore_eos=True)
+    alone = None
+    for _ in range(200):
+        engine.step()
+        engine.scheduler.check_integrity()
+        victim = engine.live().get("victim")
+        if victim is None:
+            break
+        reached = {
+            "prefill": 0 < victim.num_computed_tokens < victim.num_prompt_tokens,
+            "between plan and commit": victim.request_id in engine.scheduler._planned,
+            "decode": victim.num_output_tokens > 3,
+        }[stage]
+        if reached:
+            engine.abort("victim")
+            alone = stage
+            break
+    assert alone == stage, "the stage was never seen"
+    engine.drain()
+    engine.step()
+    witness = engine.results["witness"].token_ids
+    assert engine.generate([prompts[5]], 12, ignore_eos=True) == [witness]
+
+
+def test_resetting_the_prefix_cache_preempts_and_recovers(engine, prompts) -> None:
+    expected = engine.generate([prompts[6]], 30, ignore_eos=True)[0]
+    engine.add("r", prompts[6], 30, ignore_eos=True)
+    while len(engine.results["r"].token_ids) < 10:
+        engine.step()
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.drain()
+    assert engine.results["r"].token_ids == expected
+    assert engine.num_preemptions >= 1
+
+
+def test_seq_lens_live_at_one_address(engine) -> None:
+    state = engine.runner.model_state.lengths
+    address = state.seq_lens.data_ptr()
+    engine.generate([list(range(3, 900))], 4)
+    assert state.seq_lens.data_ptr() == address
+    assert state.seq_lens.shape == (4, engine.runner.max_num_reqs)
+
+
+def test_a_failing_policy_is_an_error_not_a_silent_no_op(engine, prompts, monkeypatch) -> None:
+    """The fault is injected where the worker looks queries up; the scheduler's books survive."""
+    monkeypatch.setattr(
+        engine.runner.model_state.window,
+        "take",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("lost queries")),
+    )
+    engine.add("r", prompts[7], 4)
+    with pytest.raises(RuntimeError, match="lost queries"):
+        engine.drain()
+    monkeypatch.undo()
+    engine.abort("r")
+    engine.runner.execute_model_state = None
+    engine.step()
+
+
+@torch.inference_mode()
+def test_the_cache_holds_the_selected_rows(engine, prompts, monkeypatch) -> None:
+    """Bit for bit: destination rows are the source rows the policy selected."""
+    compactor = engine.runner.compactor
+    original, copies = compactor._copy, []
+
+    def spy(policy, layer, group, scores, forced, keys, values):
+        original(policy, layer, group, scores, forced, keys, values)
+        region = group.lengths.region_len
+        indices = policy.select(scores[:, :region], forced[:region], group.lengths.kept_len)
+        blocks = torch.tensor(group.destination_blocks)
+        found = layer.layout.read(layer.cache(), blocks)
+        for rows, source in zip(found, (keys, values), strict=True):
+            for head in range(rows.shape[0]):
+                assert torch.equal(rows[head], source[head, indices[head]])
+        copies.append(layer.name)
+
+    monkeypatch.setattr(compactor, "_copy", spy)
+    engine.generate([prompts[8]], 2, {"kv_compression": "snapkv"})
+    assert len(copies) == 4

@@ -1,0 +1,156 @@
+"""Every policy: the interface's promises, and its formula against plain numpy."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.kernels.test_window_attention import loops
+from tests.policies.cases import CASES
+from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from vllm_kvcompress.registry import load_policy_class, policy_names
+
+ALL = [(name, params) for name, rows in CASES.items() for params in rows]
+
+
+def inputs(num_tokens: int = 150, window: int = 16, seed: int = 0) -> ScoreInputs:
+    generator = torch.Generator().manual_seed(seed)
+    return ScoreInputs(
+        keys=torch.randn(2, num_tokens, 32, generator=generator),
+        queries=torch.randn(8, window, 32, generator=generator),
+        scale=32**-0.5,
+        num_sink_tokens=4,
+        layer_index=1,
+        seed=99,
+    )
+
+
+def build(name: str, params: dict[str, Any]) -> Policy:
+    return load_policy_class(name)(**params)
+
+
+def test_the_table_names_every_installed_policy() -> None:
+    assert set(policy_names()) == set(CASES)
+
+
+@pytest.mark.parametrize(("name", "params"), ALL)
+@pytest.mark.parametrize("num_tokens", [17, 64, 111])
+def test_scores_have_the_promised_form(name: str, params: dict, num_tokens: int) -> None:
+    given = inputs(num_tokens)
+    scores = build(name, params).score(given)
+    assert scores.shape == (2, num_tokens)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "params"), ALL)
+def test_the_same_request_always_gets_the_same_scores(name: str, params: dict) -> None:
+    policy = build(name, params)
+    first = policy.score(inputs(seed=1)).clone()
+    policy.score(inputs(seed=2))  # another request in between leaves no trace
+    assert torch.equal(policy.score(inputs(seed=1)), first)
+
+
+@pytest.mark.parametrize(("name", "params"), ALL)
+def test_selection_keeps_forced_tokens_in_order(name: str, params: dict) -> None:
+    policy = build(name, params)
+    scores = policy.score(inputs())[:, :128]
+    forced = torch.zeros(128, dtype=torch.bool)
+    forced[[0, 1, 50, 127]] = True
+    kept = policy.select(scores, forced, 32)
+    assert kept.shape == (2, 32)
+    for row in kept.tolist():
+        assert all(a < b for a, b in pairwise(row))
+        assert {0, 1, 50, 127} <= set(row)
+
+
+@pytest.mark.parametrize(("name", "params"), ALL)
+def test_only_declared_needs_are_read(name: str, params: dict) -> None:
+    policy = build(name, params)
+    given = inputs()
+    without = ScoreInputs(**{**vars(given), "queries": None})
+    if policy.needs_queries:
+        with pytest.raises(AssertionError):
+            policy.score(without)
+    else:
+        assert torch.equal(policy.score(without), policy.score(given))
+
+
+def test_keydiff_is_minus_the_cosine_with_the_mean_unit_key() -> None:
+    given = inputs()
+    keys = given.keys.double().numpy()
+    unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    anchor = unit.mean(axis=1, keepdims=True)
+    cosine = (keys * anchor).sum(-1) / (
+        np.linalg.norm(keys, axis=-1) * np.linalg.norm(anchor, axis=-1)
+    )
+    found = build("keydiff", {}).score(given)
+    np.testing.assert_allclose(found.numpy(), -cosine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 5, 13])
+def test_snapkv_pools_the_attention_of_the_window(kernel_size: int) -> None:
+    given = inputs()
+    attention = loops(given.queries.double().numpy(), given.keys.double().numpy(), given.scale)
+    past = attention[:, :134]
+    half = kernel_size // 2
+    padded = np.pad(past, ((0, 0), (half, half)))
+    pooled = np.stack([padded[:, i : i + kernel_size].mean(axis=1) for i in range(134)], axis=1)
+    found = build("snapkv", {"kernel_size": kernel_size}).score(given)
+    np.testing.assert_allclose(found[:, :134].numpy(), pooled, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("task", ["localization", "aggregation"])
+@pytest.mark.parametrize("window_size", [8, 37])
+def test_windowkv_ranks_windows_for_all_heads(task: str, window_size: int) -> None:
+    given = inputs()
+    attention = loops(given.queries.double().numpy(), given.keys.double().numpy(), given.scale)
+    tokens = attention.mean(axis=0)[:134]
+    expected = np.zeros(134)
+    best = window_size if task == "localization" else window_size // 2
+    for start in range(0, 134, window_size):
+        values = np.sort(tokens[start : start + window_size])[::-1][:best]
+        expected[start : start + window_size] = values.mean()
+    found = build("windowkv", {"task": task, "window_size": window_size}).score(given)
+    assert torch.equal(found[0], found[1]), "one choice for all heads"
+    np.testing.assert_allclose(found[0, :134].numpy(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_streaming_llm_keeps_the_most_recent() -> None:
+    policy = build("streaming_llm", {})
+    kept = policy.select(policy.score(inputs())[:, :128], torch.zeros(128, dtype=torch.bool), 32)
+    assert kept.tolist() == [list(range(96, 128))] * 2
+
+
+def test_random_draws_per_head_layer_and_prompt() -> None:
+    policy, given = build("random", {}), inputs()
+    scores = policy.score(given)
+    assert not torch.equal(scores[0], scores[1])
+    for change in ({"layer_index": 2}, {"seed": 100}):
+        assert not torch.equal(policy.score(ScoreInputs(**{**vars(given), **change})), scores)
+    assert not torch.equal(build("random", {"seed": 1}).score(given), scores)
+
+
+def test_windowkv_agrees_over_tensor_parallel_ranks() -> None:
+    """Two ranks with one KV head each must rank windows as one rank with both."""
+    given = inputs()
+    policy = build("windowkv", {})
+    whole = policy.score(given)
+    halves = [
+        ScoreInputs(
+            **{**vars(given), "keys": given.keys[r : r + 1], "queries": given.queries[4 * r :][:4]}
+        )
+        for r in range(2)
+    ]
+    partial = [loops_mean(half) for half in halves]
+    for half in halves:
+        summed = ScoreInputs(**{**vars(half), "all_reduce": lambda _: sum(partial), "num_ranks": 2})
+        torch.testing.assert_close(policy.score(summed), whole[:1], rtol=1e-4, atol=1e-8)
+
+
+def loops_mean(given: ScoreInputs) -> torch.Tensor:
+    assert given.queries is not None
+    scores = loops(given.queries.double().numpy(), given.keys.double().numpy(), given.scale)
+    return torch.from_numpy(scores).float().mean(dim=0, keepdim=True)

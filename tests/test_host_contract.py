@@ -1,0 +1,169 @@
+"""What we rely on in vLLM 0.32: functions we wrap, methods we override, fields we read.
+
+A new release of vLLM that changes one of these fails here, by name, before anything subtler does.
+"""
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+from vllm_kvcompress.checks import TESTED_VLLM
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.vllm_hooks import _MARK, HOOKS, Hook, install_hooks
+
+OVERRIDES = [
+    ("vllm.v1.core.sched.scheduler:Scheduler.schedule", ("self", "throttle_prefills")),
+    ("vllm.v1.core.sched.scheduler:Scheduler.add_request", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler:Scheduler._free_request", ("self", "request")),
+    ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", ("self", "request")),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
+        ("self", "request", "num_computed_tokens", "num_new_tokens"),
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        ("self", "request"),
+    ),
+    (
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
+        ("self", "scheduler_output", "model_runner_output"),
+    ),
+    ("vllm.v1.core.sched.scheduler:Scheduler.make_stats", ("self",)),
+    (
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+        ("self", "blocks", "num_computed_tokens"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate",
+        ("self", "request_id", "num_tokens"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks",
+        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks",
+        ("self", "request", "num_tokens"),
+    ),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free",
+        ("self", "request_id"),
+    ),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model", ("self",)),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec", ("self",)),
+    (
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config"),
+    ),
+    (
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state",
+        ("self", "scheduler_output", "dummy_run"),
+    ),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn", ("self", "input_batch")),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model", ("self", "scheduler_output")),
+    ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", ("self", "grammar_output")),
+    ("vllm.v1.worker.gpu_worker:Worker._make_model_runner", ("self",)),
+    (
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
+        ("self", "req_index", "new_req_data"),
+    ),
+    (
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.remove_request",
+        ("self", "req_id"),
+    ),
+    (
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.initialize_kv_cache",
+        ("self", "kv_cache_config", "block_tables"),
+    ),
+    (
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+        ("self", "input_batch", "cudagraph_mode", "block_tables", "slot_mappings", "attn_groups"),
+    ),
+]
+
+FIELDS = {
+    "vllm.v1.worker.gpu.input_batch:InputBatch": {
+        "req_ids",
+        "idx_mapping",
+        "idx_mapping_np",
+        "num_tokens",
+        "num_scheduled_tokens",
+        "query_start_loc",
+        "query_start_loc_np",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_computed_tokens_np",
+        "positions",
+    },
+    "vllm.v1.metrics.stats:SchedulerStats": {"kv_connector_stats"},
+    "vllm.v1.core.sched.output:SchedulerOutput": {"num_scheduled_tokens"},
+}
+
+
+def resolve(target: str):
+    module, _, path = target.partition(":")
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.target)
+def test_wrapped_functions_have_the_expected_signature(hook: Hook) -> None:
+    hook.check_signature()
+    assert hook.reason
+
+
+@pytest.mark.parametrize(("target", "parameters"), OVERRIDES, ids=[o[0] for o in OVERRIDES])
+def test_overridden_methods_have_the_expected_signature(target: str, parameters: tuple) -> None:
+    found = tuple(inspect.signature(resolve(target)).parameters)
+    assert found[: len(parameters)] == parameters
+
+
+@pytest.mark.parametrize("target", FIELDS)
+def test_read_fields_exist(target: str) -> None:
+    names = {field.name for field in dataclasses.fields(resolve(target))}
+    assert FIELDS[target] <= names
+
+
+def test_batch_state_can_be_replaced() -> None:
+    """We turn `decode_graph_eligible` off for steps whose queries are needed."""
+    state = resolve("vllm.v1.worker.gpu.model_runner:BatchReqState")
+    assert "decode_graph_eligible" in state._fields and hasattr(state, "_replace")
+
+
+def test_the_installed_vllm_is_a_tested_one() -> None:
+    import vllm
+
+    assert vllm.__version__.startswith(TESTED_VLLM)
+
+
+def test_hooks_are_installed_once() -> None:
+    install_hooks()
+    first = [getattr(*hook.resolve()[:2]) for hook in HOOKS]
+    install_hooks()
+    second = [getattr(*hook.resolve()[:2]) for hook in HOOKS]
+    for before, after in zip(first, second, strict=True):
+        assert getattr(before, "__func__", before) is getattr(after, "__func__", after)
+        assert getattr(after, _MARK)
+
+
+def test_a_changed_host_is_refused_by_name() -> None:
+    hook = Hook(HOOKS[0].target, "test", ("parser", "something_new"), lambda f: f)
+    with pytest.raises(UnsupportedModelError, match=r"EngineArgs\.add_cli_args.*install vllm"):
+        hook.check_signature()
+
+
+def test_overrides_stay_short() -> None:
+    """Nothing of the host is pasted: an override calls super() and adds a little."""
+    from vllm_kvcompress.core.scheduler import CompressionMixin
+    from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
+    from vllm_kvcompress.worker.model_state import CompressedModelState
+
+    for owner in (CompressionMixin, CompressionRunnerMixin, CompressedModelState):
+        for name, member in vars(owner).items():
+            if inspect.isfunction(member):
+                lines = len(inspect.getsource(member).splitlines())
+                assert lines <= 40, f"{owner.__name__}.{name} has {lines} lines"

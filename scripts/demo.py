@@ -161,20 +161,23 @@ def running_server(command: list[str], log_file: Path) -> Iterator[subprocess.Po
     try:
         yield process
     finally:
-        print("stopping the server", flush=True)
+        if process.poll() is None:
+            print("stopping the server", flush=True)
         stop(process)
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
-    """Ask the server to end, then insist; its session must not outlive it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if process.poll() is None:
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """Ask the server to end, then insist; a second Ctrl-C insists at once."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if process.poll() is None:
+                process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(patience)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its children, too
+        process.wait()
 
 
 def wait_until_ready(

@@ -50,7 +50,7 @@ def kvpress_counts(path: Path) -> dict[tuple[int, str, float], int]:
     if not path.is_file():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
-    return {(r["num_tokens"], r["policy"], r["ratio"]): r["right"] for r in data["results"]}
+    return {(r["length"], r["policy"], r["ratio"]): r["num_right"] for r in data["results"]}
 
 
 def print_needle(rows: list[NeedleRow], reference: dict[tuple[int, str, float], int]) -> None:
@@ -134,7 +134,9 @@ def show_lossless(args: argparse.Namespace) -> bool:
     good = True
     for name, xargs in settings.items():
         found = engine.generate(prompts, max_tokens, xargs, ignore_eos=True)
-        equal = sum(a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True))
+        equal = sum(
+            a == b for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)
+        )
         total = len(prompts) * max_tokens
         print(f"{name:36} {equal} of {total} tokens equal")
         good &= equal == total

@@ -9,7 +9,7 @@ failed=""
 check() {
     echo
     echo "=== $*"
-    ".venv/bin/$1" "${@:2}" || failed="$failed $1"
+    ".venv/bin/$1" "${@:2}" || failed="$failed${failed:+, }$1 $2"
 }
 
 check ruff check
@@ -19,7 +19,7 @@ check pytest tests "$@"
 
 echo
 if [ -n "$failed" ]; then
-    echo "failed:$failed"
+    echo "failed: $failed"
     exit 1
 fi
 echo "all passed"

@@ -9,7 +9,8 @@ from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from vllm_kvcompress.budgets import compaction_lengths
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import is_right, needle_pins
+from vllm_kvcompress.evaluation.scenarios import needle_pins
+from vllm_kvcompress.evaluation.tasks.needle import is_right
 
 pytestmark = pytest.mark.engine
 
@@ -30,7 +31,7 @@ def leaves_nothing_behind(engine: Engine) -> Iterator[None]:
 
 
 def right_answers(engine: Engine, samples, outputs) -> int:
-    return sum(is_right(s, engine.decode(t)) for s, t in zip(samples, outputs, strict=True))
+    return sum(is_right(engine.decode(t), s.answer) for s, t in zip(samples, outputs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -66,9 +67,9 @@ def test_streaming_llm_is_wrong_where_the_number_is_not_kept(engine, samples, pr
         (lengths,) = compaction_lengths(len(prompt), config, 1, 32)
         first_kept = lengths.region_len - lengths.kept_len + config.num_sink_tokens
         if end <= first_kept and start >= config.num_sink_tokens:
-            assert not is_right(sample, engine.decode(tokens)), f"depth {sample.depth}"
+            assert not is_right(engine.decode(tokens), sample.answer), f"depth {sample.depth}"
         elif start >= first_kept:
-            assert is_right(sample, engine.decode(tokens)), f"depth {sample.depth}"
+            assert is_right(engine.decode(tokens), sample.answer), f"depth {sample.depth}"
 
 
 def test_blocks_held_and_freed_are_exactly_the_planned_ones(engine, prompts) -> None:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples, needle_token_span
+from vllm_kvcompress.evaluation.tasks.needle import (
+    NeedleSample,
+    is_right,
+    make_samples,
+    needle_token_span,
+)
 
 DIGITS = 7
-
-
-def is_right(sample: NeedleSample, text: str) -> bool:
-    """Whether generated text starts with the sample's number, spaces aside."""
-    return text.replace(" ", "").startswith(sample.answer)
 
 
 def needle_pins(engine: Engine, sample: NeedleSample) -> list[int]:
@@ -91,7 +91,7 @@ def needle_answers(
             policy,
             ratio,
             pinned,
-            sum(is_right(s, a) for s, a in zip(samples, found, strict=True)),
+            sum(is_right(a, s.answer) for s, a in zip(samples, found, strict=True)),
             num_samples,
             tuple(found),
         )
@@ -150,7 +150,7 @@ def churn(engine: Engine, num_requests: int, seed: int = 0) -> ChurnReport:
             prompt = [rng.randrange(3, 4000) for _ in range(length)]
             xargs = rng.choice([None, {"kv_compression": "keydiff"}, {"kv_compression": "none"}])
             fates[request_id] = rng.choice(["finish", "finish", "prefill", "commit", "decode"])
-            engine.add(request_id, prompt, rng.choice([4, 60, 200]), xargs, ignore_eos=True)
+            engine.add(request_id, prompt, rng.choice([4, 30, 80]), xargs, ignore_eos=True)
         engine.step()
         engine.scheduler.check_integrity()
         _abort_some(engine, fates, report)

@@ -74,7 +74,7 @@ class NeedleSample:
     prompt : str
         The whole text given to the model; the seven digits follow it, after a space.
     answer : str
-        The seven digits.
+        The seven digits, all different.
     needle : str
         The sentence of the prompt that holds the answer; it appears once.
     depth : float

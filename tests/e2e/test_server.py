@@ -1,0 +1,192 @@
+"""``vllm serve`` as a user starts it: HTTP, per-request options, metrics, the line at start-up."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from vllm_kvcompress.evaluation.tasks.needle import is_right
+
+pytestmark = pytest.mark.engine
+
+VLLM = Path(sys.executable).parent / "vllm"
+OPTIONS = [
+    *["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"],
+    *["--kv-cache-memory-bytes", "67108864", "--max-num-seqs", "4"],
+]
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    log: Path
+
+    def complete(self, prompt, **fields) -> httpx.Response:
+        body = {"model": "probe", "prompt": prompt, "max_tokens": 10, "temperature": 0, **fields}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples that carry the labels; 0 where there are none."""
+        total = 0.0
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
+            found = re.match(rf"{name}(\{{(.*)\}})? (\S+)$", line)
+            if found and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(found[3])
+        return total
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """The tests' environment without what keeps engines in this process."""
+    drop = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}
+    return {key: value for key, value in os.environ.items() if key not in drop}
+
+
+@pytest.fixture(scope="module")
+def server(probe_model: str, tmp_path_factory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    port = free_port()
+    command = [
+        *[str(VLLM), "serve", probe_model, "--served-model-name", "probe", "--host", "127.0.0.1"],
+        *["--port", str(port), *OPTIONS, "--kv-compression", "windowkv"],
+        "--kv-compression-config.budget.floor=100",
+    ]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment()
+        )
+    running = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        wait_until_healthy(process, running)
+        yield running
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait_until_healthy(process: subprocess.Popen, server: Server, limit: float = 300) -> None:
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        assert process.poll() is None, server.log.read_text()[-4000:]
+        try:
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(1)
+    pytest.fail(f"not healthy after {limit} s: {server.log.read_text()[-4000:]}")
+
+
+def test_one_line_at_start_up_says_what_it_saves(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "KV compression:" in line]
+    assert len(lines) == 1
+    for words in ("policy windowkv", "12% of the prompt", "4 layer group(s)", "of 512 blocks"):
+        assert words in lines[0]
+
+
+def test_answers_and_counts(server: Server, samples) -> None:
+    sample = samples[4]
+    before = server.metric("vllm:kv_compression_requests_total", policy="windowkv")
+    response = server.complete(sample.prompt)
+    assert response.status_code == 200
+    assert is_right(response.json()["choices"][0]["text"], sample.answer)
+    counted = {
+        name: server.metric(f"vllm:kv_compression_{name}", policy="windowkv")
+        for name in ("requests_total", "compactions_total", "blocks_freed_total")
+    }
+    assert counted["requests_total"] == before + 1
+    assert counted["blocks_freed_total"] > 0
+    for group in "0123":
+        evicted = server.metric("vllm:kv_compression_tokens_evicted_total", layer_group=group)
+        assert evicted >= 1200
+    assert server.metric("vllm:kv_compression_kept_ratio_count", policy="windowkv") >= 1
+    assert server.metric("vllm:kv_compression_time_seconds_count") >= 1
+    assert server.metric("vllm:kv_compression_time_seconds_sum") > 0
+
+
+def test_chat(server: Server, samples) -> None:
+    sample = samples[6]
+    body = {
+        "model": "probe",
+        "messages": [{"role": "user", "content": sample.prompt}],
+        "max_tokens": 10,
+        "temperature": 0,
+    }
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert is_right(response.json()["choices"][0]["message"]["content"], sample.answer)
+
+
+def test_options_of_one_request(server: Server, samples) -> None:
+    requests = server.metric("vllm:kv_compression_requests_total")
+    opted_out = server.metric("vllm:kv_compression_uncompressed_requests_total", reason="opted_out")
+    response = server.complete(samples[5].prompt, vllm_xargs={"kv_compression": "none"})
+    assert response.status_code == 200
+    assert server.metric("vllm:kv_compression_requests_total") == requests
+    found = server.metric("vllm:kv_compression_uncompressed_requests_total", reason="opted_out")
+    assert found == opted_out + 1
+    xargs = {"kv_compression": "keydiff", "kv_budget_tokens": 640, "kv_pin": [0, 50, 90, 120]}
+    assert server.complete(samples[5].prompt, vllm_xargs=xargs).status_code == 200
+    assert server.metric("vllm:kv_compression_requests_total", policy="keydiff") == 1
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"kv_compression": "zip"}, ["no preset 'zip'", "windowkv", "none"]),
+        ({"kv_budget_ratio": 2}, ["kv_budget_ratio", "at most 1"]),
+        ({"kv_budget_tokens": -1}, ["kv_budget_tokens", "from 1 up"]),
+        ({"kv_pin": [0, 100000]}, ["kv_pin", "its length"]),
+        ({"kv_budget_token": 5}, ["unknown key", "did you mean 'kv_budget_tokens'"]),
+    ],
+)
+def test_bad_options_are_http_400_and_disturb_nothing(server, samples, xargs, words) -> None:
+    response = server.complete(samples[0].prompt, vllm_xargs=xargs)
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    for word in words:
+        assert word in message
+    assert server.complete("One, two", max_tokens=2).status_code == 200
+
+
+def test_a_disconnecting_client_leaves_no_blocks_behind(server: Server, samples) -> None:
+    body = {"model": "probe", "prompt": samples[7].prompt, "max_tokens": 2000, "stream": True}
+    body["ignore_eos"] = True
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        next(response.iter_lines())
+    deadline = time.monotonic() + 60
+    while server.metric("vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    server.complete("One, two", max_tokens=2)  # the gauges are renewed by a step
+    assert server.metric("vllm:num_requests_running") == 0
+    assert server.metric("vllm:kv_cache_usage_perc") < 0.02
+
+
+def test_an_unknown_preset_ends_the_program_before_the_model_is_loaded(probe_model: str) -> None:
+    done = subprocess.run(
+        [str(VLLM), "serve", probe_model, "--kv-compression", "windokv"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("vllm: error: --kv-compression: ")
+    assert "Loading" not in done.stderr + done.stdout

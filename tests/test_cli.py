@@ -1,0 +1,103 @@
+"""The command line of ``vllm serve``: options, overrides, errors before anything is loaded."""
+
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_kvcompress.vllm_hooks import install_hooks
+
+
+def engine_args(model: str, *options: str) -> Any:
+    """What ``vllm serve MODEL options`` makes of its arguments."""
+    install_hooks()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model, *options]))
+
+
+def setting(model: str, *options: str) -> dict[str, Any]:
+    return engine_args(model, *options).additional_config["kv_compression"]
+
+
+def test_off_by_default_and_with_none(probe_model: str) -> None:
+    assert not engine_args(probe_model).additional_config
+    assert not engine_args(probe_model, "--kv-compression", "none").additional_config
+
+
+def test_one_flag(probe_model: str) -> None:
+    assert setting(probe_model, "--kv-compression", "windowkv")["policy"]["name"] == "windowkv"
+    assert setting(probe_model, "--kv_compression=keydiff")["policy"]["name"] == "keydiff"
+
+
+def test_dotted_overrides(probe_model: str) -> None:
+    found = setting(
+        probe_model,
+        "--kv-compression",
+        "snapkv",
+        "--kv-compression-config.budget.ratio=0.25",
+        "--kv-compression-config.policy.kernel_size",
+        "7",
+    )
+    assert found["budget"]["ratio"] == 0.25
+    assert found["policy"]["kernel_size"] == 7
+
+
+def test_overrides_as_json_and_a_file(probe_model: str, tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("policy: {name: random, seed: 3}\nbudget: {tokens: 400}\n")
+    found = setting(
+        probe_model,
+        "--kv-compression",
+        str(path),
+        "--kv-compression-config",
+        '{"budget": {"ratio": 0.5}}',
+    )
+    assert found["policy"] == {"name": "random", "seed": 3}
+    assert found["budget"] == {"ratio": 0.5, "floor": 64}
+
+
+def test_other_additional_config_is_kept(probe_model: str) -> None:
+    options = ["--kv-compression", "snapkv", "--additional-config", '{"mine": 1}']
+    assert engine_args(probe_model, *options).additional_config["mine"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kv-compression", "windokv"], ["did you mean 'windowkv'", "none", "snapkv"]),
+        (["--kv-compression", "x.yaml"], ["there is no file x.yaml"]),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-config.budget.ratio=3"],
+            ["preset snapkv", "budget.ratio", "less than or equal to 1"],
+        ),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-config.budget.ration=0.3"],
+            ["budget.ration", "unknown field", "did you mean 'ratio'", "tokens"],
+        ),
+        (["--kv-compression", "snapkv", "--kv-compression-config", "{"], ["not valid JSON"]),
+        (["--kv-compression-config.budget.ratio=0.3"], ["--kv-compression is not set"]),
+        (
+            [
+                *["--kv-compression", "snapkv", "--additional-config"],
+                '{"kv_compression": "keydiff"}',
+            ],
+            ["keep one of the two"],
+        ),
+    ],
+)
+def test_errors_are_one_sentence_and_end_the_program(probe_model, options, words) -> None:
+    with pytest.raises(SystemExit) as caught:
+        engine_args(probe_model, *options)
+    message = str(caught.value)
+    assert message.startswith("vllm: error: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_refusal_from_the_command_line_is_one_sentence_too(probe_model: str) -> None:
+    args = engine_args(
+        probe_model, "--kv-compression", "snapkv", "--disable-hybrid-kv-cache-manager"
+    )
+    with pytest.raises(SystemExit, match="remove --disable-hybrid-kv-cache-manager"):
+        args.create_engine_config()

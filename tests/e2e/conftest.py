@@ -35,8 +35,11 @@ def assert_idle(engine: Engine) -> None:
     for manager in engine.scheduler._managers:
         assert not manager.evicted and not manager.held_blocks()
     assert not engine.scheduler.planner.requests
-    assert not engine.runner.model_state.window._stashes or engine.scheduler.finished_req_ids
     engine.scheduler.check_integrity()
+    engine.step()  # the worker hears of finished requests with the next step
+    state = engine.runner.model_state
+    assert not state.window._stashes and not state.request_configs and not state._rows
+    assert not state.lengths.evicted.np.any()
 
 
 @pytest.fixture(scope="session")

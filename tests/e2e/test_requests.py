@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from vllm_kvcompress.budgets import compaction_lengths
@@ -204,12 +206,50 @@ def test_resetting_the_prefix_cache_preempts_and_recovers(engine, prompts) -> No
     assert engine.num_preemptions >= 1
 
 
-def test_seq_lens_live_at_one_address(engine) -> None:
-    state = engine.runner.model_state.lengths
-    address = state.seq_lens.data_ptr()
-    engine.generate([list(range(3, 900))], 4)
-    assert state.seq_lens.data_ptr() == address
-    assert state.seq_lens.shape == (4, engine.runner.max_num_reqs)
+def attention_addresses(engine, **kwargs) -> dict[str, int]:
+    """Where each layer's attention would read its lengths, for a dummy batch of two rows."""
+    runner = engine.runner
+    batch = InputBatch.make_dummy(2, 2, runner.input_buffers)
+    tables, slots = runner.prepare_dummy_attn(batch)
+    metadata = runner.model_state.prepare_attn(
+        batch,
+        CUDAGraphMode.FULL,
+        tables,
+        slots,
+        runner.attn_groups,
+        runner.kv_cache_config,
+        **kwargs,
+    )
+    return {name: each.seq_lens.data_ptr() for name, each in metadata.items()}
+
+
+def test_captured_graphs_and_real_batches_read_lengths_at_one_address(
+    engine, prompts, monkeypatch
+) -> None:
+    """A full CUDA graph replays the addresses it captured: a stale length would go unnoticed."""
+    captured = attention_addresses(engine, for_capture=True)
+    assert len(set(captured.values())) == 4, "every layer group has lengths of its own"
+    state, seen = engine.runner.model_state, []
+    original = state.prepare_attn
+
+    def spy(*args, **kwargs):
+        metadata = original(*args, **kwargs)
+        seen.append({name: each.seq_lens.data_ptr() for name, each in metadata.items()})
+        lengths = {name: each.seq_lens.tolist() for name, each in metadata.items()}
+        seen[-1]["lengths"] = list(lengths.values())
+        return metadata
+
+    monkeypatch.setattr(state, "prepare_attn", spy)
+    engine.generate([prompts[0]], 6, {"kv_budget_tokens": 320}, ignore_eos=True)
+    for addresses in seen:
+        lengths = addresses.pop("lengths")
+        assert addresses == captured
+    # The last step: logical length less what was evicted, in every group.
+    config = parse_config({"preset": "windowkv", "budget": {"tokens": 320}})
+    planned = compaction_lengths(len(prompts[0]), config, 4, 32)
+    total = len(prompts[0]) + 5
+    assert lengths == [[total - each.evicted] for each in planned]
+    assert attention_addresses(engine) == captured, "dummy runs too"
 
 
 def test_a_failing_policy_is_an_error_not_a_silent_no_op(engine, prompts, monkeypatch) -> None:

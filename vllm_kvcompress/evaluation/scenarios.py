@@ -14,6 +14,8 @@ from vllm_kvcompress.evaluation.tasks.needle import (
 )
 
 DIGITS = 7
+SERVER = "server"
+"""In place of a preset's name: the server's own setting."""
 
 
 def needle_pins(engine: Engine, sample: NeedleSample) -> list[int]:
@@ -56,7 +58,7 @@ def needle_answers(
     num_tokens, num_samples, seed
         See `make_samples`.
     policies, ratios
-        Presets, and shares of the prompt to keep. "none" is always run once.
+        Presets (or `SERVER`), and shares of the prompt to keep. "none" is always run once.
     pinned_ratio : float or None
         If set, every policy runs once more at this ratio with the needle's sentence pinned.
     progress : callable
@@ -73,7 +75,7 @@ def needle_answers(
         pins = needle_pins(engine, sample)
         xargs = []
         for policy, ratio, pinned in variants:
-            extra: dict[str, Any] = {"kv_compression": policy}
+            extra: dict[str, Any] = {} if policy == SERVER else {"kv_compression": policy}
             if policy != "none":
                 extra["kv_budget_ratio"] = ratio
             if pinned:

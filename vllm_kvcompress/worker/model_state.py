@@ -43,6 +43,7 @@ class CompressedModelState(DefaultModelState):
         self.window = QueryWindow()
         self.lengths: CompressionState | None = None
         self.request_configs: dict[str, CompressionConfig] = {}
+        self._rows: dict[str, int] = {}
         self._num_layer_groups = 0
         self._block_size = 0
 
@@ -56,6 +57,7 @@ class CompressedModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         assert self.lengths is not None
         self.lengths.reset_row(req_index)
+        self._rows[new_req_data.req_id] = req_index
         params = new_req_data.sampling_params
         options = parse_request(params.extra_args if params else None)
         config = resolve_request(self.config, options)
@@ -73,6 +75,9 @@ class CompressedModelState(DefaultModelState):
         super().remove_request(req_id)
         self.window.remove_request(req_id)
         self.request_configs.pop(req_id, None)
+        row = self._rows.pop(req_id, None)
+        if row is not None and self.lengths is not None:
+            self.lengths.reset_row(row)
 
     # --- batches --------------------------------------------------------------------------
 

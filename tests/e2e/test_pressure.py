@@ -23,16 +23,18 @@ def engine(probe_model: str) -> Iterator[Engine]:
 
 
 def test_preempted_requests_give_the_same_tokens(engine: Engine, prompts) -> None:
-    """Two prompts of 1,595 tokens fill the pool; the first one's sixth token drives one out."""
-    long = [(prompts[i] + prompts[i + 1])[:1595] for i in (0, 2)]
-    xargs = [{"kv_compression": "none"}, None]
+    """The first request's second token takes the block that the other's last chunk needed."""
+    lengths, xargs = (1599, 1595), [{"kv_compression": "none"}, None]
+    long = [(prompts[i] + prompts[i + 1])[:n] for i, n in zip((0, 2), lengths, strict=True)]
     alone = [
         engine.generate([prompt], 24, extra, ignore_eos=True)[0]
         for prompt, extra in zip(long, xargs, strict=True)
     ]
-    before = engine.num_preemptions
+    assert engine.scheduler.reset_prefix_cache(), "a hit would shorten the second prefill"
+    preemptions, deferrals = engine.num_preemptions, engine.scheduler.stats.deferrals
     assert engine.generate(long, 24, xargs, ignore_eos=True) == alone
-    assert engine.num_preemptions > before, "the pool was large enough; the test shows nothing"
+    assert engine.num_preemptions > preemptions, "the pool was too large; the test shows nothing"
+    assert engine.scheduler.stats.deferrals == deferrals
     assert_idle(engine)
 
 

@@ -131,6 +131,8 @@ def test_random_draws_per_head_layer_and_prompt() -> None:
     for change in ({"layer_index": 2}, {"seed": 100}):
         assert not torch.equal(policy.score(ScoreInputs(**{**vars(given), **change})), scores)
     assert not torch.equal(build("random", {"seed": 1}).score(given), scores)
+    second_rank = ScoreInputs(**{**vars(given), "keys": given.keys[1:], "first_kv_head": 1})
+    assert torch.equal(policy.score(second_rank), scores[1:])
 
 
 def test_windowkv_agrees_over_tensor_parallel_ranks() -> None:

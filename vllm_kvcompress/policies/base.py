@@ -50,6 +50,8 @@ class ScoreInputs:
         Sums a tensor over the tensor-parallel ranks; the identity without tensor parallelism.
     num_ranks : int
         Ranks `all_reduce` sums over.
+    first_kv_head : int
+        Number of this rank's first KV head in the model.
     """
 
     keys: torch.Tensor
@@ -60,6 +62,7 @@ class ScoreInputs:
     seed: int
     all_reduce: Callable[[torch.Tensor], torch.Tensor] = _identity
     num_ranks: int = 1
+    first_kv_head: int = 0
 
     def mean_over_heads(self, scores: torch.Tensor) -> torch.Tensor:
         """Average [num_kv_heads, n] over the KV heads of all ranks and give every head the mean."""

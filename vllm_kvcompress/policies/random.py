@@ -12,8 +12,8 @@ class Random(Policy):
     Attributes
     ----------
     seed : int, default 0
-        Mixed with a checksum of the prompt and the layer's index, so that a prompt always loses
-        the same tokens, also after a preemption.
+        Mixed with a checksum of the prompt, the layer's and the head's number, so that a prompt
+        always loses the same tokens, after a preemption and under tensor parallelism too.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -21,7 +21,9 @@ class Random(Policy):
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return uniform random scores, drawn on the CPU so that all devices agree."""
         num_kv_heads, num_tokens, _ = inputs.keys.shape
-        mixed = hash((self.seed, inputs.seed, inputs.layer_index)) & (2**63 - 1)
-        generator = torch.Generator().manual_seed(mixed)
-        scores = torch.rand(num_kv_heads, num_tokens, generator=generator)
+        scores = torch.empty(num_kv_heads, num_tokens)
+        for head in range(num_kv_heads):
+            place = (inputs.layer_index, inputs.first_kv_head + head)
+            mixed = hash((self.seed, inputs.seed, *place)) & (2**63 - 1)
+            torch.rand(num_tokens, generator=torch.Generator().manual_seed(mixed), out=scores[head])
         return scores.to(inputs.keys.device, non_blocking=True)

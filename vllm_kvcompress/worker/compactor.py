@@ -59,6 +59,8 @@ class Compactor:
         Device of the caches.
     all_reduce, num_ranks
         Sum over tensor-parallel ranks, and their number.
+    first_kv_head : int
+        Number of this rank's first KV head in the model.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Compactor:
         device: torch.device,
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         num_ranks: int,
+        first_kv_head: int,
     ) -> None:
         self.layers = layers
         self.num_layers = num_layers
@@ -76,6 +79,7 @@ class Compactor:
         self.device = device
         self.all_reduce = all_reduce
         self.num_ranks = num_ranks
+        self.first_kv_head = first_kv_head
 
     @torch.inference_mode()
     def run(self, plan: CompactionPlan, config: CompressionConfig) -> None:
@@ -123,6 +127,7 @@ class Compactor:
                 seed=plan.seed,
                 all_reduce=self.all_reduce,
                 num_ranks=self.num_ranks,
+                first_kv_head=self.first_kv_head,
             )
         )
 

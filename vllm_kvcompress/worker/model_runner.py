@@ -92,6 +92,8 @@ class CompressionRunnerMixin(GPUModelRunner):
             for name in spec.layer_names
         ]
         tp_group = get_tp_group()
+        # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
+        num_kv_heads = self.model_config.get_total_num_kv_heads()
         self.compactor = Compactor(
             layers=sorted(caches, key=lambda cache: cache.index),
             num_layers=self._num_layers(),
@@ -99,6 +101,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             device=self.device,
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
+            first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
         )
 
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:

@@ -61,13 +61,21 @@ def kvpress_counts(path: Path) -> dict[tuple[int, str, float], int]:
 
 def print_needle(rows: list[NeedleRow], reference: dict[tuple[int, str, float], int]) -> None:
     """One line per setting."""
-    print(f"{'prompt':>6} {'policy':14} {'kept':>5} {'pinned':6} {'right':>8} {'kvpress':>8}")
+    columns = f"{'prompt':>6} {'policy':14} {'kept':>5} {'pinned':6} {'right':>8} {'kvpress':>8}"
+    print(f"{columns}  right at depths")
     for row in rows:
         other = None if row.pinned else reference.get((row.num_tokens, row.policy, row.ratio))
         print(
             f"{row.num_tokens:6} {row.policy:14} {row.ratio:5.0%} {'yes' if row.pinned else '':6} "
-            f"{row.right:3} / {row.total:2} {'' if other is None else other:>8}"
+            f"{row.right:3} / {row.total:2} {'' if other is None else other:>8}  {span(row)}"
         )
+
+
+def span(row: NeedleRow) -> str:
+    """Least and greatest depth of a right answer."""
+    if not row.right_depths:
+        return ""
+    return f"{min(row.right_depths):.2f} to {max(row.right_depths):.2f}"
 
 
 def show_needle(args: argparse.Namespace) -> bool:

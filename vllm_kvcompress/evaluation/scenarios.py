@@ -26,7 +26,7 @@ def needle_pins(engine: Engine, sample: NeedleSample) -> list[int]:
 
 @dataclass(frozen=True)
 class NeedleRow:
-    """Exact answers of one setting. `right` of `total`; `answers` in sample order."""
+    """Exact answers of one setting: `right` of `total`, at `right_depths` (0 first, 1 last)."""
 
     num_tokens: int
     policy: str
@@ -34,7 +34,7 @@ class NeedleRow:
     pinned: bool
     right: int
     total: int
-    answers: tuple[str, ...]
+    right_depths: tuple[float, ...]
 
 
 def needle_answers(
@@ -87,18 +87,12 @@ def needle_answers(
         for variant, tokens in zip(variants, outputs, strict=True):
             answers[variant].append(engine.decode(tokens).strip())
         progress(f"{num_tokens} tokens: {index + 1} of {num_samples} prompts")
-    return [
-        NeedleRow(
-            num_tokens,
-            policy,
-            ratio,
-            pinned,
-            sum(is_right(a, s.answer) for s, a in zip(samples, found, strict=True)),
-            num_samples,
-            tuple(found),
-        )
-        for (policy, ratio, pinned), found in answers.items()
-    ]
+    rows = []
+    for (policy, ratio, pinned), found in answers.items():
+        pairs = zip(samples, found, strict=True)
+        depths = tuple(s.depth for s, text in pairs if is_right(text, s.answer))
+        rows.append(NeedleRow(num_tokens, policy, ratio, pinned, len(depths), num_samples, depths))
+    return rows
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,17 @@ def _choose_interpreter() -> None:
             del sys.modules[name]
 
 
+def _hide_from_inductor() -> None:
+    """Keep torch.compile from taking the stand-in driver for a Triton that compiles.
+
+    torch.compile then writes C++ for the CPU, as it does where there is no Triton at all.
+    """
+    os.environ["TORCHINDUCTOR_TRITON_DISABLE_DEVICE_DETECTION"] = "1"
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None:
+        config.triton_disable_device_detection = True  # type: ignore[attr-defined]
+
+
 def register() -> None:
     """Entry point. Returns None: this package is no platform of its own."""
     if not _wants_interpreter():
@@ -83,6 +94,7 @@ def register() -> None:
 
     if "cpu" in backends:
         return  # a Triton that really compiles for CPU, or an earlier call of ours
+    _hide_from_inductor()
     backends["cpu"] = Backend(compiler=None, driver=_InterpreterDriver)
     from triton.runtime.interpreter import InterpreterBuilder
 

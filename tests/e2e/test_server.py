@@ -19,9 +19,9 @@ from vllm_kvcompress.evaluation.tasks.needle import is_right
 pytestmark = pytest.mark.engine
 
 VLLM = Path(sys.executable).parent / "vllm"
+# Otherwise as a user would: the model's bfloat16, torch.compile on. Other engines use neither.
 OPTIONS = [
-    *["--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"],
-    *["--kv-cache-memory-bytes", "67108864", "--max-num-seqs", "4"],
+    *["--max-model-len", "4096", "--kv-cache-memory-bytes", "67108864", "--max-num-seqs", "4"],
 ]
 
 
@@ -83,7 +83,7 @@ def server(probe_model: str, tmp_path_factory) -> Iterator[Server]:
             process.kill()
 
 
-def wait_until_healthy(process: subprocess.Popen, server: Server, limit: float = 300) -> None:
+def wait_until_healthy(process: subprocess.Popen, server: Server, limit: float = 480) -> None:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         assert process.poll() is None, server.log.read_text()[-4000:]

@@ -80,6 +80,9 @@ def span(row: NeedleRow) -> str:
 
 def show_needle(args: argparse.Namespace) -> bool:
     """Exact answers, and the same prompts through kvpress where it has the method."""
+    if args.setting:
+        print_needle(needle_rows(json.loads(args.setting), [SERVER], args), {})
+        return True
     rows = needle_rows(FOUR_GROUPS, POLICIES, args, pinned_ratio=0.12)
     bare = needle_rows(BARE_SETTING, [SERVER], args)
     rows += [replace(row, policy=BARE) for row in bare if row.policy == SERVER]
@@ -241,6 +244,7 @@ def main() -> int:
     parser.add_argument("--num-samples", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=256, help="output tokens (pool)")
     parser.add_argument("--out", help="CSV file (needle)")
+    parser.add_argument("--setting", help="try this setting alone, as JSON (needle)")
     args = parser.parse_args()
     return 0 if shows[args.show](args) else 1
 

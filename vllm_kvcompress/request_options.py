@@ -3,6 +3,7 @@
 API server, scheduler and worker all read the same keys with the functions below.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -35,6 +36,8 @@ def _number(extra: Mapping[str, Any], key: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key}: expected a number, got {value!r}.")
+    if not math.isfinite(value):  # JSON's 1e999 arrives as infinity
+        raise ConfigError(f"{key}: expected a finite number, got {value}.")
     return value
 
 

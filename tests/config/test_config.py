@@ -147,6 +147,8 @@ BAD_REQUESTS = [
     ({"kv_budget_ratio": True}, ["kv_budget_ratio", "expected a number"]),
     ({"kv_budget_tokens": 0}, ["kv_budget_tokens", "from 1 up"]),
     ({"kv_budget_tokens": 1.5}, ["kv_budget_tokens", "whole number"]),
+    ({"kv_budget_tokens": float("inf")}, ["kv_budget_tokens", "finite"]),
+    ({"kv_budget_ratio": float("nan")}, ["kv_budget_ratio", "finite"]),
     ({"kv_budget_ratio": 0.5, "kv_budget_tokens": 5}, ["only one of the two"]),
     ({"kv_pin": [1]}, ["kv_pin", "start, end"]),
     ({"kv_pin": "0-10"}, ["kv_pin", "start, end"]),

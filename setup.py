@@ -26,11 +26,12 @@ setup(
         "vllm_kvcompress.kernels": "kernels",
         "vllm_kvcompress.configs": "configs",
     },
-    package_data={"vllm_kvcompress.configs": ["*.yaml"]},
+    package_data={"vllm_kvcompress": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},
     install_requires=[
         "pydantic>=2.7",  # typed configuration with readable errors
         "PyYAML>=6.0",  # policy presets
         "prometheus_client>=0.20",  # the counters on the server's /metrics
+        "rich>=13",  # tables of the command line and of the demo
         "torch>=2.11",  # scoring, selection and copying of cache pages
         "triton>=3.6",  # model runner V2 needs it, on CPU through its interpreter
     ],
@@ -39,7 +40,6 @@ setup(
         "cuda": ["vllm==0.32.0"],
         "eval": [
             "httpx>=0.27",  # client of the demo and of the HTTP tests
-            "rich>=13",  # progress line and tables of the demo
         ],
         "xformers": ["xformers"],  # outside check of attention over a compacted cache
         "dev": [
@@ -51,13 +51,24 @@ setup(
         ],
     },
     entry_points={
+        "console_scripts": ["kvcompress = vllm_kvcompress.cli:main"],
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.plugin:register"],
         "vllm.platform_plugins": ["kvcompress_cpu_triton = vllm_kvcompress.cpu_triton:register"],
         "vllm_kvcompress.policies": [
+            "adakv = vllm_kvcompress.policies.adakv:AdaKV",
+            "cake = vllm_kvcompress.policies.cake:CAKE",
+            "chunkkv = vllm_kvcompress.policies.chunkkv:ChunkKV",
+            "criticalkv = vllm_kvcompress.policies.criticalkv:CriticalKV",
+            "expected_attention = vllm_kvcompress.policies.expected_attention:ExpectedAttention",
+            "h2o = vllm_kvcompress.policies.h2o:H2O",
             "keydiff = vllm_kvcompress.policies.keydiff:KeyDiff",
+            "knorm = vllm_kvcompress.policies.knorm:Knorm",
+            "lagkv = vllm_kvcompress.policies.lagkv:LagKV",
             "random = vllm_kvcompress.policies.random:Random",
+            "rkv = vllm_kvcompress.policies.rkv:RKV",
             "snapkv = vllm_kvcompress.policies.snapkv:SnapKV",
             "streaming_llm = vllm_kvcompress.policies.streaming_llm:StreamingLLM",
+            "tova = vllm_kvcompress.policies.tova:TOVA",
             "windowkv = vllm_kvcompress.policies.windowkv:WindowKV",
         ],
     },

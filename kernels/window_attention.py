@@ -1,38 +1,37 @@
-"""Attention that the last tokens of a prompt pay to all of it, reduced to one score per key.
+"""Attention that the last tokens of a prompt pay to all of it.
 
-    A[h, i, j] = softmax_j(q[h, i] . k[h // g, j] * scale),  j <= n - w + i
+    L[h, i, j] = q[h, i] . k[h // g, j] * scale,  j <= n - w + i
+    A[h, i, j] = softmax_j L[h, i, j]
     score[kv, j] = mean over the g query heads of kv and over the w queries of A
 
 (SnapKV, arXiv 2404.14469, before pooling; WindowKV's t_j, arXiv 2503.17922, up to a constant.)
 Dimensions: H query heads, KV key-value heads, g = H / KV, w window, n tokens, D head_dim.
+
+L and A come one KV head at a time, so that [H, w, n] never exists at once. Arguments of all three
+functions are the same:
+
+queries : torch.Tensor
+    [H, w, D], any float dtype: the queries of the last w tokens, after RoPE.
+keys : torch.Tensor
+    [KV, n, D], any float dtype: all n keys of the prompt, after RoPE, in logical order.
+scale : float
+    Softmax scale of the layer, usually D ** -0.5.
 """
+
+from collections.abc import Iterator
 
 import torch
 
 
-def window_attention_scores(
+def window_logits(
     queries: torch.Tensor, keys: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Mean attention per key, one KV head at a time so that [H, w, n] never exists at once.
-
-    Parameters
-    ----------
-    queries : torch.Tensor
-        [H, w, D], any float dtype: the queries of the last w tokens, after RoPE.
-    keys : torch.Tensor
-        [KV, n, D], any float dtype: all n keys of the prompt, after RoPE, in logical order.
-    scale : float
-        Softmax scale of the layer, usually D ** -0.5.
-
-    Returns
-    -------
-    torch.Tensor
-        [KV, n] float32. The last w entries count fewer queries, because attention is causal.
+) -> Iterator[torch.Tensor]:
+    """Yield every KV head's L: [g, w, n] float32, -inf where the key comes after the query.
 
     Raises
     ------
     ValueError
-        If H is no multiple of KV or w exceeds n.
+        If H is no multiple of KV or w exceeds n (when the first head is asked for).
     """
     num_heads, window, head_dim = queries.shape
     num_kv_heads, num_tokens, _ = keys.shape
@@ -44,10 +43,30 @@ def window_attention_scores(
     grouped = queries.reshape(num_kv_heads, -1, head_dim)  # [KV, g * w, D]
     offsets = torch.arange(window, device=keys.device)
     hidden = offsets[None, :] > offsets[:, None]  # [w, w], key after query
-    hidden = hidden.repeat(num_heads // num_kv_heads, 1)  # [g * w, w]
-    scores = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32, device=keys.device)
     for head in range(num_kv_heads):
         logits = (grouped[head].float() @ keys[head].float().T) * scale  # [g * w, n]
-        logits[:, num_tokens - window :].masked_fill_(hidden, float("-inf"))
-        scores[head] = logits.softmax(dim=-1).mean(dim=0)
-    return scores
+        logits = logits.view(-1, window, num_tokens)
+        logits[:, :, num_tokens - window :].masked_fill_(hidden, float("-inf"))
+        yield logits
+
+
+def window_attention(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float
+) -> Iterator[torch.Tensor]:
+    """Yield every KV head's A: [g, w, n] float32, rows sum to 1. Raises like `window_logits`."""
+    for logits in window_logits(queries, keys, scale):
+        yield logits.softmax(dim=-1)
+
+
+def window_attention_scores(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Mean attention per key. Raises like `window_logits`.
+
+    Returns
+    -------
+    torch.Tensor
+        [KV, n] float32. The last w entries count fewer queries, because attention is causal.
+    """
+    heads = window_attention(queries, keys, scale)
+    return torch.stack([attention.flatten(0, 1).mean(dim=0) for attention in heads])

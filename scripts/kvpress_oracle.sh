@@ -1,16 +1,28 @@
 #!/usr/bin/env bash
-# Run kvpress on the needle task and write its answers as test data (see kvpress_oracle.py).
+# Run kvpress and write its answers as test data: the methods on small models (kvpress_parity.py, half
+# a minute) and the needle task (kvpress_oracle.py, longer).
 #
-# Usage: scripts/kvpress_oracle.sh [VENV [ARGUMENTS OF kvpress_oracle.py ...]]
+# Usage: scripts/kvpress_oracle.sh [VENV [needle|parity [ARGUMENTS OF THAT SCRIPT ...]]]
 #
-# VENV (default .venv-oracle) is made if it is missing. It is separate from the project's own
-# environment because kvpress needs an older transformers than vLLM. Relative paths start at the
-# repository root. PYTHON (default python3) names the interpreter that makes the environment.
+# Without a name, both are run. VENV (default .venv-oracle) is made if it is missing. It is separate
+# from the project's own environment because kvpress needs an older transformers than vLLM. Relative
+# paths start at the repository root. PYTHON (default python3) names the interpreter that makes the
+# environment.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv="${1:-.venv-oracle}"
-shift || true
+name="${2:-all}"
+shift $(($# < 2 ? $# : 2))
+case "$name" in
+    needle) scripts=(kvpress_oracle.py) ;;
+    parity) scripts=(kvpress_parity.py) ;;
+    all) scripts=(kvpress_parity.py kvpress_oracle.py) ;;
+    *)
+        echo "kvpress_oracle.sh: there is no run $name; allowed are needle, parity." >&2
+        exit 2
+        ;;
+esac
 
 if [[ ! -x "$venv/bin/python" ]]; then
     "${PYTHON:-python3}" -m venv "$venv"
@@ -18,4 +30,6 @@ fi
 "$venv/bin/python" -m pip install --quiet kvpress==0.5.5 torch==2.13.0 transformers==5.2.0
 # Nothing here needs these, and a build that does not match torch breaks "import transformers".
 "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-exec "$venv/bin/python" scripts/kvpress_oracle.py "$@"
+for script in "${scripts[@]}"; do
+    "$venv/bin/python" "scripts/$script" "$@"
+done

@@ -20,19 +20,25 @@ LAYERS = {
     "metrics": 1,
     "registry": 1,
     "spec": 1,
-    "checks": 1,
-    "config": 2,
-    "budgets": 3,
-    "request_options": 3,
-    "policies": 3,
-    "core": 4,
-    "worker": 4,
-    "vllm_hooks": 5,
-    "plugin": 6,
-    "evaluation": 6,
+    "task_classifier": 1,
+    "settings": 2,
+    "layer_budgets": 3,
+    "config": 3,
+    "budgets": 4,
+    "request_options": 4,
+    "policies": 4,
+    "sizing": 5,
+    "checks": 5,
+    "core": 6,
+    "worker": 6,
+    "vllm_hooks": 7,
+    "plugin": 8,
+    "cli": 8,
+    "evaluation": 8,
 }
-PURE = {"errors", "plans", "registry", "config", "request_options", "budgets", "metrics"}
-PURE |= {"kernels", "policies", "cpu_triton"}
+PURE = {"errors", "plans", "registry", "settings", "config", "request_options", "layer_budgets"}
+PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classifier", "sizing"}
+PURE |= {"cli"}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -76,7 +82,7 @@ def test_every_folder_has_a_layer() -> None:
 
 def test_importing_the_package_is_light() -> None:
     """The API server's help text must not wait for torch."""
-    for name in ("__init__", "errors", "plans", "registry", "config", "budgets"):
+    for name in ("__init__", "errors", "plans", "registry", "settings", "config", "budgets", "cli"):
         for line, target in imports(ROOT / PACKAGE / f"{name}.py"):
             assert target.split(".")[0] not in ("torch", "vllm"), f"{name}.py:{line}"
 

@@ -5,9 +5,11 @@ anything but the arguments. Ratios exist only in the configuration and end here.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
-from vllm_kvcompress.config import CompressionConfig, LayerGroupsConfig
-from vllm_kvcompress.plans import GroupLengths
+from vllm_kvcompress.layer_budgets import SHAPES
+from vllm_kvcompress.plans import GroupCache, GroupLengths, Span
+from vllm_kvcompress.settings import CompressionConfig, LayerBudgetConfig, LayerGroupsConfig
 
 
 def layer_groups(num_layers: int, config: LayerGroupsConfig) -> list[int]:
@@ -25,80 +27,127 @@ def layer_groups(num_layers: int, config: LayerGroupsConfig) -> list[int]:
     return [group for group, size in enumerate(sizes) for _ in range(size)]
 
 
-def budget_tokens(prompt_len: int, config: CompressionConfig) -> int:
-    """Tokens of the prompt to keep, averaged over layers, in [1, prompt_len]."""
+def target_tokens(prompt_len: int, config: CompressionConfig) -> int:
+    """Tokens of a request to keep, averaged over layers, however many there are."""
     if config.budget.ratio is not None:
         tokens = int(prompt_len * config.budget.ratio)
     else:
         assert config.budget.tokens is not None
         tokens = config.budget.tokens
-    return min(max(tokens, config.budget.floor), prompt_len)
+    return max(tokens, config.budget.floor)
 
 
-def group_budgets(prompt_len: int, config: CompressionConfig, num_groups: int) -> list[int]:
-    """Tokens to keep in each layer group, first group first.
-
-    The pyramid is PyramidKV's (arXiv 2406.02069, as in KVCache-Factory), over groups instead of
-    layers: with C the average and w the observation window, the last group gets
-    (C - w) / beta + w, the first 2 (C - w) - (C - w) / beta + w, linear in between; a first group
-    larger than the prompt is clipped and the last one raised, so that the average stays C.
-    """
-    average = budget_tokens(prompt_len, config)
-    window = min(config.observation_window, prompt_len)
-    spread = average - window
-    if config.layer_budget.shape == "uniform" or num_groups == 1 or spread <= 0:
-        return [average] * num_groups
-    lowest = spread / config.layer_budget.beta
-    highest = 2 * spread - lowest
-    if highest > prompt_len - window:
-        highest = prompt_len - window
-        lowest = 2 * spread - highest
-    step = (highest - lowest) / (num_groups - 1)
-    return [window + round(highest - step * group) for group in range(num_groups)]
+def budget_tokens(prompt_len: int, config: CompressionConfig) -> int:
+    """Tokens of the prompt to keep, averaged over layers, in [1, prompt_len]."""
+    return min(target_tokens(prompt_len, config), prompt_len)
 
 
-def forced_ranges(prompt_len: int, config: CompressionConfig) -> list[tuple[int, int]]:
-    """Prompt positions that are never evicted, as disjoint ascending half-open ranges.
+def group_budgets(
+    num_tokens: int, target: int, config: CompressionConfig, num_groups: int
+) -> list[int]:
+    """Tokens to keep in each layer group of `num_tokens`, first group first, in [1, num_tokens]."""
+    average = min(target, num_tokens)
+    window = min(config.observation_window, num_tokens)
+    layer_budget = config.layer_budget
+    if num_groups == 1 or average <= window:
+        layer_budget = LayerBudgetConfig()
+    shape = SHAPES[layer_budget.shape]
+    targets = shape(average, window, num_tokens, num_groups, layer_budget)
+    return [min(max(round(target), 1), num_tokens) for target in targets]
 
-    Sinks, the observation window and pins; pins beyond the prompt are cut off.
-    """
-    window_start = max(prompt_len - config.observation_window, 0)
-    ranges = [(0, config.num_sink_tokens), (window_start, prompt_len)]
-    ranges += [(start, end) for start, end in config.pinned]
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted((s, min(e, prompt_len)) for s, e in ranges):
+
+def permanent_ranges(prompt_len: int, config: CompressionConfig) -> tuple[Span, ...]:
+    """Prompt positions that no compaction evicts: sinks and pins, disjoint and ascending."""
+    ranges = [(0, config.num_sink_tokens), *((start, end) for start, end in config.pinned)]
+    return _merged((start, min(end, prompt_len)) for start, end in ranges)
+
+
+def _merged(ranges: Iterable[Span]) -> tuple[Span, ...]:
+    merged: list[Span] = []
+    for start, end in sorted(ranges):
         if start >= end:
             continue
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))
-    return merged
+    return tuple(merged)
+
+
+def forced_ranges(cache: GroupCache, window: int) -> tuple[Span, ...]:
+    """Physical positions that survive the next compaction: permanent ones and the last `window`."""
+    recent = (max(cache.num_tokens - window, 0), cache.num_tokens)
+    return _merged([*cache.permanent, recent])
 
 
 def group_lengths(
-    prompt_len: int, budget: int, forced: list[tuple[int, int]], block_size: int
+    num_tokens: int, budget: int, forced: Sequence[Span], block_size: int
 ) -> GroupLengths | None:
     """Region and survivors of one layer group, or None where no block would come free.
 
-    The region is every full block of the prompt. Survivors are rounded up to whole blocks, so a
+    The region is every full block of the tokens. Survivors are rounded up to whole blocks, so a
     group keeps its budget and at most ``block_size - 1`` tokens more, or all forced tokens.
     """
-    region = prompt_len // block_size * block_size
+    region = num_tokens // block_size * block_size
     num_forced = sum(min(end, region) - start for start, end in forced if start < region)
-    wanted = max(budget - (prompt_len - region), num_forced, 1)
+    wanted = max(budget - (num_tokens - region), num_forced, 1)
     kept = math.ceil(wanted / block_size) * block_size
     return GroupLengths(region, kept) if kept < region else None
+
+
+def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:
+    """What a group holds once a compaction is done.
+
+    Permanent tokens of the region come first among the survivors, in order; what lies behind the
+    region moves down by what was evicted.
+    """
+    region, evicted = lengths.region_len, lengths.evicted
+    inside = sum(min(end, region) - start for start, end in cache.permanent if start < region)
+    behind = [
+        (max(start, region) - evicted, end - evicted)
+        for start, end in cache.permanent
+        if end > region
+    ]
+    return GroupCache(cache.num_tokens - evicted, _merged([(0, inside), *behind]))
 
 
 def compaction_lengths(
     prompt_len: int, config: CompressionConfig, num_groups: int, block_size: int
 ) -> list[GroupLengths | None]:
-    """Lengths of every layer group for a prompt; all None means "leave the request alone"."""
-    if prompt_len < config.min_prompt_len:
+    """Lengths of every layer group when a prompt ends; all None means "leave it alone"."""
+    if prompt_len < config.min_prompt_len or not config.compresses_prompts:
         return [None] * num_groups
-    forced = forced_ranges(prompt_len, config)
+    cache = GroupCache(prompt_len, permanent_ranges(prompt_len, config))
+    return next_lengths(prompt_len, prompt_len, [cache] * num_groups, config, block_size)
+
+
+def next_lengths(
+    prompt_len: int,
+    position: int,
+    caches: Sequence[GroupCache],
+    config: CompressionConfig,
+    block_size: int,
+) -> list[GroupLengths | None]:
+    """Lengths of a compaction of a sequence of `position` tokens, `prompt_len` of them prompt.
+
+    Parameters
+    ----------
+    prompt_len, position : int
+        Tokens of the prompt, and of the sequence so far.
+    caches : sequence of GroupCache
+        What each layer group holds of it.
+    config : CompressionConfig
+        The request's setting.
+    block_size : int
+        Tokens per block.
+    """
+    budgets = group_budgets(position, target_tokens(prompt_len, config), config, len(caches))
     return [
-        group_lengths(prompt_len, budget, forced, block_size)
-        for budget in group_budgets(prompt_len, config, num_groups)
+        group_lengths(
+            cache.num_tokens,
+            min(budget, cache.num_tokens),
+            forced_ranges(cache, config.observation_window),
+            block_size,
+        )
+        for cache, budget in zip(caches, budgets, strict=True)
     ]

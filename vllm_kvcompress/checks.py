@@ -7,7 +7,9 @@ without compression.
 from collections.abc import Callable
 from typing import Any
 
-from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.budgets import group_budgets, layer_groups
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.settings import CompressionConfig
 
 TESTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions the host contract was tested with."""
@@ -108,9 +110,13 @@ def _connectors(config: Any) -> str | None:
 
 
 def _speculation(config: Any) -> str | None:
-    if config.speculative_config is None:
+    speculative = config.speculative_config
+    if speculative is None or speculative.method == "ngram":
         return None
-    return "speculative decoding over a compressed cache is not supported: remove the option"
+    return (
+        f"speculative decoding with the method {speculative.method} over a compressed cache is not "
+        "supported: set the method to ngram or remove --speculative-config"
+    )
 
 
 def _cache(config: Any) -> str | None:
@@ -172,6 +178,33 @@ def check_config(config: Any) -> None:
         reason = check(config)
         if reason is not None:
             raise UnsupportedModelError(f"--kv-compression: {reason}, or drop --kv-compression.")
+
+
+def has_plain_rotary(model_config: Any) -> bool:
+    """Whether angles are position times frequency in all layers, by the model's configuration."""
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "other") in ("default", "llama3")
+
+
+def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
+    """Refuse a setting, of the server or of one request, that does not fit the model.
+
+    Raises
+    ------
+    ConfigError
+        With the first reason found.
+    """
+    model = vllm_config.model_config
+    num_layers = model.hf_text_config.num_hidden_layers
+    for variant in (setting, *setting.by_task.values()):
+        policy = variant.build_policy()
+        if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
+            raise ConfigError(
+                f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
+                f"{model.model} scales its rotary embedding; choose another policy."
+            )
+        num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
+        group_budgets(2**20, 2**18, variant, num_groups)
 
 
 def check_layer(name: str, layer: Any) -> None:

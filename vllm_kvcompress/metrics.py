@@ -31,17 +31,21 @@ class CompressionStats:
     requests : dict[str, int]
         Requests compressed at least once, by policy.
     compactions : dict[str, int]
-        Compactions committed, by policy; more than `requests` where preempted requests ran again.
+        Compactions committed, by "policy/trigger"; more than `requests` where preempted requests
+        ran again, or generated tokens triggered more.
     tokens_evicted : dict[str, int]
-        Prompt tokens evicted, by "policy/layer group".
+        Tokens evicted, by "policy/layer group".
     blocks_freed : dict[str, int]
         Blocks the pool has more after a compaction than before it, by policy.
     uncompressed : dict[str, int]
         Requests served without compression, by reason.
+    tasks : dict[str, int]
+        Requests whose setting depends on their task, by "task/who decided".
     deferrals : int
         Steps in which a due compaction found no room for its survivors.
     kept_ratios : list[tuple[str, float]]
-        Per compaction: policy, and kept share of the prompt averaged over layer groups.
+        Per compaction: policy, and share of the sequence so far that is still held, averaged
+        over layer groups.
     seconds : list[float]
         Per step with compactions: time the worker spent on them.
     """
@@ -51,12 +55,19 @@ class CompressionStats:
     tokens_evicted: dict[str, int] = field(default_factory=dict)
     blocks_freed: dict[str, int] = field(default_factory=dict)
     uncompressed: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: list[tuple[str, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
     def record_compaction(
-        self, policy: str, evicted: list[int], kept_ratio: float, blocks_freed: int, first: bool
+        self,
+        policy: str,
+        trigger: str,
+        evicted: list[int],
+        kept_ratio: float,
+        blocks_freed: int,
+        first: bool,
     ) -> None:
         """Count one committed compaction.
 
@@ -64,10 +75,12 @@ class CompressionStats:
         ----------
         policy : str
             Policy name.
+        trigger : str
+            "prompt" or "decode".
         evicted : list[int]
             Tokens evicted in each layer group.
         kept_ratio : float
-            Kept share of the prompt, averaged over layer groups.
+            Share of the sequence that is still held, averaged over layer groups.
         blocks_freed : int
             Net change of the pool's free blocks.
         first : bool
@@ -75,11 +88,15 @@ class CompressionStats:
         """
         if first:
             _add(self.requests, policy, 1)
-        _add(self.compactions, policy, 1)
+        _add(self.compactions, f"{policy}/{trigger}", 1)
         for group, tokens in enumerate(evicted):
             _add(self.tokens_evicted, f"{policy}/{group}", tokens)
         _add(self.blocks_freed, policy, max(blocks_freed, 0))
         self.kept_ratios.append((policy, kept_ratio))
+
+    def record_task(self, task: str, decided_by: str) -> None:
+        """Count one request whose setting depends on its task."""
+        _add(self.tasks, f"{task}/{decided_by}", 1)
 
     def record_uncompressed(self, reason: str) -> None:
         """Count one request that is served without compression."""
@@ -99,12 +116,13 @@ class PrometheusRecorder:
         )
         self.compactions = Counter(
             "vllm:kv_compression_compactions",
-            "Compactions, those of requests that were preempted and ran again included.",
-            POLICY_LABELS,
+            "Compactions at the end of a prompt or while decoding, those of requests that were "
+            "preempted and ran again included.",
+            ("policy", "trigger"),
         )
         self.tokens_evicted = Counter(
             "vllm:kv_compression_tokens_evicted",
-            "Prompt tokens evicted, per layer group.",
+            "Tokens evicted, per layer group.",
             ("policy", "layer_group"),
         )
         self.blocks_freed = Counter(
@@ -117,13 +135,18 @@ class PrometheusRecorder:
             "Requests served without compression, by reason.",
             ("reason",),
         )
+        self.tasks = Counter(
+            "vllm:kv_compression_tasks",
+            "Requests whose setting depends on their task, by task and by who decided it.",
+            ("task", "decided_by"),
+        )
         self.deferrals = Counter(
             "vllm:kv_compression_deferrals",
             "Steps in which a due compaction found no free blocks for its survivors.",
         )
         self.kept_ratio = Histogram(
             "vllm:kv_compression_kept_ratio",
-            "Kept share of the prompt, averaged over layer groups.",
+            "Share of the sequence still held after a compaction, averaged over layer groups.",
             POLICY_LABELS,
             buckets=KEPT_RATIO_BUCKETS,
         )
@@ -135,11 +158,12 @@ class PrometheusRecorder:
 
     def record(self, snapshot: dict[str, Any]) -> None:
         """Add one `CompressionStats.snapshot`."""
-        for name in ("requests", "compactions", "blocks_freed"):
+        for name in ("requests", "blocks_freed"):
             for policy, count in snapshot.get(name, {}).items():
                 getattr(self, name).labels(policy).inc(count)
-        for key, count in snapshot.get("tokens_evicted", {}).items():
-            self.tokens_evicted.labels(*key.rsplit("/", 1)).inc(count)
+        for name in ("compactions", "tokens_evicted", "tasks"):
+            for key, count in snapshot.get(name, {}).items():
+                getattr(self, name).labels(*key.rsplit("/", 1)).inc(count)
         for reason, count in snapshot.get("uncompressed", {}).items():
             self.uncompressed.labels(reason).inc(count)
         self.deferrals.inc(snapshot.get("deferrals", 0))

@@ -2,13 +2,16 @@
 
 Notation used throughout the project, for one request and one layer group:
 
-* ``prompt_len`` P: tokens of the prompt;
-* ``region_len`` R: the compacted region [0, R), a multiple of the block size;
+* ``region_len`` R: the compacted region [0, R), in physical indices, a multiple of the block size;
 * ``kept_len`` K: tokens of the region that survive, a multiple of the block size, K < R;
-* ``evicted`` = R - K: physical index of a later token = logical position - evicted.
+* ``evicted``: the sum of R - K over all compactions so far; physical index of a token behind the
+  last region = logical position - evicted. Before the first compaction the two are the same.
 """
 
 from dataclasses import dataclass
+
+Span = tuple[int, int]
+"""A half-open range of positions [start, end)."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,22 @@ class GroupLengths:
 
 
 @dataclass(frozen=True)
+class GroupCache:
+    """What one layer group holds of one request, in physical indices.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Tokens in the cache.
+    permanent : tuple[Span, ...]
+        Tokens that no compaction evicts (sinks and pins), disjoint and ascending.
+    """
+
+    num_tokens: int
+    permanent: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
 class GroupPlan:
     """What the worker does to one request in one KV cache group.
 
@@ -32,6 +51,10 @@ class GroupPlan:
     ----------
     lengths : GroupLengths
         Region and survivors, in tokens.
+    cache : GroupCache
+        What the group holds before the compaction; `cache.num_tokens` tokens are scored.
+    forced : tuple[Span, ...]
+        Physical indices that survive whatever their score.
     source_blocks : tuple[int, ...]
         The ``region_len / block_size`` blocks that hold the region; never written.
     destination_blocks : tuple[int, ...]
@@ -41,6 +64,8 @@ class GroupPlan:
     """
 
     lengths: GroupLengths
+    cache: GroupCache
+    forced: tuple[Span, ...]
     source_blocks: tuple[int, ...]
     destination_blocks: tuple[int, ...]
     tail_blocks: tuple[int, ...]
@@ -59,8 +84,10 @@ class CompactionPlan:
     ----------
     request_id : str
         The engine's request id.
-    prompt_len : int
-        Tokens of the prompt.
+    position : int
+        Tokens of the sequence that are compacted: the prompt's length, or more while decoding.
+    while_decoding : bool
+        Whether generated tokens triggered it, not the end of the prompt.
     seed : int
         Checksum of the prompt's tokens, for policies that draw random numbers.
     groups : tuple[GroupPlan | None, ...]
@@ -68,7 +95,8 @@ class CompactionPlan:
     """
 
     request_id: str
-    prompt_len: int
+    position: int
+    while_decoding: bool
     seed: int
     groups: tuple[GroupPlan | None, ...]
 
@@ -85,11 +113,14 @@ class RequestOptions:
         Share of the prompt to keep, in (0, 1].
     budget_tokens : int | None
         Tokens of the prompt to keep.
-    pins : tuple[tuple[int, int], ...]
-        Half-open ranges of prompt positions that are never evicted.
+    pins : tuple[Span, ...]
+        Ranges of prompt positions that are never evicted.
+    task : str | None
+        "localization" or "aggregation"; None leaves it to the server.
     """
 
     preset: str | None = None
     budget_ratio: float | None = None
     budget_tokens: int | None = None
-    pins: tuple[tuple[int, int], ...] = ()
+    pins: tuple[Span, ...] = ()
+    task: str | None = None

@@ -33,7 +33,7 @@ def load_policy_class(name: str) -> type:
     Raises
     ------
     ConfigError
-        If no installed package registers that name.
+        If no installed package registers that name, or its package cannot be imported.
     """
     try:
         entry = _entry_points()[name]
@@ -41,4 +41,9 @@ def load_policy_class(name: str) -> type:
         raise ConfigError(
             f"policy.name: there is no policy {name!r}; installed are {', '.join(policy_names())}."
         ) from None
-    return entry.load()
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"policy.name: {name!r} ({entry.value}) cannot be loaded: {error}."
+        ) from error

@@ -4,23 +4,18 @@ API server, scheduler and worker all read the same keys with the functions below
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from vllm_kvcompress.config import (
-    NONE,
-    BudgetConfig,
-    CompressionConfig,
-    did_you_mean,
-    parse_config,
-    preset_names,
-)
+from vllm_kvcompress.config import NONE, did_you_mean, parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.plans import RequestOptions
+from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
-REQUEST_KEYS = ("kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin")
-_PREFIXES = ("kv_compression", "kv_budget", "kv_pin")
+REQUEST_KEYS = ("kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task")
+_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task")
+TASKS = ("localization", "aggregation")
 
 
 @cache
@@ -92,23 +87,69 @@ def parse_request(
         raise ConfigError(f"kv_budget_ratio: must be greater than 0 and at most 1, got {ratio}.")
     if tokens is not None and (tokens != int(tokens) or tokens < 1):
         raise ConfigError(f"kv_budget_tokens: must be a whole number from 1 up, got {tokens}.")
+    task = extra.get("kv_task")
+    if task not in (None, "auto", *TASKS):
+        raise ConfigError(f"kv_task: must be auto, {' or '.join(TASKS)}, got {task!r}.")
     return RequestOptions(
         preset=preset,
         budget_ratio=None if ratio is None else float(ratio),
         budget_tokens=None if tokens is None else int(tokens),
         pins=_pins(extra.get("kv_pin"), prompt_len),
+        task=task,
     )
 
 
-def resolve_request(server: CompressionConfig, options: RequestOptions) -> CompressionConfig | None:
+def named_config(server: CompressionConfig, options: RequestOptions) -> CompressionConfig | None:
+    """The preset a request named, or the server's setting; None when it opted out."""
+    if options.preset == NONE:
+        return None
+    return _cached_preset(options.preset) if options.preset is not None else server
+
+
+def choose_task(
+    server: CompressionConfig, options: RequestOptions, classify: Callable[[], str | None]
+) -> tuple[str | None, str | None]:
+    """Decide which task's fields a request runs under, and who decided.
+
+    Parameters
+    ----------
+    server, options
+        The server's setting and what the request asked for.
+    classify : callable
+        Asked only where neither of the two decides; returns None where it cannot tell.
+
+    Returns
+    -------
+    tuple of (str or None, str or None)
+        Task and one of "request", "config", "classifier", "default"; both None where the setting
+        does not depend on the task.
+    """
+    config = named_config(server, options)
+    if config is None or not config.tasks:
+        return None, None
+    if options.task not in (None, "auto"):
+        return options.task, "request"
+    if options.task is None and config.task != "auto":
+        return config.task, "config"
+    task = classify()
+    return (task, "classifier") if task is not None else (TASKS[0], "default")
+
+
+def resolve_request(
+    server: CompressionConfig, options: RequestOptions, task: str | None = None
+) -> CompressionConfig | None:
     """The configuration one request runs under; None when it opted out.
 
     The request's pins come on top of the configured ones. Layer groups are always the server's:
-    they are block tables, made once.
+    they are block tables, made once. `task` is what `choose_task` chose; it must be given where
+    the setting depends on it.
     """
-    if options.preset == NONE:
+    config = named_config(server, options)
+    if config is None:
         return None
-    config = _cached_preset(options.preset) if options.preset is not None else server
+    if config.tasks:
+        assert task is not None, "the setting depends on the task, and none was chosen"
+        config = config.by_task[task]
     update: dict[str, Any] = {}
     if options.budget_ratio is not None:
         update["budget"] = BudgetConfig(ratio=options.budget_ratio, floor=config.budget.floor)
@@ -117,3 +158,38 @@ def resolve_request(server: CompressionConfig, options: RequestOptions) -> Compr
     if options.pins:
         update["pinned"] = (*config.pinned, *(list(pin) for pin in options.pins))
     return config.model_copy(update=update) if update else config
+
+
+def decode_window(config: CompressionConfig) -> int:
+    """Queries per request that must be kept while decoding; 0 if none."""
+    variants = list(config.by_task.values()) or [config]
+    return max(
+        each.observation_window
+        if each.compresses_while_decoding and each.build_policy().queries.value != "none"
+        else 0
+        for each in variants
+    )
+
+
+def check_fits_server(server: CompressionConfig, options: RequestOptions) -> None:
+    """Refuse what this server was not started for.
+
+    Raises
+    ------
+    ConfigError
+        If the request's preset reads more queries while decoding than the server keeps, or a task
+        is given where none matters.
+    """
+    config = named_config(server, options)
+    if config is None:
+        return
+    if options.task is not None and not config.tasks:
+        name = options.preset or "this server's setting"
+        raise ConfigError(f"kv_task: {name} does not depend on the task; leave it out.")
+    needed, kept = decode_window(config), decode_window(server)
+    if needed > kept:
+        raise ConfigError(
+            f"kv_compression: {options.preset} reads {needed} queries while decoding and this "
+            f"server keeps {kept}; start it with --kv-compression {options.preset}, or choose a "
+            "preset that compresses prompts only."
+        )

@@ -7,15 +7,23 @@ model runner, the model state, the block manager, the KV cache spec.
 import functools
 import importlib
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_kvcompress.checks import check_config, check_setting
 from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.metrics import STATS_KEY, recorder
-from vllm_kvcompress.request_options import REQUEST_KEYS, parse_request
+from vllm_kvcompress.request_options import (
+    REQUEST_KEYS,
+    check_fits_server,
+    named_config,
+    parse_request,
+)
+from vllm_kvcompress.settings import CompressionConfig
 
 _MARK = "_kvcompress_wrapped"
 _FROM_CLI = "_kvcompress_from_cli"
@@ -152,12 +160,11 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)
             from vllm.platforms import current_platform
 
-            from vllm_kvcompress.checks import check_config
-
             if self.block_size is None and current_platform.is_cpu():
                 self.block_size = CPU_BLOCK_SIZE
             vllm_config = original(self, *args, **kwargs)
             check_config(vllm_config)
+            check_setting(config, vllm_config)
         except (ConfigError, UnsupportedModelError) as error:
             if getattr(self, _FROM_CLI, False):
                 _exit_with(error)
@@ -187,18 +194,27 @@ def _check_request(vllm_config: Any, extra: dict[str, Any], prompt: list[int] | 
     """Refuse bad ``vllm_xargs``; the server answers HTTP 400."""
     from vllm.exceptions import VLLMValidationError
 
-    try:
-        parse_request(extra, len(prompt) if prompt is not None else None)
-    except ConfigError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-    ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
     additional = vllm_config.additional_config
     enabled = isinstance(additional, dict) and CONFIG_KEY in additional
-    if ours and not enabled:
-        raise VLLMValidationError(
-            f"{ours[0]}: this server was started without --kv-compression.",
-            parameter="vllm_xargs",
-        )
+    ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
+    try:
+        options = parse_request(extra, len(prompt) if prompt is not None else None)
+        if ours and not enabled:
+            raise ConfigError(f"{ours[0]}: this server was started without --kv-compression.")
+        if ours:
+            server = _server_setting(json.dumps(additional[CONFIG_KEY]))
+            check_fits_server(server, options)
+            if (named := named_config(server, options)) is not None and named is not server:
+                check_setting(named, vllm_config)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+@functools.cache
+def _server_setting(text: str) -> CompressionConfig:
+    config = parse_config(json.loads(text))
+    assert config is not None, "checked when the server started"
+    return config
 
 
 # --- metrics ------------------------------------------------------------------------------

@@ -5,19 +5,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.budgets import (
+    after_compaction,
     budget_tokens,
     compaction_lengths,
     forced_ranges,
     group_budgets,
     group_lengths,
     layer_groups,
+    next_lengths,
+    permanent_ranges,
+    target_tokens,
 )
-from vllm_kvcompress.config import CompressionConfig, LayerGroupsConfig
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.plans import GroupCache, GroupLengths
+from vllm_kvcompress.settings import CompressionConfig, LayerGroupsConfig
 
 
 def config(**fields) -> CompressionConfig:
     base = {"policy": {"name": "keydiff"}, "budget": {"ratio": 0.12, "floor": 1}}
     return CompressionConfig.model_validate({**base, "min_prompt_len": 0, **fields})
+
+
+def budgets_of(num_tokens: int, setting: CompressionConfig, num_groups: int) -> list[int]:
+    return group_budgets(num_tokens, target_tokens(num_tokens, setting), setting, num_groups)
+
+
+def forced_of(num_tokens: int, setting: CompressionConfig) -> tuple[tuple[int, int], ...]:
+    cache = GroupCache(num_tokens, permanent_ranges(num_tokens, setting))
+    return forced_ranges(cache, setting.observation_window)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +57,55 @@ def test_budgets_by_hand() -> None:
     assert budget_tokens(2000, config(budget={"ratio": 0.01, "floor": 64})) == 64
 
 
+WINDOWKV = {  # average: released form at gamma 8, printed form; from the paper's table
+    512: ([732, 586, 440, 292], [987, 670, 354, 37]),
+    1024: ([1463, 1171, 879, 585], [1975, 1341, 707, 73]),
+    2048: ([2926, 2341, 1756, 1170], [3950, 2682, 1414, 146]),
+}
+
+
+@pytest.mark.parametrize("average", WINDOWKV)
+def test_windowkv_pyramids_by_hand(average: int) -> None:
+    """The paper's budgets count no observation window: ours are its plus the window."""
+    released, printed = WINDOWKV[average]
+    for form, expected in (("released", released), ("printed", printed)):
+        fields = {
+            "budget": {"tokens": average + 16, "floor": 1},
+            "observation_window": 16,
+            "layer_budget": {"shape": "windowkv", "form": form},
+        }
+        found = budgets_of(7950, config(**fields), 4)
+        assert [each - 16 for each in found] == expected
+    fields["layer_budget"] = {"shape": "windowkv", "gamma": 7}
+    qwen = {512: [768, 598, 428, 256], 1024: [1536, 1195, 854, 512], 2048: [3072, 2390, 1708, 1024]}
+    assert [each - 16 for each in budgets_of(15500, config(**fields), 4)] == qwen[average]
+
+
+def test_linear_by_hand() -> None:
+    """n = 1020, w = 20: r = 0.4 gives 0.75 .. 0.05; r = 0.8 gives 1 .. 0.6; r = 0.03 is uniform."""
+    fields = {"observation_window": 20, "layer_budget": {"shape": "linear"}}
+    for tokens, expected in (
+        (420, [770, 537, 303, 70]),
+        (820, [1020, 887, 753, 620]),
+        (50, [50, 50, 50, 50]),
+    ):
+        setting = config(**fields, budget={"tokens": tokens, "floor": 1})
+        assert budgets_of(1020, setting, 4) == expected
+
+
+def test_preferences_by_hand() -> None:
+    """C = 220, w = 20: 800 tokens are shared 4 : 2 : 1 : 1; the first group takes all it can."""
+    fields = {
+        "budget": {"tokens": 220, "floor": 1},
+        "observation_window": 20,
+        "layer_budget": {"shape": "preference", "preferences": [4, 2, 1, 1]},
+    }
+    assert budgets_of(2000, config(**fields), 4) == [420, 220, 120, 120]
+    assert budgets_of(320, config(**fields), 4) == [320, 270, 145, 145]
+    with pytest.raises(ConfigError, match="4 numbers and 3 layer groups"):
+        budgets_of(2000, config(**fields), 3)
+
+
 def test_pyramid_by_hand() -> None:
     """C = 200, w = 20: last group 180 / 20 + 20 = 29, first 360 - 9 + 20 = 371, mean 200."""
     fields = {
@@ -49,13 +113,13 @@ def test_pyramid_by_hand() -> None:
         "observation_window": 20,
         "layer_budget": {"shape": "pyramid", "beta": 20},
     }
-    assert group_budgets(2000, config(**fields), 4) == [371, 257, 143, 29]
-    assert group_budgets(2000, config(**fields), 1) == [200]
+    assert budgets_of(2000, config(**fields), 4) == [371, 257, 143, 29]
+    assert budgets_of(2000, config(**fields), 1) == [200]
 
 
 def test_a_pyramid_wider_than_the_prompt_is_clipped_and_keeps_its_mean() -> None:
     fields = {"budget": {"ratio": 0.7}, "layer_budget": {"shape": "pyramid"}}
-    budgets = group_budgets(1000, config(**fields), 5)
+    budgets = budgets_of(1000, config(**fields), 5)
     assert budgets[0] == 1000
     assert abs(sum(budgets) / 5 - 700) <= 1
 
@@ -67,7 +131,7 @@ def test_a_pyramid_wider_than_the_prompt_is_clipped_and_keeps_its_mean() -> None
     window=st.integers(1, 128),
     sinks=st.integers(0, 64),
     block_size=st.sampled_from([16, 32, 64, 128]),
-    shape=st.sampled_from(["uniform", "pyramid"]),
+    shape=st.sampled_from(["uniform", "pyramid", "linear", "windowkv"]),
     num_groups=st.integers(1, 9),
     pins=st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 600)), max_size=4),
 )
@@ -81,10 +145,12 @@ def test_lengths_keep_their_promises(
         layer_budget={"shape": shape},
         pinned=[[start, start + size] for start, size in pins],
     )
-    forced = forced_ranges(prompt_len, setting)
-    budgets = group_budgets(prompt_len, setting, num_groups)
+    forced = forced_of(prompt_len, setting)
+    budgets = budgets_of(prompt_len, setting, num_groups)
     lengths = compaction_lengths(prompt_len, setting, num_groups, block_size)
-    assert abs(sum(budgets) / num_groups - budget_tokens(prompt_len, setting)) <= 1
+    if shape != "windowkv":  # whose steps are whole tokens, and whose first group is clipped
+        assert abs(sum(budgets) / num_groups - budget_tokens(prompt_len, setting)) <= 1
+    assert all(1 <= budget <= prompt_len for budget in budgets)
     for budget, each in zip(budgets, lengths, strict=True):
         if each is None:
             continue
@@ -114,7 +180,7 @@ def test_forced_ranges_are_the_union(pins, sinks, window) -> None:
     expected = set(range(sinks)) | set(range(max(150 - window, 0), 150))
     for start, size in pins:
         expected |= set(range(start, start + size))
-    found = forced_ranges(150, setting)
+    found = forced_of(150, setting)
     assert [i for s, e in found for i in range(s, e)] == sorted(i for i in expected if i < 150)
 
 
@@ -133,3 +199,62 @@ def test_changing_the_budget_changes_what_is_kept() -> None:
         for r in (0.06, 0.12, 0.25, 0.5)
     ]
     assert kept == [256, 480, 1024, 2016]
+
+
+def test_what_a_compaction_leaves_behind() -> None:
+    """Sinks and pins of the region come first; those behind it move down."""
+    cache = GroupCache(200, ((0, 4), (50, 60), (170, 180), (190, 195)))
+    after = after_compaction(cache, GroupLengths(region_len=176, kept_len=64))
+    assert after == GroupCache(200 - 112, ((0, 20), (64, 68), (78, 83)))
+    again = after_compaction(after, GroupLengths(region_len=80, kept_len=32))
+    assert again == GroupCache(40, ((0, 26), (32, 35)))
+
+
+def test_every_interval_goes_back_to_the_budget() -> None:
+    """Ten intervals of 100 tokens: never more than budget, interval and two blocks are held."""
+    setting = config(budget={"tokens": 256}, trigger="interval", interval=100)
+    caches = [GroupCache(0, ((0, 4),))] * 2
+    position = 40
+    for _ in range(10):
+        position += 100
+        grown = 140 if position == 140 else 100
+        caches = [GroupCache(c.num_tokens + grown, c.permanent) for c in caches]
+        lengths = next_lengths(40, position, caches, setting, 32)
+        assert all(lengths) == (position >= 340), "240 tokens are under the budget"
+        caches = [
+            after_compaction(c, each) if each else c
+            for c, each in zip(caches, lengths, strict=True)
+        ]
+        assert all(c.num_tokens < 256 + 32 for c in caches)
+        assert all(c.permanent == ((0, 4),) for c in caches)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    start=st.integers(1, 600),
+    steps=st.lists(st.integers(1, 300), min_size=1, max_size=8),
+    pins=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 80)), max_size=3),
+    shape=st.sampled_from(["uniform", "pyramid", "linear", "windowkv"]),
+)
+def test_repeated_compactions_keep_their_promises(start, steps, pins, shape) -> None:
+    setting = config(
+        budget={"tokens": 128, "floor": 1},
+        trigger="interval",
+        layer_budget={"shape": shape},
+        pinned=[[a, a + size] for a, size in pins],
+    )
+    permanent = permanent_ranges(start, setting)
+    num_permanent = sum(end - begin for begin, end in permanent)
+    caches = [GroupCache(start, permanent)] * 3
+    position = start
+    for step in steps:
+        position += step
+        caches = [GroupCache(c.num_tokens + step, c.permanent) for c in caches]
+        lengths = next_lengths(start, position, caches, setting, 32)
+        caches = [
+            after_compaction(c, each) if each else c
+            for c, each in zip(caches, lengths, strict=True)
+        ]
+        for cache in caches:
+            assert sum(end - begin for begin, end in cache.permanent) == num_permanent
+            assert cache.permanent[-1][1] <= cache.num_tokens

@@ -3,23 +3,32 @@
 import pytest
 import yaml
 
-from vllm_kvcompress.config import CompressionConfig, parse_config, parse_json, preset_names
+from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.registry import load_policy_class, policy_names
-from vllm_kvcompress.request_options import parse_request, resolve_request
+from vllm_kvcompress.request_options import (
+    check_fits_server,
+    choose_task,
+    decode_window,
+    parse_request,
+    resolve_request,
+)
+from vllm_kvcompress.settings import CompressionConfig
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_survives_a_round_trip(name: str) -> None:
     config = parse_config(name)
     assert isinstance(config, CompressionConfig)
-    assert config.policy.name == name
     assert parse_config(config.to_dict()) == config
-    assert config.build_policy() == load_policy_class(name)(**config.policy.params)
+    policy_class = load_policy_class(config.policy.name)
+    assert config.build_policy() == policy_class(**config.policy.params)
+    assert all(each.to_dict() for each in config.by_task.values())
 
 
 def test_every_policy_has_a_preset_and_a_row_in_the_readme(root) -> None:
-    assert set(policy_names()) <= set(preset_names())
+    for name in policy_names():
+        assert parse_config(name).policy.name == name
     readme = (root / "README.md").read_text(encoding="utf-8")
     for name in policy_names():
         assert f"| `{name}` |" in readme, f"README.md has no row for {name}"
@@ -41,7 +50,7 @@ def test_overrides_are_laid_over_the_preset() -> None:
     config = parse_config("snapkv", {"budget": {"ratio": 0.25}, "policy": {"kernel_size": 7}})
     assert config.budget.ratio == 0.25
     assert config.budget.floor == 128, "what was not overridden stays"
-    assert config.policy.params == {"kernel_size": 7}
+    assert config.policy.params == {"kernel_size": 7, "pooling": "avg"}
 
 
 def test_one_of_two_exclusive_fields_replaces_the_other() -> None:
@@ -52,7 +61,29 @@ def test_one_of_two_exclusive_fields_replaces_the_other() -> None:
 
 def test_another_policy_drops_the_old_ones_parameters() -> None:
     config = parse_config("windowkv", {"policy": {"name": "keydiff"}})
-    assert config.policy.params == {}
+    assert config.policy.params == {} and config.tasks == {}
+    config = parse_config("pyramidkv", {"layer_budget": {"shape": "uniform"}})
+    assert config.layer_budget.beta is None
+
+
+def test_a_task_lays_fields_over_the_setting() -> None:
+    config = parse_config("windowkv_llama3")
+    found, together = config.by_task["localization"], config.by_task["aggregation"]
+    assert (found.observation_window, together.observation_window) == (16, 32)
+    assert found.policy.params["window_score"] == "mean"
+    assert together.policy.params == {
+        "window_size": 16,
+        "window_score": "top_half",
+        "share_indices": True,
+    }
+    assert (found.task, found.tasks) == ("localization", {})
+
+
+def test_what_a_trigger_asks_for() -> None:
+    assert parse_config("rkv").compresses_while_decoding
+    assert not parse_config("rkv").compresses_prompts
+    both = parse_config("keydiff", {"trigger": "both", "interval": 1})
+    assert both.compresses_while_decoding and both.compresses_prompts
 
 
 def test_a_mapping_may_start_from_a_preset() -> None:
@@ -71,7 +102,38 @@ WRONG = [
     ("snapkv", {"policy": {"kernel_size": 4}}, ["policy.kernel_size", "must be odd"]),
     ("snapkv", {"policy": {"kernel": 4}}, ["policy.kernel", "unknown field", "kernel_size"]),
     ("snapkv", {"policy": {"name": "h3o"}}, ["no policy 'h3o'", "keydiff", "windowkv"]),
-    ("windowkv", {"policy": {"task": "qa"}}, ["policy.task", "'localization'", "'aggregation'"]),
+    ("windowkv", {"policy": {"window_score": "max"}}, ["policy.window_score", "'mean'"]),
+    ("windowkv", {"task": "qa"}, ["task", "'auto'", "'localization'", "'aggregation'"]),
+    (
+        "windowkv",
+        {"tasks": {"localization": {"observation_window": 0}}},
+        ["tasks.localization.observation_window", "greater than or equal to 1"],
+    ),
+    (
+        "windowkv",
+        {"tasks": {"aggregation": {"policy": {"omega": 3}}}},
+        ["tasks.aggregation.policy.omega", "unknown field", "window_size"],
+    ),
+    (
+        "windowkv",
+        {"tasks": {"aggregation": {"layer_groups": {"count": 1}}}},
+        ["tasks.aggregation.layer_groups", "cannot depend on the task"],
+    ),
+    ("snapkv", {"tasks": {"aggregation": {}}}, ["tasks", "give both"]),
+    ("snapkv", {"layer_budget": {"beta": 3}}, ["layer_budget", "beta means nothing to", "uniform"]),
+    (
+        "snapkv",
+        {"layer_budget": {"shape": "linear", "beta": 0.7}},
+        ["layer_budget", "above 0 and below 0.5"],
+    ),
+    ("snapkv", {"layer_budget": {"shape": "preference"}}, ["one per layer group"]),
+    (
+        "snapkv",
+        {"trigger": "both", "interval": 8},
+        ["interval", "at least observation_window (64)"],
+    ),
+    ("h2o", {"trigger": "both"}, ["trigger", "h2o cannot compress while decoding"]),
+    ("chunkkv", {"policy": {"scorer": {"name": "adakv"}}}, ["policy: scorer: adakv itself"]),
     ("snapkv", {"layer_budget": {"shape": "flat"}}, ["layer_budget.shape", "'pyramid'"]),
     ("snapkv", {"pinned": [[9, 3]]}, ["[9, 3] is empty"]),
     ("snapkv", {"pinned": [[9]]}, ["pinned.0", "at least 2 items"]),
@@ -157,6 +219,8 @@ BAD_REQUESTS = [
     ({"kv_pin": [-1, 5]}, ["kv_pin", "0 <= start < end"]),
     ({"kv_pin": [0, 1001]}, ["kv_pin", "1000"]),
     ({"kv_budget": 3}, ["kv_budget: unknown key", "did you mean", "kv_pin"]),
+    ({"kv_task": "qa"}, ["kv_task", "auto, localization or aggregation"]),
+    ({"kv_tasks": "auto"}, ["kv_tasks: unknown key", "did you mean 'kv_task'"]),
 ]
 
 
@@ -166,3 +230,51 @@ def test_bad_requests_are_one_helpful_sentence(extra: dict, words: list[str]) ->
         parse_request(extra, 1000)
     for word in words:
         assert word in str(caught.value)
+
+
+# --- tasks and rings ----------------------------------------------------------------------
+
+
+def never() -> str:
+    raise AssertionError("the classifier must not be asked")
+
+
+def test_who_decides_the_task() -> None:
+    server = parse_config("windowkv")
+    fixed = parse_config("windowkv", {"task": "aggregation"})
+    asked = parse_request({"kv_task": "localization"})
+    assert choose_task(server, asked, never) == ("localization", "request")
+    assert choose_task(fixed, parse_request({}), never) == ("aggregation", "config")
+    assert choose_task(fixed, asked, never) == ("localization", "request")
+    auto = parse_request({"kv_task": "auto"})
+    assert choose_task(fixed, auto, lambda: "localization") == ("localization", "classifier")
+    assert choose_task(server, parse_request({}), lambda: "aggregation")[1] == "classifier"
+    assert choose_task(server, parse_request({}), lambda: None) == ("localization", "default")
+    assert choose_task(parse_config("snapkv"), parse_request({}), never) == (None, None)
+    assert choose_task(server, parse_request({"kv_compression": "none"}), never) == (None, None)
+
+
+def test_the_task_changes_the_setting_a_request_runs_under() -> None:
+    server, options = parse_config("windowkv_llama3"), parse_request({"kv_budget_ratio": 0.5})
+    windows = {
+        task: resolve_request(server, options, task).observation_window
+        for task in ("localization", "aggregation")
+    }
+    assert windows == {"localization": 16, "aggregation": 32}
+    assert resolve_request(server, options, "aggregation").budget.ratio == 0.5
+    assert server.by_task["aggregation"].budget.ratio == 0.12, "no trace of the request is left"
+
+
+def test_a_request_must_fit_the_server() -> None:
+    snapkv, rkv = parse_config("snapkv"), parse_config("rkv")
+    assert (decode_window(snapkv), decode_window(rkv)) == (0, 8)
+    assert decode_window(parse_config("keydiff", {"trigger": "both"})) == 0
+    check_fits_server(rkv, parse_request({"kv_compression": "rkv"}))
+    check_fits_server(rkv, parse_request({"kv_compression": "snapkv"}))
+    with pytest.raises(ConfigError, match="reads 8 queries while decoding and this server keeps 0"):
+        check_fits_server(snapkv, parse_request({"kv_compression": "rkv"}))
+    with pytest.raises(ConfigError, match="kv_task: this server's setting does not depend"):
+        check_fits_server(snapkv, parse_request({"kv_task": "aggregation"}))
+    check_fits_server(
+        snapkv, parse_request({"kv_task": "aggregation", "kv_compression": "windowkv"})
+    )

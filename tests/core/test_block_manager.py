@@ -8,7 +8,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
-from vllm_kvcompress.plans import GroupLengths
+from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 BLOCK = 16
@@ -34,11 +34,18 @@ def fill(books: CompressedAttentionManager, request_id: str, num_tokens: int) ->
     books.allocate_new_blocks(request_id, num_tokens, num_tokens)
 
 
+def plan_of(
+    books: CompressedAttentionManager, request_id: str, region: int, kept: int
+) -> GroupPlan:
+    cache = GroupCache(region + 6, ((0, 4),))
+    return books.plan(request_id, GroupLengths(region, kept), cache, ((0, 4),))
+
+
 def test_a_compaction_step_by_step() -> None:
     books = manager()
     fill(books, "r", 150)  # 10 blocks
     before = [block.block_id for block in books.req_to_blocks["r"]]
-    plan = books.plan("r", GroupLengths(region_len=144, kept_len=32))
+    plan = plan_of(books, "r", 144, 32)
     assert plan.source_blocks == tuple(before[:9])
     assert plan.tail_blocks == tuple(before[9:])
     assert len(plan.destination_blocks) == 2
@@ -55,7 +62,7 @@ def test_a_compaction_step_by_step() -> None:
 def test_later_blocks_are_counted_by_physical_length() -> None:
     books = manager()
     fill(books, "r", 150)
-    books.plan("r", GroupLengths(144, 32))
+    plan_of(books, "r", 144, 32)
     books.commit("r")
     books.num_cached_block["r"] = 0  # a running request, for the host
     # Logical 160 is physical 48: the three blocks it has. Logical 161 needs a fourth.
@@ -66,11 +73,27 @@ def test_later_blocks_are_counted_by_physical_length() -> None:
     assert len(books.req_to_blocks["r"]) == 4
 
 
+def test_a_second_compaction_counts_on() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    plan_of(books, "r", 144, 32)
+    books.commit("r")
+    fill(books, "r", 230)  # physical 118: eight blocks
+    plan = plan_of(books, "r", 112, 48)
+    assert len(plan.source_blocks) == 7 and len(plan.tail_blocks) == 1
+    books.check_integrity()
+    books.commit("r")
+    assert books.evicted == {"r": 112 + 64}
+    assert len(books.req_to_blocks["r"]) == 4
+    books.free("r")
+    assert books.block_pool.get_num_free_blocks() == 32
+
+
 @pytest.mark.parametrize("committed", [False, True])
 def test_freeing_returns_everything(committed: bool) -> None:
     books = manager()
     fill(books, "r", 150)
-    books.plan("r", GroupLengths(144, 32))
+    plan_of(books, "r", 144, 32)
     if committed:
         books.commit("r")
     books.free("r")
@@ -85,7 +108,7 @@ def test_a_request_that_comes_back_starts_from_nothing() -> None:
     """A rival's dropped-token counter survived preemption."""
     books = manager()
     fill(books, "r", 150)
-    books.plan("r", GroupLengths(144, 32))
+    plan_of(books, "r", 144, 32)
     books.commit("r")
     books.free("r")
     assert len(books.allocate_new_blocks("r", 150, 150)) == 10
@@ -97,7 +120,7 @@ def test_a_shared_source_block_stays_with_its_other_owner() -> None:
     shared = list(books.req_to_blocks["a"])
     books.block_pool.touch(shared)
     books.req_to_blocks["b"] = list(shared)
-    books.plan("a", GroupLengths(64, 16))
+    plan_of(books, "a", 64, 16)
     books.commit("a")
     assert all(block.ref_cnt == 1 for block in shared)
     assert books.req_to_blocks["b"] == shared
@@ -134,7 +157,7 @@ def test_any_order_of_events_keeps_the_books(events) -> None:
                 del lengths[name]
         elif event == 1 and name in lengths and name not in planned:
             if books.block_pool.get_num_free_blocks() >= 2:
-                books.plan(name, GroupLengths(96, 32))
+                plan_of(books, name, 96, 32)
                 planned.add(name)
         elif event == 2:
             books.commit(name)

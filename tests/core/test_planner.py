@@ -16,7 +16,7 @@ def add(plan: Planner, prompt_len: int, extra: dict | None = None, **kwargs):
 def test_a_long_prompt_is_armed_and_due_at_its_end() -> None:
     plan = planner()
     tracked = add(plan, 2000)
-    assert (tracked.state, tracked.num_query_tokens) == (State.ARMED, 64)
+    assert (tracked.state, tracked.next_at) == (State.ARMED, 2000)
     assert not plan.note_progress("r", 1024)
     assert plan.note_progress("r", 2000)
     assert tracked.state is State.DUE
@@ -36,7 +36,7 @@ def test_every_reason_to_skip() -> None:
         assert (tracked.state, tracked.skip_reason) == (State.SKIPPED, reason)
         assert not plan.note_progress("r", 5000)
         assert plan.max_cached_tokens("r") is None
-        assert plan.clip_chunk("r", 0, 5000) == 5000
+        assert plan.clip_chunk("r", 0, 5000, 5000) == 5000
 
 
 def test_the_observation_window_must_be_computed() -> None:
@@ -53,13 +53,13 @@ def test_a_resumed_request_stops_at_the_end_of_its_prompt() -> None:
     tracked = add(plan, 2000)
     plan.note_progress("r", 2000)
     tracked.state = State.DONE
-    assert plan.clip_chunk("r", 2000, 5) == 5
+    assert plan.clip_chunk("r", 2000, 5, 2005) == 5
     plan.restart("r")
     assert tracked.state is State.ARMED
-    assert plan.clip_chunk("r", 0, 1024) == 1024
-    assert plan.clip_chunk("r", 1024, 1024) == 976
-    assert plan.clip_chunk("r", 1984, 16) == 16
-    assert plan.clip_chunk("r", 2000, 10) == 10
+    assert plan.clip_chunk("r", 0, 1024, 2500) == 1024
+    assert plan.clip_chunk("r", 1024, 1024, 2500) == 976
+    assert plan.clip_chunk("r", 1984, 16, 2500) == 16
+    assert plan.clip_chunk("r", 2000, 10, 2500) == 10
 
 
 def test_skipped_and_unknown_requests_survive_restart_and_remove() -> None:
@@ -67,8 +67,8 @@ def test_skipped_and_unknown_requests_survive_restart_and_remove() -> None:
     tracked = add(plan, 10)
     plan.restart("r")
     assert tracked.state is State.SKIPPED
-    assert plan.remove("r") is tracked
-    assert plan.remove("r") is None
+    assert plan.remove("r") is None, "counted when it came"
+    assert not plan.requests
     plan.restart("r")
     assert not plan.note_progress("r", 10)
 
@@ -78,4 +78,103 @@ def test_one_requests_options_do_not_reach_the_next() -> None:
     add(plan, 2000, {"kv_compression": "keydiff", "kv_budget_tokens": 1000})
     plan.remove("r")
     assert add(plan, 2000).policy == "snapkv"
+    assert plan.note_progress("r", 2000)
     assert plan.requests["r"].lengths[0].kept_len == 224
+
+
+# --- while decoding -----------------------------------------------------------------------
+
+
+def decoding(**fields) -> Planner:
+    fields = {"trigger": "both", "interval": 100, "budget": {"tokens": 256}, **fields}
+    return planner("snapkv", observation_window=32, **fields)
+
+
+def compact(plan: Planner) -> None:
+    tracked = plan.requests["r"]
+    tracked.state = State.PLANNED
+    plan.commit(tracked)
+
+
+def test_intervals_count_generated_tokens() -> None:
+    """A rival armed its first trigger on absolute length: a long prompt fired it at once."""
+    plan = decoding(trigger="interval")
+    tracked = add(plan, 2000)
+    assert (tracked.state, tracked.next_at) == (State.ARMED, 2100)
+    assert not plan.note_progress("r", 2000)
+    assert not plan.note_progress("r", 2099)
+    assert plan.note_progress("r", 2100)
+    assert tracked.while_decoding and tracked.position == 2100
+    compact(plan)
+    assert (tracked.state, tracked.next_at) == (State.ARMED, 2200)
+    assert [cache.num_tokens for cache in tracked.caches] == [276, 276]
+    assert not plan.note_progress("r", 2199)
+    assert plan.note_progress("r", 2200)
+    assert tracked.lengths[0].region_len == 352, "276 + 100 tokens, whole blocks"
+
+
+def test_the_prompts_end_and_then_intervals() -> None:
+    plan = decoding()
+    tracked = add(plan, 2000)
+    assert plan.note_progress("r", 2000) and not tracked.while_decoding
+    compact(plan)
+    assert (tracked.next_at, tracked.while_decoding) == (2100, True)
+    assert plan.max_cached_tokens("r") == 2100 - 32
+
+
+def test_a_late_compaction_while_decoding_takes_in_what_came_since() -> None:
+    plan = decoding(trigger="interval")
+    tracked = add(plan, 2000)
+    assert plan.note_progress("r", 2100)
+    assert plan.note_progress("r", 2133), "there was no room until now"
+    assert tracked.position == 2133
+    compact(plan)
+    assert tracked.next_at == 2233
+
+
+def test_an_interval_under_the_budget_is_left_alone() -> None:
+    plan = decoding()
+    tracked = add(plan, 60)
+    assert not plan.note_progress("r", 160)
+    assert (tracked.state, tracked.next_at) == (State.ARMED, 260)
+    assert not plan.note_progress("r", 260)
+    assert plan.note_progress("r", 360)
+    assert plan.remove("r").skip_reason == SkipReason.NO_ROOM
+
+
+def test_requests_that_end_before_anything_was_done_are_counted() -> None:
+    plan = decoding()
+    add(plan, 60)
+    assert plan.remove("r").skip_reason == SkipReason.SHORT_OUTPUT
+    add(plan, 60)
+    plan.note_progress("r", 160)
+    assert plan.remove("r").skip_reason == SkipReason.UNDER_BUDGET
+    tracked = add(plan, 2000)
+    plan.note_progress("r", 2000)
+    compact(plan)
+    tracked.counted = True
+    assert plan.remove("r") is None
+
+
+def test_a_resumed_request_stops_at_every_interval() -> None:
+    plan = decoding()
+    tracked = add(plan, 2000)
+    for position in (2000, 2100, 2200):
+        assert plan.note_progress("r", position)
+        compact(plan)
+    plan.restart("r")
+    assert (tracked.next_at, tracked.compacted_at) == (2000, 0)
+    assert tracked.caches[0].num_tokens == 0
+    assert plan.clip_chunk("r", 1024, 1024, 2250) == 976
+    assert plan.note_progress("r", 2000)
+    compact(plan)
+    assert plan.clip_chunk("r", 2000, 250, 2250) == 100
+    assert plan.clip_chunk("r", 2096, 8, 2097) == 3, "drafts end before the mark"
+    assert plan.clip_chunk("r", 2099, 8, 2100) == 1, "one certain token reaches it"
+    assert plan.clip_chunk("r", 2099, 1, 2098) == 1, "scheduled ahead"
+
+
+def test_policies_that_read_whole_prompts_take_no_cached_tokens() -> None:
+    plan = planner("h2o")
+    add(plan, 2000)
+    assert plan.max_cached_tokens("r") == 0

@@ -43,13 +43,13 @@ def test_a_compaction_without_room_waits_and_then_runs(engine: Engine, prompts) 
     prompt = (prompts[1] + prompts[2])[:2000]
     expected = engine.generate([prompt], 60, ignore_eos=True)[0]
     deferrals = engine.scheduler.stats.deferrals
-    compactions = engine.scheduler.stats.compactions.get("windowkv", 0)
+    compactions = engine.scheduler.stats.compactions.get("windowkv/prompt", 0)
     engine.add("filler", filler, 30, {"kv_compression": "none"}, ignore_eos=True)
     engine.add("late", prompt, 60, ignore_eos=True)
     engine.drain()
     stats = engine.scheduler.stats
     assert stats.deferrals > deferrals, "there was room at once; the test shows nothing"
-    assert stats.compactions["windowkv"] == compactions + 1
+    assert stats.compactions["windowkv/prompt"] == compactions + 1
     # Until then it decoded over its whole cache, so only its length is the same.
     assert len(engine.results["late"].token_ids) == len(expected)
     assert_idle(engine)

@@ -3,13 +3,23 @@
 from typing import Any
 
 CASES: dict[str, list[dict[str, Any]]] = {
+    "adakv": [{}, {"safeguard": 1.0, "scorer": {"name": "keydiff"}}],
+    "cake": [{}, {"kernel_size": 1}],
+    "chunkkv": [{}, {"chunk_length": 1}, {"chunk_length": 33, "scorer": {"name": "knorm"}}],
+    "criticalkv": [{}, {"first_stage_ratio": 0.0}],
+    "expected_attention": [{}, {"use_covariance": False, "n_sink": 0}],
+    "h2o": [{}, {"average": True}],
     "keydiff": [{}],
+    "knorm": [{}],
+    "lagkv": [{}, {"lag_size": 16}, {"lag_size": 32, "n_sink": 0}],
     "random": [{}, {"seed": 7}],
-    "snapkv": [{}, {"kernel_size": 1}, {"kernel_size": 13}],
-    "streaming_llm": [{}],
+    "rkv": [{}, {"kernel_size": 1}],
+    "snapkv": [{}, {"kernel_size": 1}, {"kernel_size": 13, "pooling": "max"}],
+    "streaming_llm": [{}, {"rerotate_keys": True}],
+    "tova": [{}],
     "windowkv": [
         {},
-        {"task": "aggregation", "window_size": 16},
+        {"window_score": "top_half", "window_size": 16},
         {"window_size": 1},
         {"window_size": 37, "share_indices": False},
     ],

@@ -1,5 +1,6 @@
 """Every policy: the interface's promises, and its formula against plain numpy."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,26 +10,38 @@ import torch
 
 from tests.kernels.test_window_attention import loops
 from tests.policies.cases import CASES
-from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from tests.policies.helpers import make_inputs
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.registry import load_policy_class, policy_names
 
 ALL = [(name, params) for name, rows in CASES.items() for params in rows]
 
 
-def inputs(num_tokens: int = 150, window: int = 16, seed: int = 0) -> ScoreInputs:
-    generator = torch.Generator().manual_seed(seed)
-    return ScoreInputs(
-        keys=torch.randn(2, num_tokens, 32, generator=generator),
-        queries=torch.randn(8, window, 32, generator=generator),
-        scale=32**-0.5,
-        num_sink_tokens=4,
-        layer_index=1,
-        seed=99,
+def build(name: str, params: dict[str, Any]) -> Policy:
+    return load_policy_class(name)(**params)
+
+
+def inputs_for(policy: Policy, num_tokens: int = 150, window: int = 16, seed: int = 0, **changes):
+    """What the worker would hand this policy at the end of a prompt: what it asked for, no more."""
+    given = make_inputs(num_tokens, window, seed, **changes)
+    wants = policy.queries
+    if wants is Queries.PROMPT:
+        generator = torch.Generator().manual_seed(seed + 1)
+        queries = torch.randn(8, num_tokens, 32, generator=generator)
+        rotary = given.rotary if policy.needs_rotary else None
+        chunk = ChunkInputs(queries, given.keys, 0, num_tokens, given.scale, 4, rotary)
+        given = replace(given, accumulated=policy.accumulate(None, chunk))
+    return replace(
+        given,
+        queries=given.queries if wants is Queries.WINDOW else None,
+        rotary=given.rotary if policy.needs_rotary else None,
+        output_projection=given.output_projection if policy.needs_output_projection else None,
     )
 
 
-def build(name: str, params: dict[str, Any]) -> Policy:
-    return load_policy_class(name)(**params)
+def inputs(**kwargs: Any) -> ScoreInputs:
+    return make_inputs(**kwargs)
 
 
 def test_the_table_names_every_installed_policy() -> None:
@@ -38,8 +51,8 @@ def test_the_table_names_every_installed_policy() -> None:
 @pytest.mark.parametrize(("name", "params"), ALL)
 @pytest.mark.parametrize("num_tokens", [17, 64, 111])
 def test_scores_have_the_promised_form(name: str, params: dict, num_tokens: int) -> None:
-    given = inputs(num_tokens)
-    scores = build(name, params).score(given)
+    policy = build(name, params)
+    scores = policy.score(inputs_for(policy, num_tokens))
     assert scores.shape == (2, num_tokens)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
@@ -48,15 +61,15 @@ def test_scores_have_the_promised_form(name: str, params: dict, num_tokens: int)
 @pytest.mark.parametrize(("name", "params"), ALL)
 def test_the_same_request_always_gets_the_same_scores(name: str, params: dict) -> None:
     policy = build(name, params)
-    first = policy.score(inputs(seed=1)).clone()
-    policy.score(inputs(seed=2))  # another request in between leaves no trace
-    assert torch.equal(policy.score(inputs(seed=1)), first)
+    first = policy.score(inputs_for(policy, seed=1)).clone()
+    policy.score(inputs_for(policy, seed=2))  # another request in between leaves no trace
+    assert torch.equal(policy.score(inputs_for(policy, seed=1)), first)
 
 
 @pytest.mark.parametrize(("name", "params"), ALL)
 def test_selection_keeps_forced_tokens_in_order(name: str, params: dict) -> None:
     policy = build(name, params)
-    scores = policy.score(inputs())[:, :128]
+    scores = policy.score(inputs_for(policy))[:, :128]
     forced = torch.zeros(128, dtype=torch.bool)
     forced[[0, 1, 50, 127]] = True
     kept = policy.select(scores, forced, 32)
@@ -67,15 +80,28 @@ def test_selection_keeps_forced_tokens_in_order(name: str, params: dict) -> None
 
 
 @pytest.mark.parametrize(("name", "params"), ALL)
-def test_only_declared_needs_are_read(name: str, params: dict) -> None:
+def test_what_was_not_asked_for_is_not_read(name: str, params: dict) -> None:
+    """`inputs_for` leaves out all else; a need that is declared must be a real one."""
     policy = build(name, params)
-    given = inputs()
-    without = ScoreInputs(**{**vars(given), "queries": None})
-    if policy.needs_queries:
-        with pytest.raises(AssertionError):
-            policy.score(without)
-    else:
-        assert torch.equal(policy.score(without), policy.score(given))
+    given = inputs_for(policy)
+    policy.score(given)
+    for field in ("queries", "accumulated", "rotary", "output_projection"):
+        if getattr(given, field) is not None:
+            with pytest.raises((AssertionError, AttributeError, TypeError)):
+                policy.score(replace(given, **{field: None}))
+
+
+@pytest.mark.parametrize(("name", "params"), ALL)
+def test_scoring_while_decoding(name: str, params: dict) -> None:
+    """No summary of a prompt then, but the queries of the ring, and fewer keys than positions."""
+    policy = build(name, params)
+    if not policy.runs_while_decoding:
+        pytest.skip(f"{name} reads all queries of a prompt")
+    given = replace(inputs_for(policy), accumulated=None, position=4000)
+    if policy.queries is not Queries.NONE:
+        given = replace(given, queries=make_inputs().queries)
+    scores = policy.score(given)
+    assert scores.shape == (2, 150) and scores.isfinite().all()
 
 
 def test_keydiff_is_minus_the_cosine_with_the_mean_unit_key() -> None:
@@ -102,18 +128,20 @@ def test_snapkv_pools_the_attention_of_the_window(kernel_size: int) -> None:
     np.testing.assert_allclose(found[:, :134].numpy(), pooled, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("task", ["localization", "aggregation"])
+@pytest.mark.parametrize("window_score", ["mean", "top_half"])
 @pytest.mark.parametrize("window_size", [8, 37])
-def test_windowkv_ranks_windows_for_all_heads(task: str, window_size: int) -> None:
+def test_windowkv_ranks_windows_for_all_heads(window_score: str, window_size: int) -> None:
     given = inputs()
     attention = loops(given.queries.double().numpy(), given.keys.double().numpy(), given.scale)
     tokens = attention.mean(axis=0)[:134]
     expected = np.zeros(134)
-    best = window_size if task == "localization" else window_size // 2
+    best = window_size if window_score == "mean" else window_size // 2
     for start in range(0, 134, window_size):
         values = np.sort(tokens[start : start + window_size])[::-1][:best]
         expected[start : start + window_size] = values.mean()
-    found = build("windowkv", {"task": task, "window_size": window_size}).score(given)
+    found = build("windowkv", {"window_score": window_score, "window_size": window_size}).score(
+        given
+    )
     assert torch.equal(found[0], found[1]), "one choice for all heads"
     np.testing.assert_allclose(found[0, :134].numpy(), expected, rtol=1e-4, atol=1e-8)
 

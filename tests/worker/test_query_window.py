@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.worker.query_window import QueryWindow, watch_layer
+from vllm_kvcompress.worker.query_taps import watch_layer
+from vllm_kvcompress.worker.query_window import QueryWindow
 
 
 def batch(rows: list[tuple[str, int, int]]) -> SimpleNamespace:
@@ -105,7 +106,7 @@ def test_watching_a_layer_changes_nothing_else() -> None:
             return "result"
 
     impl, window = Impl(), QueryWindow()
-    watch_layer("layer", impl, window)
+    watch_layer("layer", impl, [window])
     assert impl.forward("l", torch.zeros(3, 2, 4), "k", output="o") == "result"
     window.add_request("a", 3, 2)
     window.begin_batch(batch([("a", 0, 3)]))

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_kvcompress.plans import GroupLengths, GroupPlan
+from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Span
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 
@@ -48,9 +48,11 @@ class CompressedAttentionManager(FullAttentionManager):
 
     # --- compaction -----------------------------------------------------------------------
 
-    def plan(self, request_id: str, lengths: GroupLengths) -> GroupPlan:
+    def plan(
+        self, request_id: str, lengths: GroupLengths, cache: GroupCache, forced: tuple[Span, ...]
+    ) -> GroupPlan:
         """Take destination blocks and describe the copy. The caller has checked for room."""
-        assert request_id not in self._pending and request_id not in self.evicted
+        assert request_id not in self._pending
         blocks = self.req_to_blocks[request_id]
         num_source = lengths.region_len // self.block_size
         assert num_source <= len(blocks)
@@ -59,6 +61,8 @@ class CompressedAttentionManager(FullAttentionManager):
         ids = [block.block_id for block in blocks]
         return GroupPlan(
             lengths=lengths,
+            cache=cache,
+            forced=forced,
             source_blocks=tuple(ids[:num_source]),
             destination_blocks=tuple(block.block_id for block in destination),
             tail_blocks=tuple(ids[num_source:]),
@@ -73,7 +77,7 @@ class CompressedAttentionManager(FullAttentionManager):
         num_source = pending.lengths.region_len // self.block_size
         source = blocks[:num_source]
         blocks[:num_source] = pending.destination
-        self.evicted[request_id] = pending.lengths.evicted
+        self.evicted[request_id] = self.evicted.get(request_id, 0) + pending.lengths.evicted
         # Reversed as everywhere in the host: the end of a prefix is forgotten first.
         self.block_pool.free_blocks(reversed(source))
         return True

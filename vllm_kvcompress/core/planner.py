@@ -2,21 +2,32 @@
 
 A request passes through these states:
 
-    ARMED --(its prompt ends)--> DUE --(destination blocks found)--> PLANNED --(next step)--> DONE
-      ^                                                                |
-      '------------------------ preemption: starts again --------------'
+    ARMED --(`next_at` tokens)--> DUE --(destination blocks found)--> PLANNED --(next step)--> DONE
+      ^ ^                                                               |  |
+      | '---------------- if generated tokens trigger more -------------'  |
+      '------------------------ preemption: starts again ------------------'
 
-or it is SKIPPED from the start, for a reason that is counted. A request that is DUE while the pool
-has no room for its survivors stays DUE and is tried again every step: its lengths do not change.
+or it is SKIPPED from the start, for a reason that is counted. `next_at` is the end of the prompt,
+or so many generated tokens after the last compaction: never an absolute length, so a long prompt
+alone triggers nothing while decoding.
+
+A request that is DUE while the pool has no room for its survivors is tried again every step. What
+the end of its prompt will compact does not change meanwhile; a compaction while decoding takes in
+the tokens that came since, because the queries that the policy reads are the most recent ones.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-from vllm_kvcompress.budgets import compaction_lengths
-from vllm_kvcompress.config import CompressionConfig
-from vllm_kvcompress.plans import GroupLengths, RequestOptions
+from vllm_kvcompress.budgets import (
+    after_compaction,
+    compaction_lengths,
+    next_lengths,
+    permanent_ranges,
+)
+from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
+from vllm_kvcompress.settings import CompressionConfig
 
 
 class State(Enum):
@@ -34,6 +45,7 @@ class SkipReason:
 
     OPTED_OUT = "opted_out"
     SHORT_PROMPT = "short_prompt"
+    SHORT_OUTPUT = "short_output"
     UNDER_BUDGET = "under_budget"
     STREAMING_INPUT = "streaming_input"
     NO_ROOM = "no_room"
@@ -47,26 +59,46 @@ class TrackedRequest:
     ----------
     prompt_len : int
         Tokens of the prompt.
-    policy : str
-        Name of the policy, for the metrics; "none" for skipped requests that opted out.
+    config : CompressionConfig or None
+        The setting it runs under; None if it opted out.
+    task : str or None
+        The task its setting was chosen for.
+    caches : list[GroupCache]
+        What each layer group held of it right after the last compaction.
+    compacted_at : int
+        Sequence length of the last compaction; 0 before the first.
+    next_at : int
+        Sequence length at which the next compaction falls due.
+    position : int
+        Sequence length of the compaction that is due or planned.
     lengths : list[GroupLengths or None]
-        One entry per layer group.
-    num_query_tokens : int
-        Last prompt tokens whose queries the policy needs; 0 if none.
+        Its lengths, one entry per layer group.
+    counted : bool
+        Whether it has been compressed at least once, before a preemption too.
     """
 
     prompt_len: int
-    policy: str
-    lengths: list[GroupLengths | None]
-    num_query_tokens: int = 0
+    config: CompressionConfig | None
+    task: str | None = None
+    caches: list[GroupCache] = field(default_factory=list)
+    compacted_at: int = 0
+    next_at: int = 0
+    position: int = 0
+    lengths: list[GroupLengths | None] = field(default_factory=list)
     state: State = State.ARMED
     skip_reason: str | None = None
     counted: bool = False
+    was_under_budget: bool = False
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether a compaction is still to come."""
-        return self.state in (State.ARMED, State.DUE)
+    def policy(self) -> str:
+        """Name of the policy, for the metrics; "none" for requests that opted out."""
+        return self.config.policy.name if self.config else "none"
+
+    @property
+    def while_decoding(self) -> bool:
+        """Whether the next or current compaction is triggered by generated tokens."""
+        return self.next_at > self.prompt_len
 
 
 @dataclass
@@ -89,54 +121,86 @@ class Planner:
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
 
     def add(
-        self, request_id: str, prompt_len: int, options: RequestOptions, streaming: bool = False
+        self,
+        request_id: str,
+        prompt_len: int,
+        options: RequestOptions,
+        streaming: bool = False,
+        task: str | None = None,
     ) -> TrackedRequest:
         """Register a request; its state is ARMED or SKIPPED afterwards."""
-        tracked = self._track(prompt_len, options, streaming)
+        config = resolve_request(self.config, options, task)
+        tracked = TrackedRequest(prompt_len, config, task)
+        if config is None:
+            tracked.skip_reason = SkipReason.OPTED_OUT
+        elif streaming:
+            tracked.skip_reason = SkipReason.STREAMING_INPUT
+        else:
+            self._arm(tracked, config)
+        if tracked.skip_reason is not None:
+            tracked.state = State.SKIPPED
         self.requests[request_id] = tracked
         return tracked
 
-    def _track(self, prompt_len: int, options: RequestOptions, streaming: bool) -> TrackedRequest:
-        config = resolve_request(self.config, options)
-        if config is None:
-            return _skipped(prompt_len, "none", SkipReason.OPTED_OUT)
-        policy = config.policy.name
-        if streaming:
-            return _skipped(prompt_len, policy, SkipReason.STREAMING_INPUT)
-        if prompt_len < config.min_prompt_len:
-            return _skipped(prompt_len, policy, SkipReason.SHORT_PROMPT)
+    def _arm(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
+        """Set the first trigger of a request that holds nothing yet, or the reason for none."""
+        prompt_len = tracked.prompt_len
+        cache = GroupCache(0, permanent_ranges(prompt_len, config))
+        tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
+        tracked.state = State.ARMED
         lengths = compaction_lengths(prompt_len, config, self.num_layer_groups, self.block_size)
-        if not any(lengths):
-            return _skipped(prompt_len, policy, SkipReason.UNDER_BUDGET)
-        needs_queries = config.build_policy().needs_queries
-        window = config.observation_window if needs_queries else 0
-        return TrackedRequest(prompt_len, policy, lengths, window)
+        if any(lengths):
+            tracked.next_at = prompt_len
+        elif config.compresses_while_decoding:
+            tracked.next_at = prompt_len + config.interval
+        elif prompt_len < config.min_prompt_len:
+            tracked.skip_reason = SkipReason.SHORT_PROMPT
+        else:
+            tracked.skip_reason = SkipReason.UNDER_BUDGET
 
     def remove(self, request_id: str) -> TrackedRequest | None:
-        """Forget a finished or aborted request."""
-        return self.requests.pop(request_id, None)
+        """Forget a finished or aborted request.
+
+        Its `skip_reason` is set if it ended uncompressed although it was not skipped, unless it
+        did not get as far as its first trigger's prompt.
+        """
+        tracked = self.requests.pop(request_id, None)
+        if tracked is None or tracked.counted or tracked.skip_reason is not None:
+            return None
+        if tracked.state is State.DUE:
+            tracked.skip_reason = SkipReason.NO_ROOM
+        elif tracked.state is State.ARMED and tracked.while_decoding:
+            under = tracked.was_under_budget
+            tracked.skip_reason = SkipReason.UNDER_BUDGET if under else SkipReason.SHORT_OUTPUT
+        return tracked
 
     def restart(self, request_id: str) -> None:
         """A preempted request starts again from nothing."""
         tracked = self.requests.get(request_id)
         if tracked is not None and tracked.state is not State.SKIPPED:
-            tracked.state = State.ARMED
+            assert tracked.config is not None
+            self._arm(tracked, tracked.config)
 
     def waiting(self, request_id: str) -> TrackedRequest | None:
         """The request, if a compaction is still to come for it."""
         tracked = self.requests.get(request_id)
-        return tracked if tracked is not None and tracked.is_waiting else None
+        waits = tracked is not None and tracked.state in (State.ARMED, State.DUE)
+        return tracked if waits else None
 
-    def clip_chunk(self, request_id: str, num_computed: int, num_new: int) -> int:
-        """End a prefill chunk at the end of the prompt.
+    def clip_chunk(self, request_id: str, num_computed: int, num_new: int, num_known: int) -> int:
+        """End a step's tokens where a compaction falls due.
 
         A resumed request prefills its prompt and its earlier output in one go; it must stop at
-        the prompt's end to be compacted there, as it was the first time.
+        the prompt's end, and after every interval, to be compacted there as it was the first
+        time. Draft tokens (beyond the `num_known` ones) stop one token earlier: the step that
+        reaches the mark must not hinge on what is accepted.
         """
         tracked = self.waiting(request_id)
-        if tracked is None or not num_computed < tracked.prompt_len < num_computed + num_new:
+        if tracked is None or num_computed >= tracked.next_at:
             return num_new
-        return tracked.prompt_len - num_computed
+        has_drafts = num_computed + num_new > num_known
+        room = tracked.next_at - num_computed - (1 if has_drafts else 0)
+        return min(num_new, max(room, 1))
 
     def max_cached_tokens(self, request_id: str) -> int | None:
         """Longest prefix-cache hit the request may take; None if any.
@@ -146,17 +210,53 @@ class Planner:
         tracked = self.waiting(request_id)
         if tracked is None:
             return None
-        return tracked.prompt_len - max(tracked.num_query_tokens, 1)
+        assert tracked.config is not None
+        queries = tracked.config.build_policy().queries.value
+        if queries == "prompt" and not tracked.while_decoding:
+            return 0
+        window = tracked.config.observation_window if queries != "none" else 1
+        return tracked.next_at - window
 
-    def note_progress(self, request_id: str, num_computed: int) -> bool:
-        """Record how far a request was scheduled; True if its compaction is due."""
+    def note_progress(self, request_id: str, num_certain: int) -> bool:
+        """Record how many tokens' keys are certain after this step; True if a compaction is due."""
         tracked = self.waiting(request_id)
-        if tracked is None:
+        if tracked is None or num_certain < tracked.next_at:
             return False
-        if tracked.state is State.ARMED and num_computed >= tracked.prompt_len:
+        assert tracked.config is not None
+        if tracked.state is State.ARMED or tracked.while_decoding:
+            tracked.position = num_certain if tracked.while_decoding else tracked.prompt_len
+            tracked.lengths = self._lengths(tracked, tracked.config)
             tracked.state = State.DUE
-        return tracked.state is State.DUE
+        if not any(tracked.lengths):
+            tracked.was_under_budget = True
+            self._rearm(tracked)
+            return False
+        return True
 
+    def _lengths(
+        self, tracked: TrackedRequest, config: CompressionConfig
+    ) -> list[GroupLengths | None]:
+        caches = self.current_caches(tracked)
+        return next_lengths(tracked.prompt_len, tracked.position, caches, config, self.block_size)
 
-def _skipped(prompt_len: int, policy: str, reason: str) -> TrackedRequest:
-    return TrackedRequest(prompt_len, policy, [], state=State.SKIPPED, skip_reason=reason)
+    def current_caches(self, tracked: TrackedRequest) -> list[GroupCache]:
+        """What the groups hold at `tracked.position`, before its compaction."""
+        grown = tracked.position - tracked.compacted_at
+        return [GroupCache(c.num_tokens + grown, c.permanent) for c in tracked.caches]
+
+    def commit(self, tracked: TrackedRequest) -> None:
+        """Note that the planned compaction has been done."""
+        tracked.caches = [
+            after_compaction(cache, lengths) if lengths else cache
+            for cache, lengths in zip(self.current_caches(tracked), tracked.lengths, strict=True)
+        ]
+        tracked.compacted_at = tracked.position
+        self._rearm(tracked)
+
+    def _rearm(self, tracked: TrackedRequest) -> None:
+        assert tracked.config is not None
+        if tracked.config.compresses_while_decoding:
+            tracked.next_at = tracked.position + tracked.config.interval
+            tracked.state = State.ARMED
+        else:
+            tracked.state = State.DONE

@@ -1,8 +1,8 @@
 """Scheduler that plans compactions beside vLLM's own scheduling.
 
 Every step: commit what the previous step compacted, let vLLM schedule, then plan compactions for
-the requests whose prompt ends in this step. Lengths are known beforehand, so nothing here waits
-for the device and async scheduling cannot make anything stale.
+the requests whose prompt, or interval of generated tokens, ends in this step. Lengths are known
+beforehand, so nothing here waits for the device and async scheduling cannot make anything stale.
 """
 
 import zlib
@@ -17,13 +17,16 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config
+from vllm_kvcompress.budgets import forced_ranges
+from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
-from vllm_kvcompress.core.planner import Planner, SkipReason, State, TrackedRequest
+from vllm_kvcompress.core.planner import Planner, State, TrackedRequest
 from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
-from vllm_kvcompress.request_options import parse_request
+from vllm_kvcompress.request_options import choose_task, parse_request
+from vllm_kvcompress.settings import CompressionConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -56,6 +59,7 @@ class CompressionMixin(Scheduler):
             block_size=self._managers[0].block_size,
         )
         self.stats = CompressionStats()
+        self._classifier = RequestClassifier(self.vllm_config.model_config)
         self._planned: list[str] = []
         logger.info(savings_line(self.compression_config, self.kv_cache_config, self.max_model_len))
 
@@ -86,13 +90,21 @@ class CompressionMixin(Scheduler):
         ]
         if plans:
             output.kv_compression_plans = plans  # type: ignore[attr-defined]
+        tasks = {
+            new.req_id: tracked.task
+            for new in output.scheduled_new_reqs
+            if (tracked := self.planner.requests[new.req_id]).task is not None
+        }
+        if tasks:
+            output.kv_compression_tasks = tasks  # type: ignore[attr-defined]
         return output
 
     def _plan_compaction(self, request: Request) -> CompactionPlan | None:
         request_id = request.request_id
-        if not self.planner.note_progress(request_id, request.num_computed_tokens):
+        if not self.planner.note_progress(request_id, self._num_certain(request)):
             return None
         tracked = self.planner.requests[request_id]
+        assert tracked.config is not None
         lengths = [tracked.lengths[group] for group in self._layer_group_of]
         num_needed = sum(each.kept_len // self.planner.block_size for each in lengths if each)
         if num_needed > self.kv_cache_manager.block_pool.get_num_free_blocks():
@@ -100,11 +112,26 @@ class CompressionMixin(Scheduler):
             return None
         tracked.state = State.PLANNED
         self._planned.append(request_id)
-        groups = tuple(
-            manager.plan(request_id, each) if each else None
-            for manager, each in zip(self._managers, lengths, strict=True)
+        caches = self.planner.current_caches(tracked)
+        window = tracked.config.observation_window
+        groups = []
+        for manager, group, each in zip(self._managers, self._layer_group_of, lengths, strict=True):
+            cache = caches[group]
+            forced = forced_ranges(cache, window)
+            groups.append(manager.plan(request_id, each, cache, forced) if each else None)
+        return CompactionPlan(
+            request_id=request_id,
+            position=tracked.position,
+            while_decoding=tracked.while_decoding,
+            seed=prompt_checksum(request),
+            groups=tuple(groups),
         )
-        return CompactionPlan(request_id, tracked.prompt_len, prompt_checksum(request), groups)
+
+    def _num_certain(self, request: Request) -> int:
+        """Tokens whose keys are in the cache after this step, whatever becomes of its drafts."""
+        if self.num_spec_tokens:
+            return min(request.num_computed_tokens, request.num_tokens)
+        return request.num_computed_tokens
 
     def _commit_compactions(self) -> None:
         planned, self._planned = self._planned, []
@@ -116,8 +143,8 @@ class CompressionMixin(Scheduler):
             before = pool.get_num_free_blocks()
             for manager in self._managers:
                 manager.commit(request_id)
-            tracked.state = State.DONE
             self._record(tracked, pool.get_num_free_blocks() - before)
+            self.planner.commit(tracked)
 
     def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
         taken = sum(
@@ -126,9 +153,14 @@ class CompressionMixin(Scheduler):
             if tracked.lengths[group]
         )
         evicted = [each.evicted if each else 0 for each in tracked.lengths]
-        kept_ratio = 1 - sum(evicted) / (len(evicted) * tracked.prompt_len)
+        held = sum(cache.num_tokens for cache in self.planner.current_caches(tracked))
         self.stats.record_compaction(
-            tracked.policy, evicted, kept_ratio, num_returned - taken, first=not tracked.counted
+            tracked.policy,
+            "decode" if tracked.while_decoding else "prompt",
+            evicted,
+            kept_ratio=(held - sum(evicted)) / (len(evicted) * tracked.position),
+            blocks_freed=num_returned - taken,
+            first=not tracked.counted,
         )
         tracked.counted = True
 
@@ -142,16 +174,21 @@ class CompressionMixin(Scheduler):
             return  # the next chunk of a streaming session, which is never compressed
         params = request.sampling_params
         options = parse_request(params.extra_args if params else None)
+        task, decided_by = choose_task(
+            self.compression_config, options, lambda: self._classifier.classify(request)
+        )
+        if task is not None and decided_by is not None:
+            self.stats.record_task(task, decided_by)
         tracked = self.planner.add(
-            request.request_id, request.num_prompt_tokens, options, bool(request.resumable)
+            request.request_id, request.num_prompt_tokens, options, bool(request.resumable), task
         )
         if tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         tracked = self.planner.remove(request.request_id)
-        if tracked is not None and tracked.state is State.DUE:
-            self.stats.record_uncompressed(SkipReason.NO_ROOM)
+        if tracked is not None and tracked.skip_reason is not None:
+            self.stats.record_uncompressed(tracked.skip_reason)
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +199,9 @@ class CompressionMixin(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        return self.planner.clip_chunk(request.request_id, num_computed_tokens, clipped)
+        return self.planner.clip_chunk(
+            request.request_id, num_computed_tokens, clipped, request.num_tokens
+        )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
         blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
@@ -194,7 +233,11 @@ class CompressionMixin(Scheduler):
         for manager in self._managers:
             manager.check_integrity()
             for request_id in manager.evicted:
-                assert self.planner.requests[request_id].state is State.DONE, request_id
+                tracked = self.planner.requests[request_id]
+                assert tracked.state not in (State.SKIPPED,), request_id
+                group = manager.kv_cache_spec.layer_group
+                lost = tracked.compacted_at - tracked.caches[group].num_tokens
+                assert manager.evicted[request_id] == lost, (request_id, lost)
         assert self.planner.requests.keys() <= self.requests.keys()
 
 

@@ -7,67 +7,29 @@ blocks and copying happen once, elsewhere.
 
 A new policy is one file with one class, registered as an entry point of group
 ``vllm_kvcompress.policies``. The class is a frozen pydantic model: its fields are the parameters a
-YAML file may set. The worker calls `score` once per layer and request, after the forward pass of
-the step that ends the prompt; it must not keep state between calls and must not wait for the
-device (no ``.item()``, ``.tolist()`` or ``.cpu()``).
+YAML file may set. The worker calls `score` once per layer and compaction, after the forward pass
+of the step that ends the prompt (or an interval of generated tokens). A policy keeps no state
+between calls and does not wait for the device (no ``.item()``, ``.tolist()`` or ``.cpu()``).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vllm_kvcompress.kernels.topk_select import select_tokens
+from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 
 
-def _identity(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError(f"must be odd, or the pooling is not centred, got {value}")
+    return value
 
 
-@dataclass(frozen=True)
-class ScoreInputs:
-    """What a policy may look at: one request, one layer, this rank's KV heads.
-
-    Attributes
-    ----------
-    keys : torch.Tensor
-        [num_kv_heads, prompt_len, head_dim], the cache's dtype, after RoPE, in logical order.
-    queries : torch.Tensor or None
-        [num_heads, window, head_dim] after RoPE, of the last ``window`` prompt tokens; None
-        unless the policy sets `needs_queries`.
-    scale : float
-        Softmax scale of the layer.
-    num_sink_tokens : int
-        First tokens that are kept anyway.
-    layer_index : int
-        Index of the layer in the model, from 0.
-    seed : int
-        Checksum of the prompt, equal on all ranks and in every run.
-    all_reduce : callable
-        Sums a tensor over the tensor-parallel ranks; the identity without tensor parallelism.
-    num_ranks : int
-        Ranks `all_reduce` sums over.
-    first_kv_head : int
-        Number of this rank's first KV head in the model.
-    """
-
-    keys: torch.Tensor
-    queries: torch.Tensor | None
-    scale: float
-    num_sink_tokens: int
-    layer_index: int
-    seed: int
-    all_reduce: Callable[[torch.Tensor], torch.Tensor] = _identity
-    num_ranks: int = 1
-    first_kv_head: int = 0
-
-    def mean_over_heads(self, scores: torch.Tensor) -> torch.Tensor:
-        """Average [num_kv_heads, n] over the KV heads of all ranks and give every head the mean."""
-        mean = self.all_reduce(scores.mean(dim=0, keepdim=True)) / self.num_ranks
-        return mean.expand_as(scores)
+KernelSize = Annotated[int, Field(ge=1), AfterValidator(_odd)]
+"""Width of a centred pooling, in tokens: a parameter that several policies have."""
 
 
 class Policy(BaseModel, ABC):
@@ -75,17 +37,47 @@ class Policy(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    needs_queries: ClassVar[bool] = False
-    """Whether `score` wants the queries of the observation window."""
+    @property
+    def queries(self) -> Queries:
+        """Which queries `score` and `accumulate` read."""
+        return Queries.NONE
+
+    @property
+    def needs_output_projection(self) -> bool:
+        """Whether `score` wants the layer's output projection."""
+        return False
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether `score` and `accumulate` want the layer's rotary embedding."""
+        return False
+
+    @property
+    def runs_while_decoding(self) -> bool:
+        """Whether the policy can also compress every `interval` generated tokens."""
+        return self.queries is not Queries.PROMPT
 
     @property
     def shares_scores(self) -> bool:
         """Whether the first layer of a layer group scores for all layers of it."""
         return False
 
+    @property
+    def rerotates_keys(self) -> bool:
+        """Whether surviving keys are turned to neighbouring positions (needs rotary)."""
+        return False
+
+    def accumulate(self, accumulated: Any, chunk: ChunkInputs) -> Any:
+        """Fold one chunk of the prompt into a summary; the first chunk gets None.
+
+        Called once per chunk and layer, in order, before `score`, where `queries` is
+        `Queries.PROMPT`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not read all queries")
+
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        """Return [num_kv_heads, prompt_len] float32 scores, higher = keep."""
+        """Return [num_kv_heads, n] float32 scores, higher = keep."""
 
     def select(self, scores: torch.Tensor, forced: torch.Tensor, num_keep: int) -> torch.Tensor:
         """Return [num_kv_heads, num_keep] ascending positions among the scored ones.

@@ -3,7 +3,8 @@
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ScoreInputs
 
 
 class KeyDiff(Policy):

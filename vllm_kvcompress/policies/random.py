@@ -3,7 +3,8 @@
 import torch
 from pydantic import Field
 
-from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ScoreInputs
 
 
 class Random(Policy):

@@ -2,15 +2,30 @@
 
 import torch
 
-from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ScoreInputs
 
 
 class StreamingLLM(Policy):
     """StreamingLLM: keep the first tokens and the most recent ones.
 
-    The sinks are `num_sink_tokens` of the configuration. Positions are kept; the paper renumbers
-    them, which matters past the model's trained length. (arXiv 2309.17453)
+    The sinks are `num_sink_tokens` of the configuration. (arXiv 2309.17453)
+
+    Attributes
+    ----------
+    rerotate_keys : bool, default False
+        Whether surviving keys are turned to neighbouring positions that end where the uncompressed
+        tail begins, closing the gap behind the sinks. The paper numbers the tokens of its cache
+        from 0 instead; with a relative embedding such as RoPE only distances count, and those are
+        the same. It matters past the model's trained length. Otherwise keys stay where they were.
     """
+
+    rerotate_keys: bool = False
+
+    @property
+    def rerotates_keys(self) -> bool:
+        """See `rerotate_keys`."""
+        return self.rerotate_keys
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Later tokens score higher; the caller forces the sinks."""

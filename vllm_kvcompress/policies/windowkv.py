@@ -7,33 +7,38 @@ from pydantic import Field
 from torch.nn.functional import pad
 
 from vllm_kvcompress.kernels.window_attention import window_attention_scores
-from vllm_kvcompress.policies.base import Policy, ScoreInputs
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 
 
 class WindowKV(Policy):
     """WindowKV: rank contiguous windows by the attention the end of the prompt pays them.
 
     One ranking serves all heads of a layer, and the first layer of a layer group ranks for the
-    whole group. A window's score is the mean attention of its tokens when the task is to find
-    something ("localization") and the mean of its better half when the task is to put things
-    together ("aggregation"). The paper's text assigns the two this way; its released code the
-    other way round. Kept tokens are in position order. (arXiv 2503.17922, equation 4)
+    whole group. A window's score is the mean attention of its tokens, or of its better half. The
+    paper's text takes the mean where the task is to find something ("localization") and the better
+    half where it is to put things together ("aggregation"); its released code the other way round.
+    The presets follow the text, through `tasks` of the configuration. Kept tokens are in position
+    order. (arXiv 2503.17922, equation 4; p = half a window from the released code)
 
     Attributes
     ----------
-    task : {"localization", "aggregation"}, default "localization"
-        Which window score to use.
     window_size : int, default 32
         Tokens per window (omega), counted from position 0.
+    window_score : {"mean", "top_half"}, default "mean"
+        What a window is worth.
     share_indices : bool, default True
         Let the first layer of a group rank for all its layers.
     """
 
-    needs_queries = True
-
-    task: Literal["localization", "aggregation"] = "localization"
     window_size: int = Field(default=32, ge=1)
+    window_score: Literal["mean", "top_half"] = "mean"
     share_indices: bool = True
+
+    @property
+    def queries(self) -> Queries:
+        """Those of the observation window."""
+        return Queries.WINDOW
 
     @property
     def shares_scores(self) -> bool:
@@ -56,7 +61,7 @@ class WindowKV(Policy):
         size = self.window_size
         padding = -tokens.shape[0] % size
         grid = pad(tokens, (0, padding), value=float("-inf")).view(-1, size)
-        best = size if self.task == "localization" else max(size // 2, 1)
+        best = size if self.window_score == "mean" else max(size // 2, 1)
         top = grid.sort(dim=-1, descending=True).values[:, :best]
         present = top.isfinite()
         return top.masked_fill(~present, 0).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -19,15 +21,19 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.budgets import layer_groups
-from vllm_kvcompress.checks import check_layer
+from vllm_kvcompress.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.physical_slots import physical_slots
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
-from vllm_kvcompress.worker.compactor import CompactionTimer, Compactor, LayerCache
+from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
 from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, cpu_layout
 from vllm_kvcompress.worker.model_state import CompressedModelState
-from vllm_kvcompress.worker.query_window import watch_layer
+from vllm_kvcompress.worker.query_taps import QueryRecorder, watch_layer
+from vllm_kvcompress.worker.timer import CompactionTimer
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class CompressionRunnerMixin(GPUModelRunner):
@@ -50,9 +56,15 @@ class CompressionRunnerMixin(GPUModelRunner):
             self.vllm_config, self.model, self.encoder_cache, self.device
         )
         self._timer = CompactionTimer(self.device)
+        state = self.model_state
+        recorders: list[QueryRecorder] = [state.window, state.prompt_queries, state.ring]
         for name, layer in self._attention_layers().items():
             check_layer(name, layer)
-            watch_layer(name, layer.impl, self.model_state.window)
+            state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
+            watch_layer(name, layer.impl, recorders)
+        if state.ring.num_bytes:
+            size = format_gib(state.ring.num_bytes)
+            logger.info("KV compression: ring of %d queries, %s GiB", state.ring.size, size)
 
     def _attention_layers(self) -> dict[str, Attention]:
         return get_layers_from_vllm_config(self.vllm_config, Attention)
@@ -78,6 +90,7 @@ class CompressionRunnerMixin(GPUModelRunner):
     ) -> None:
         """Build the compactor once the caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        state = self.model_state
         layers = self._attention_layers()
         caches = [
             LayerCache(
@@ -87,22 +100,46 @@ class CompressionRunnerMixin(GPUModelRunner):
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=partial(getattr, layers[name], "kv_cache"),
+                rotary=find_rotary(self.model, name, self.device),
+                output_projection=find_output_projection(
+                    self.model, name, layers[name].num_heads, layers[name].head_size
+                ),
             )
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names
         ]
+        self._check_parts(caches)
         tp_group = get_tp_group()
         # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
         num_kv_heads = self.model_config.get_total_num_kv_heads()
         self.compactor = Compactor(
             layers=sorted(caches, key=lambda cache: cache.index),
             num_layers=self._num_layers(),
-            window=self.model_state.window,
+            sources=QuerySources(state.window, state.prompt_queries, state.ring),
             device=self.device,
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
             first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
         )
+
+    def _check_parts(self, layers: list[LayerCache]) -> None:
+        """Refuse models around whose layers a policy would not find what it needs.
+
+        A request may name any preset, so the output projection must be there whatever the server's
+        policy; rotary embeddings are checked against the model's configuration, on admission too.
+        """
+        config = self.model_state.config
+        policies = [each.build_policy() for each in (config, *config.by_task.values())]
+        expects_rotary = has_plain_rotary(self.model_config)
+        for layer in layers:
+            for policy in policies:
+                require_parts(policy, layer.rotary, layer.output_projection, layer.name)
+            if layer.output_projection is None or (expects_rotary and layer.rotary is None):
+                raise UnsupportedModelError(
+                    f"--kv-compression: around layer {layer.name} there is no output projection or "
+                    "rotary embedding of a kind that is known: choose another model, or drop "
+                    "--kv-compression."
+                )
 
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
         return StridedLayout(layer.head_size, block_size)
@@ -128,7 +165,7 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _captures_queries(self, batch_state: Any) -> bool:
         computed = self.req_states.num_computed_tokens_np[batch_state.idx_mapping_np]
         return any(
-            self.model_state.window.wants(request_id, int(start), int(count))
+            self.model_state.captures_queries(request_id, int(start), int(count))
             for request_id, start, count in zip(
                 batch_state.req_ids, computed, batch_state.num_scheduled_tokens, strict=True
             )
@@ -155,8 +192,10 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Run the step, then compact what the scheduler planned for it."""
+        self.model_state.tasks.update(getattr(scheduler_output, "kv_compression_tasks", {}))
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self.model_state.window.end_batch()
+        self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
         plans = getattr(scheduler_output, "kv_compression_plans", ())
         if plans:
             with self._timer:
@@ -164,14 +203,21 @@ class CompressionRunnerMixin(GPUModelRunner):
                     self._compact(plan)
             # At once: left for the next step, the write could race with a new owner of the row.
             self.block_tables.apply_staged_writes()
+        self.model_state.ring.end_batch()
         return output
+
+    def _read_keys(self, layer: LayerCache, req_index: int, num_tokens: int) -> torch.Tensor:
+        """Keys [num_kv_heads, num_tokens, head_dim] of a request that was never compacted."""
+        num_blocks = -(-num_tokens // self.block_tables.block_sizes[layer.group])
+        blocks = self.block_tables.block_tables[layer.group].gpu[req_index, :num_blocks]
+        return layer.layout.read(layer.cache(), blocks.long())[0][:, :num_tokens]
 
     def _compact(self, plan: CompactionPlan) -> None:
         request_id = plan.request_id
-        self.compactor.run(plan, self.model_state.request_configs[request_id])
-        self.model_state.window.remove_request(request_id)
-        assert self.model_state.lengths is not None
         req_index = self.req_states.req_id_to_index[request_id]
+        self.compactor.run(plan, self.model_state.request_configs[request_id], req_index)
+        self.model_state.forget_queries(request_id)
+        assert self.model_state.lengths is not None
         for group, group_plan in enumerate(plan.groups):
             if group_plan is None:
                 continue

@@ -14,8 +14,12 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.budgets import compaction_lengths
-from vllm_kvcompress.config import CONFIG_KEY, CompressionConfig, parse_config
-from vllm_kvcompress.request_options import parse_request, resolve_request
+from vllm_kvcompress.config import CONFIG_KEY, parse_config
+from vllm_kvcompress.policies.inputs import Queries
+from vllm_kvcompress.request_options import decode_window, parse_request, resolve_request
+from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.worker.prompt_queries import PromptQueries
+from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_window import QueryWindow
 from vllm_kvcompress.worker.state import CompressionState
 
@@ -28,7 +32,13 @@ class CompressedModelState(DefaultModelState):
     config : CompressionConfig
         The server's setting.
     window : QueryWindow
-        Queries of prompts that are about to be compressed.
+        Last queries of prompts that are about to be compressed.
+    prompt_queries : PromptQueries
+        Summaries of all queries of prompts, for policies that read them.
+    ring : QueryRing
+        Last queries of every row, for compactions while decoding.
+    tasks : dict[str, str]
+        Tasks of new requests, as the scheduler decided them.
     lengths : CompressionState or None
         Evicted tokens per row; None until the KV cache exists.
     request_configs : dict[str, CompressionConfig]
@@ -41,6 +51,15 @@ class CompressedModelState(DefaultModelState):
         assert config is not None, "this model state is installed only when compression is on"
         self.config: CompressionConfig = config
         self.window = QueryWindow()
+        self.prompt_queries = PromptQueries()
+        self.ring = QueryRing(
+            decode_window(config),
+            self.vllm_config.num_speculative_tokens,
+            self.max_num_reqs,
+            self.max_num_tokens,
+            self.device,
+        )
+        self.tasks: dict[str, str] = {}
         self.lengths: CompressionState | None = None
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
@@ -60,24 +79,36 @@ class CompressedModelState(DefaultModelState):
         self._rows[new_req_data.req_id] = req_index
         params = new_req_data.sampling_params
         options = parse_request(params.extra_args if params else None)
-        config = resolve_request(self.config, options)
-        prompt_len = new_req_data.prompt_len
-        if config is None or not any(
-            compaction_lengths(prompt_len, config, self._num_layer_groups, self._block_size)
-        ):
+        request_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
+        config = resolve_request(self.config, options, self.tasks.pop(request_id, None))
+        if config is None:
             return
-        self.request_configs[new_req_data.req_id] = config
-        if config.build_policy().needs_queries:
-            self.window.add_request(new_req_data.req_id, prompt_len, config.observation_window)
+        compresses_prompt = any(
+            compaction_lengths(prompt_len, config, self._num_layer_groups, self._block_size)
+        )
+        if not compresses_prompt and not config.compresses_while_decoding:
+            return
+        self.request_configs[request_id] = config
+        policy = config.build_policy()
+        if compresses_prompt and policy.queries is Queries.WINDOW:
+            self.window.add_request(request_id, prompt_len, config.observation_window)
+        elif compresses_prompt and policy.queries is Queries.PROMPT:
+            sinks = config.num_sink_tokens
+            self.prompt_queries.add_request(request_id, policy, prompt_len, sinks)
 
     def remove_request(self, req_id: str) -> None:
         """Forget a request that finished, was aborted or was preempted."""
         super().remove_request(req_id)
-        self.window.remove_request(req_id)
+        self.forget_queries(req_id)
         self.request_configs.pop(req_id, None)
         row = self._rows.pop(req_id, None)
         if row is not None and self.lengths is not None:
             self.lengths.reset_row(row)
+
+    def forget_queries(self, req_id: str) -> None:
+        """Drop what was collected of a request's prompt."""
+        self.window.remove_request(req_id)
+        self.prompt_queries.remove_request(req_id)
 
     # --- batches --------------------------------------------------------------------------
 
@@ -93,7 +124,15 @@ class CompressedModelState(DefaultModelState):
         """Prepare lengths and query capture of a real batch; True if a request is compacted."""
         assert self.lengths is not None
         self.window.begin_batch(input_batch)
+        self.prompt_queries.begin_batch(input_batch)
+        self.ring.begin_batch(input_batch)
         return self.lengths.begin_batch(input_batch)
+
+    def captures_queries(self, request_id: str, num_computed: int, num_new: int) -> bool:
+        """Whether Python must see these tokens' queries (the ring does without)."""
+        return self.window.wants(request_id, num_computed, num_new) or self.prompt_queries.wants(
+            request_id, num_computed
+        )
 
     def prepare_attn(
         self,

@@ -5,10 +5,7 @@ queries are collected over several steps. A request's stash lives from the step 
 first token of its window to its compaction, usually one step: nothing is reserved per row.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -82,6 +79,11 @@ class QueryWindow:
                 _Capture(stash, base + first, base + last, first - stash.window_start)
             )
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the current batch touches a window."""
+        return bool(self._captures)
+
     def end_batch(self) -> None:
         """Stop collecting until the next batch."""
         self._captures = []
@@ -116,20 +118,3 @@ class QueryWindow:
                 "--enforce-eager avoids it."
             )
         return stash.layers[layer_name].transpose(0, 1)
-
-
-def watch_layer(layer_name: str, impl: Any, window: QueryWindow) -> None:
-    """Let `window` see the queries of one attention layer.
-
-    There is no hook between a layer and its kernel that also survives torch.compile, so the
-    implementation object's `forward` is wrapped; compiled models reach it through a custom op.
-    """
-    forward: Callable[..., torch.Tensor] = impl.forward
-
-    @wraps(forward)
-    def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if window._captures:
-            window.record(layer_name, query)
-        return forward(layer, query, *args, **kwargs)
-
-    impl.forward = watched

@@ -1,0 +1,54 @@
+"""Attention that queries drawn from a normal distribution are expected to pay to each key.
+
+For q ~ N(mean, cov), E[exp(q . k * scale)] = exp(mean . k * scale + k^T cov k * scale^2 / 2), so
+
+    score[kv, j] = mean over the query heads h of kv of
+                   softmax_j(mean[h] . k[kv, j] * scale + k[kv, j]^T cov[h] k[kv, j] * scale^2 / 2)
+
+(Expected Attention, arXiv 2510.00636.)
+Dimensions: H query heads, KV key-value heads, g = H / KV, n tokens, D head_dim.
+"""
+
+import torch
+
+
+def expected_attention_scores(
+    mean: torch.Tensor, covariance: torch.Tensor | None, keys: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Expected attention per key, one query head at a time so that [H, n, D] never exists.
+
+    Parameters
+    ----------
+    mean : torch.Tensor
+        [H, D] float32: mean query, after RoPE.
+    covariance : torch.Tensor or None
+        [H, D, D] float32, after RoPE; None leaves the second term out.
+    keys : torch.Tensor
+        [KV, n, D], any float dtype, after RoPE.
+    scale : float
+        Softmax scale of the layer, usually D ** -0.5.
+
+    Returns
+    -------
+    torch.Tensor
+        [KV, n] float32; each row adds up to 1.
+
+    Raises
+    ------
+    ValueError
+        If H is no multiple of KV.
+    """
+    num_heads, num_kv_heads = mean.shape[0], keys.shape[0]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+    group = num_heads // num_kv_heads
+    scores = torch.zeros(keys.shape[:2], dtype=torch.float32, device=keys.device)
+    for kv_head in range(num_kv_heads):
+        head_keys = keys[kv_head].float()  # [n, D]
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            logits = head_keys @ mean[head] * scale  # [n]
+            if covariance is not None:
+                spread = (head_keys @ covariance[head] * head_keys).sum(dim=-1)
+                logits = logits + spread * (scale**2 / 2)
+            scores[kv_head] += logits.softmax(dim=-1) / group
+    return scores

@@ -1,0 +1,47 @@
+"""Where a step's queries go in a ring that holds the last few queries of every request row.
+
+    slot = row * size + position % size    for the last `size` tokens of a row's sequence
+    slot = S * size                        for all others (a slot nobody reads)
+
+Dimensions: B batch rows, S request rows (`idx_mapping`: B -> S), T tokens.
+"""
+
+import torch
+
+
+def ring_slots(
+    positions: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    size: int,
+    unused: int,
+    out: torch.Tensor,
+) -> None:
+    """Write the ring slot of every scheduled token; no two of them share one but `unused`.
+
+    Parameters
+    ----------
+    positions : torch.Tensor
+        [T] int64, logical positions.
+    query_start_loc : torch.Tensor
+        [>= B + 1] int32, first token of every batch row.
+    seq_lens : torch.Tensor
+        [>= B] int32, logical lengths after this step.
+    idx_mapping : torch.Tensor
+        [B] int64, batch row -> request row.
+    size : int
+        Queries per request row.
+    unused : int
+        Slot of the tokens that are not kept.
+    out : torch.Tensor
+        [>= T] int64; entries past T are set to `unused`.
+    """
+    num_tokens, num_reqs = positions.shape[0], idx_mapping.shape[0]
+    tokens = torch.arange(num_tokens, device=positions.device, dtype=query_start_loc.dtype)
+    ends = query_start_loc[1 : num_reqs + 1].contiguous()
+    rows = torch.searchsorted(ends, tokens, right=True)  # [T], batch rows
+    slots = idx_mapping[rows] * size + positions % size
+    is_recent = positions >= seq_lens[rows] - size
+    out[:num_tokens] = torch.where(is_recent, slots, unused)
+    out[num_tokens:].fill_(unused)

@@ -1,0 +1,97 @@
+"""Folding of whole prompts: every token once, in order, whatever the chunks and the batch."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
+from vllm_kvcompress.worker.prompt_queries import PromptQueries
+
+LAYERS = [SimpleNamespace(name=name, scale=0.5, rotary=None) for name in ("first", "second")]
+
+
+class Recorder(Policy):
+    """Keeps a list of what it was given."""
+
+    @property
+    def queries(self) -> Queries:
+        return Queries.PROMPT
+
+    def accumulate(self, accumulated: Any, chunk: ChunkInputs) -> list[float]:
+        assert chunk.keys.shape[1] == chunk.start + chunk.queries.shape[1]
+        return [*(accumulated or []), *chunk.queries[0, :, 0].tolist()]
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def step(prompts: PromptQueries, rows: list[tuple[str, int, int]], layers=LAYERS) -> None:
+    """One step of (request id, tokens before, tokens of this step)."""
+    counts = np.array([count for _, _, count in rows])
+    prompts.begin_batch(
+        SimpleNamespace(
+            req_ids=[name for name, _, _ in rows],
+            num_computed_tokens_np=np.array([start for _, start, _ in rows]),
+            num_scheduled_tokens=counts,
+            query_start_loc_np=np.concatenate([[0], np.cumsum(counts)]),
+            idx_mapping_np=np.arange(len(rows)),
+        )
+    )
+    values = [1000.0 * ord(name) + start + i for name, start, count in rows for i in range(count)]
+    query = torch.tensor(values)[:, None, None].expand(-1, 2, 4).clone()
+    for layer in layers:
+        if prompts.is_active:
+            prompts.record(layer.name, query)
+    query.zero_()  # the activation's memory is used again
+    prompts.end_batch(LAYERS, lambda layer, row, count: torch.zeros(1, count, 4))
+
+
+def expected(name: str, count: int) -> list[float]:
+    return [1000.0 * ord(name) + i for i in range(count)]
+
+
+@pytest.mark.parametrize("chunks", [[100], [64, 36], [1] * 10 + [90], [99, 1]])
+def test_any_chunking_gives_the_same_summary(chunks: list[int]) -> None:
+    prompts = PromptQueries()
+    prompts.add_request("a", Recorder(), 100, 4)
+    done = 0
+    for count in chunks:
+        step(prompts, [("z", 7, 1), ("a", done, count), ("y", 0, 3)])
+        done += count
+    for layer in LAYERS:
+        assert prompts.take("a", layer.name) == expected("a", 100)
+
+
+def test_requests_do_not_mix_and_tokens_behind_the_prompt_do_not_count() -> None:
+    prompts = PromptQueries()
+    prompts.add_request("a", Recorder(), 20, 4)
+    prompts.add_request("b", Recorder(), 10, 4)
+    step(prompts, [("b", 0, 12), ("a", 0, 15)])
+    step(prompts, [("a", 15, 5), ("b", 12, 1)])
+    assert prompts.take("a", "first") == expected("a", 20)
+    assert prompts.take("b", "second") == expected("b", 10)
+    assert not prompts.wants("b", 12)
+
+
+def test_a_restarted_request_starts_from_nothing() -> None:
+    prompts = PromptQueries()
+    prompts.add_request("a", Recorder(), 20, 4)
+    step(prompts, [("a", 0, 15)])
+    prompts.remove_request("a")
+    prompts.add_request("a", Recorder(), 20, 4)
+    step(prompts, [("a", 0, 20)])
+    assert prompts.take("a", "first") == expected("a", 20)
+
+
+def test_tokens_that_nobody_saw_are_an_error() -> None:
+    prompts = PromptQueries()
+    prompts.add_request("a", Recorder(), 20, 4)
+    with pytest.raises(RuntimeError, match="0 tokens of request a were folded when those from 8"):
+        step(prompts, [("a", 8, 12)])
+    prompts.add_request("a", Recorder(), 20, 4)
+    with pytest.raises(RuntimeError, match="in 1 of 2 layers"):
+        step(prompts, [("a", 0, 20)], layers=LAYERS[:1])

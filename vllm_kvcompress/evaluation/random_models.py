@@ -1,0 +1,203 @@
+"""Tiny models with random weights that are the same on every machine and in every library version.
+
+For comparisons between engines: what is compared is arithmetic, so the weights need no training,
+but attention must be peaked and logits must have clear winners, or every comparison would hinge on
+rounding. Chance comes from the raw integers of PCG64, a stream that numpy promises to keep (its
+distributions may change), and every step from there is exact or correctly rounded.
+
+Only numpy and safetensors are needed. The models have no tokenizer: prompts are token ids, below
+`VOCAB_SIZE`; engines skip the tokenizer.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+VOCAB_SIZE = 1536
+HIDDEN_SIZE = 256
+HEAD_DIM = 32  # the smallest that vLLM's attention on CPU takes
+NUM_HEADS = 8
+INTERMEDIATE_SIZE = 512
+
+_COMMON = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "dtype": "float32",
+    "eos_token_id": 1,
+    "head_dim": HEAD_DIM,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": INTERMEDIATE_SIZE,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": NUM_HEADS,
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": VOCAB_SIZE,
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        "architectures": ["LlamaForCausalLM"],
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_key_value_heads": 2,
+    },
+    "qwen3": {
+        **_COMMON,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_key_value_heads": 4,
+        "use_sliding_window": False,
+    },
+}
+MODELS = tuple(_CONFIGS)
+
+# How much a projection enlarges a vector. Queries and keys: attention logits get a standard
+# deviation of 2.25, a handful of tokens share most of the weight. Output: what is attended to,
+# and so what is evicted, shows in the logits.
+_GAINS = {"q_proj": 1.5, "k_proj": 1.5, "v_proj": 1.0, "o_proj": 2.0, "lm_head": 8.0}
+
+
+def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
+    """Write config.json and model.safetensors (float32) of a random model.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Where to; made if it is missing.
+    name : {"llama", "qwen3"}
+        "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
+        keys whose weights are not trivial, two query heads per KV head.
+    seed : int, default=0
+        Another seed gives other weights.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        If there is no model of that name.
+    """
+    if name not in _CONFIGS:
+        raise ValueError(f"there is no random model {name!r}; allowed are {', '.join(MODELS)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _CONFIGS[name]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    weights = _weights(config, seed)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def weights_digest(folder: str | Path) -> str:
+    """SHA-256 of a model's weights, whatever the order and the header of the file.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Folder that `write_random_model` wrote.
+
+    Returns
+    -------
+    str
+        Hexadecimal digest of all names, shapes and values.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(load_file(Path(folder) / "model.safetensors").items()):
+        digest.update(f"{name} {weight.shape}".encode())
+        digest.update(weight.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+def distinct_tokens(num_tokens: int, seed: int = 0) -> list[int]:
+    """Make a prompt in which no token appears twice, nor a special one.
+
+    In the first layer, two places of one token have keys of equal length and equal values: scores
+    would tie there.
+
+    Parameters
+    ----------
+    num_tokens : int
+        Length of the prompt.
+    seed : int, default=0
+        Another seed gives another prompt.
+
+    Returns
+    -------
+    list[int]
+        Token ids in [2, VOCAB_SIZE).
+
+    Raises
+    ------
+    ValueError
+        If the vocabulary has not that many tokens.
+    """
+    if not 0 < num_tokens <= VOCAB_SIZE - 2:
+        raise ValueError(f"num_tokens must be in [1, {VOCAB_SIZE - 2}], got {num_tokens}")
+    raw = np.random.PCG64([seed, zlib.crc32(b"prompt")]).random_raw(VOCAB_SIZE - 2)
+    return [int(token) + 2 for token in np.argsort(raw, kind="stable")[:num_tokens]]
+
+
+def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """All weights under Hugging Face's names."""
+
+    def normal(name: str, *shape: int) -> np.ndarray:
+        return _normal([seed, zlib.crc32(name.encode())], shape)
+
+    def linear(name: str, num_out: int, num_in: int) -> np.ndarray:
+        gain = _GAINS.get(name.split(".")[-2], 1.0)
+        return (normal(name, num_out, num_in) * (gain / math.sqrt(num_in))).astype(np.float32)
+
+    def norm(name: str, size: int, mean: float = 1.0) -> np.ndarray:
+        return (mean * (1 + 0.3 * normal(name, size))).astype(np.float32)
+
+    def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
+        return normal(name, num_tokens, size).astype(np.float32)
+
+    weights: dict[str, np.ndarray] = {}
+
+    def put(make: Callable[..., np.ndarray], name: str, *arguments: Any) -> None:
+        weights[f"{name}.weight"] = make(f"{name}.weight", *arguments)
+
+    put(embedding, "model.embed_tokens", VOCAB_SIZE, HIDDEN_SIZE)
+    kv_size = config["num_key_value_heads"] * HEAD_DIM
+    for index in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{index}"
+        put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
+        put(linear, f"{layer}.self_attn.q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE)
+        put(linear, f"{layer}.self_attn.k_proj", kv_size, HIDDEN_SIZE)
+        put(linear, f"{layer}.self_attn.v_proj", kv_size, HIDDEN_SIZE)
+        put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * HEAD_DIM)
+        if config["model_type"] == "qwen3":
+            # The norms undo the gains of the projections and have to bring them themselves.
+            put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
+            put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
+        put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
+        put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
+        put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
+        put(linear, f"{layer}.mlp.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
+    put(norm, "model.norm", HIDDEN_SIZE)
+    put(linear, "lm_head", VOCAB_SIZE, HIDDEN_SIZE)
+    return weights
+
+
+def _normal(seed: list[int], shape: tuple[int, ...]) -> np.ndarray:
+    """Nearly normal float64 values of mean 0 and variance 1: sums of four uniform integers."""
+    raw = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
+    quarters = np.stack([raw >> np.uint64(shift) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)])
+    sums = quarters.astype(np.int64).sum(axis=0) - 2 * 0xFFFF
+    return (sums / math.sqrt(((1 << 32) - 1) / 3)).reshape(shape)

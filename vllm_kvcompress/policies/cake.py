@@ -1,0 +1,50 @@
+"""CAKE: attention of the end of the prompt, and how much it changes from query to query."""
+
+import torch
+from pydantic import Field
+from torch.nn.functional import avg_pool1d
+
+from vllm_kvcompress.kernels.window_attention import window_attention
+from vllm_kvcompress.policies.base import KernelSize, Policy
+from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+
+
+class CAKE(Policy):
+    """CAKE: mean plus gamma times variance of a token's attention over the observation window.
+
+    A token that some queries need and others do not is worth more than its mean says. The sum is
+    averaged over the query heads of a KV head and average-pooled over neighbours. This is the
+    paper's choice of tokens; its choice of a budget per layer is a matter of `layer_budget`. The
+    variance is the unbiased one of the authors' code. That code leaves out the variance when it
+    compresses during decoding; here all compactions score alike. (arXiv 2503.12491)
+
+    Attributes
+    ----------
+    gamma : float, default 200.0
+        Weight of the variance.
+    kernel_size : int, default 5
+        Width of the pooling, in tokens; odd.
+    """
+
+    gamma: float = Field(default=200.0, ge=0)
+    kernel_size: KernelSize = 5
+
+    @property
+    def queries(self) -> Queries:
+        """Those of the observation window."""
+        return Queries.WINDOW
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Return pooled indicators. Pooling stops at the window, whose scores are not pooled in."""
+        assert inputs.queries is not None
+        window = inputs.queries.shape[1]
+        rows = []
+        for attention in window_attention(inputs.queries, inputs.keys, inputs.scale):
+            # A single query has no unbiased variance; its biased one is 0.
+            variance = attention.var(dim=1, correction=min(window - 1, 1))
+            indicator = attention.mean(dim=1) + self.gamma * variance  # [g, n]
+            rows.append(indicator.mean(dim=0))
+        scores = torch.stack(rows)
+        past = scores[:, : scores.shape[1] - window]
+        pooled = avg_pool1d(past, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return torch.cat([pooled, scores[:, past.shape[1] :]], dim=1)

@@ -1,0 +1,18 @@
+"""Knorm: keep the shortest keys."""
+
+import torch
+
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.inputs import ScoreInputs
+
+
+class Knorm(Policy):
+    """Knorm: score = -||key||_2, per KV head.
+
+    Short keys tend to get much attention, so no queries are needed. Every layer is compressed
+    alike; the authors' examples leave the first two whole. (arXiv 2406.11430)
+    """
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        """Return minus the length of each key; in float32, or bfloat16 would tie most of them."""
+        return -torch.linalg.vector_norm(inputs.keys, dim=-1, dtype=torch.float32)

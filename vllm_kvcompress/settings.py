@@ -1,0 +1,248 @@
+"""The fields of a setting as pydantic models; ``config.py`` reads files into them.
+
+Everything here is frozen and valid once built.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_kvcompress.registry import load_policy_class
+
+Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+Task = Literal["localization", "aggregation"]
+
+EXCLUSIVE_FIELDS = {"budget": {"ratio", "tokens"}, "layer_groups": {"count", "size"}}
+"""Fields of which only one may be set; setting one by an override drops the other."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetConfig(_Model):
+    """How many tokens of a prompt survive, averaged over the layers.
+
+    Attributes
+    ----------
+    ratio : float or None
+        Share of the prompt to keep, in (0, 1]. Exactly one of `ratio` and `tokens` is set.
+    tokens : int or None
+        Tokens to keep, whatever the prompt's length.
+    floor : int, default 64
+        Never aim at fewer tokens than this.
+    """
+
+    ratio: float | None = Field(default=None, gt=0, le=1)
+    tokens: int | None = Field(default=None, ge=1)
+    floor: int = Field(default=64, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "BudgetConfig":
+        if (self.ratio is None) == (self.tokens is None):
+            raise ValueError("set exactly one of ratio and tokens")
+        return self
+
+
+class LayerGroupsConfig(_Model):
+    """Runs of consecutive layers that share one block table and one budget.
+
+    Attributes
+    ----------
+    count : int or None
+        Number of groups, of sizes that differ by at most one. Exactly one of `count` and `size`.
+    size : int or None
+        Layers per group; the last group may be smaller.
+    """
+
+    count: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "LayerGroupsConfig":
+        if (self.count is None) == (self.size is None):
+            raise ValueError("set exactly one of count and size")
+        return self
+
+
+_SHAPE_FIELDS: dict[str, set[str]] = {
+    "uniform": set(),
+    "pyramid": {"beta"},
+    "windowkv": {"beta", "gamma", "form"},
+    "linear": {"beta"},
+    "preference": {"preferences"},
+}
+
+
+class LayerBudgetConfig(_Model):
+    """How the budget is spread over the layer groups; formulas are in ``layer_budgets.py``.
+
+    Attributes
+    ----------
+    shape : {"uniform", "pyramid", "windowkv", "linear", "preference"}
+        "pyramid" is PyramidKV's (arXiv 2406.02069), "windowkv" WindowKV's (2503.17922), "linear"
+        SpindleKV's (2507.06517), "preference" CAKE's with shares given beforehand (2503.12491).
+    beta : float or None
+        Steepness. pyramid: the last group gets 1/beta of the average (default 20, above 1);
+        windowkv: the paper's lambda (default 14, at least 1); linear: share of the prompt that the
+        last group gets (default 0.05, below 0.5).
+    gamma : int, default 8
+        windowkv, released form: layers per group in the formula.
+    form : {"released", "printed"}
+        windowkv: the authors' code, or the paper's equations 5 to 7.
+    preferences : tuple of float or None
+        preference: one positive number per layer group, e.g. from
+        ``scripts/layer_preferences.py``.
+    """
+
+    shape: Literal["uniform", "pyramid", "windowkv", "linear", "preference"] = "uniform"
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gamma: int = Field(default=8, ge=1)
+    form: Literal["released", "printed"] = "released"
+    preferences: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits_shape(self) -> "LayerBudgetConfig":
+        for name in sorted(self.model_fields_set - {"shape"} - _SHAPE_FIELDS[self.shape]):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to the shape {self.shape}")
+        if self.shape == "preference" and not self.preferences:
+            raise ValueError("the shape preference needs preferences, one per layer group")
+        beta = self.beta
+        limits = {"pyramid": (1, None), "windowkv": (1, None), "linear": (0, 0.5)}
+        if beta is not None and self.shape in limits:
+            low, high = limits[self.shape]
+            if beta <= low or (high is not None and beta >= high):
+                upper = "" if high is None else f" and below {high}"
+                raise ValueError(f"beta of the shape {self.shape} must be above {low}{upper}")
+        return self
+
+
+class PolicyConfig(BaseModel):
+    """Name of a policy; every other key is one of the policy's own parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The policy's own parameters."""
+        return dict(self.model_extra or {})
+
+
+class CompressionConfig(_Model):
+    """One complete setting, as a preset file holds it.
+
+    Attributes
+    ----------
+    version : 1
+        Format of this file.
+    policy : PolicyConfig
+        Which tokens survive.
+    budget, layer_groups, layer_budget
+        How many, and how they are spread over the layers.
+    num_sink_tokens : int, default 4
+        First tokens of the prompt, never evicted.
+    observation_window : int, default 16
+        Last tokens before a compaction, which always survive it; policies read their queries.
+    trigger : {"end_of_prompt", "interval", "both"}
+        When a request is compressed: once its prompt is done, every `interval` generated tokens,
+        or both.
+    interval : int, default 128
+        Generated tokens between compactions; unused with the trigger "end_of_prompt".
+    min_prompt_len : int, default 512
+        Shorter prompts are left alone when they end; while decoding, only the budget counts.
+    pinned : list of [start, end)
+        Prompt positions that are never evicted in any request (a system prompt, say).
+    task : {"auto", "localization", "aggregation"}
+        Which of `tasks` to apply; "auto" asks the classifier, once per request.
+    tasks : dict
+        Fields laid over this setting for requests of a task; empty means tasks do not matter.
+    """
+
+    version: Literal[1] = 1
+    policy: PolicyConfig
+    budget: BudgetConfig
+    layer_groups: LayerGroupsConfig = LayerGroupsConfig(count=1)
+    layer_budget: LayerBudgetConfig = LayerBudgetConfig()
+    num_sink_tokens: int = Field(default=4, ge=0)
+    observation_window: int = Field(default=16, ge=1)
+    trigger: Literal["end_of_prompt", "interval", "both"] = "end_of_prompt"
+    interval: int = Field(default=128, ge=1)
+    min_prompt_len: int = Field(default=512, ge=0)
+    pinned: tuple[Range, ...] = ()
+    task: Literal["auto", "localization", "aggregation"] = "auto"
+    tasks: dict[Task, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> "CompressionConfig":
+        for start, end in self.pinned:
+            if start >= end:
+                raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
+        if self.tasks and len(self.tasks) != 2:
+            raise ValueError("tasks: give both localization and aggregation, or neither")
+        for name, fields in self.tasks.items():
+            for key in ("task", "tasks", "layer_groups", "version"):
+                if key in fields:
+                    raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
+        return self
+
+    @property
+    def compresses_prompts(self) -> bool:
+        """Whether the end of the prompt triggers a compaction."""
+        return self.trigger in ("end_of_prompt", "both")
+
+    @property
+    def compresses_while_decoding(self) -> bool:
+        """Whether generated tokens trigger compactions."""
+        return self.trigger in ("interval", "both")
+
+    @cached_property
+    def by_task(self) -> dict[str, "CompressionConfig"]:
+        """The settings of each task; empty if tasks do not matter.
+
+        Raises
+        ------
+        ValidationError
+            If what a task lays over the setting is wrong.
+        """
+        return {task: self.validate_task(task) for task in self.tasks}
+
+    def validate_task(self, task: str) -> "CompressionConfig":
+        """One entry of `by_task`."""
+        base = self.model_dump(mode="json", exclude_none=True, exclude={"task", "tasks"})
+        fields = merge_fields(base, self.tasks[task])  # type: ignore[index]
+        return CompressionConfig.model_validate({**fields, "task": task})
+
+    def build_policy(self) -> Any:
+        """Instantiate the policy with its own parameters (validated by `parse_config`)."""
+        return load_policy_class(self.policy.name)(**self.policy.params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form that `parse_config` reads back to an equal object."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def merge_fields(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Overlay `override` on `base`. Setting one of two exclusive fields drops the other."""
+    merged = dict(base)
+    for key, value in override.items():
+        known = merged.get(key)
+        if not (isinstance(value, Mapping) and isinstance(known, Mapping)):
+            merged[key] = value
+            continue
+        known = dict(known)
+        if key == "policy" and value.get("name", known.get("name")) != known.get("name"):
+            # Another policy: the old one's parameters, and what tasks do to it, mean nothing.
+            known = {}
+            if "tasks" not in override:
+                merged.pop("tasks", None)
+        if key == "layer_budget" and value.get("shape", known.get("shape")) != known.get("shape"):
+            known = {}  # likewise
+        if EXCLUSIVE_FIELDS.get(key, set()) & value.keys():
+            known = {k: v for k, v in known.items() if k not in EXCLUSIVE_FIELDS[key]}
+        merged[key] = merge_fields(known, value)
+    return merged

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run kvpress and write its answers as test data: the methods on small models (kvpress_parity.py, half
-# a minute) and the needle task (kvpress_oracle.py, longer).
+# Run kvpress and write its answers as test data: the methods on small models (kvpress_parity.py,
+# half a minute) and the needle task (kvpress_oracle.py, longer).
 #
 # Usage: scripts/kvpress_oracle.sh [VENV [needle|parity [ARGUMENTS OF THAT SCRIPT ...]]]
 #

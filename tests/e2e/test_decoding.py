@@ -87,7 +87,7 @@ def test_a_long_generation_runs_in_bounded_memory(engine: Engine, run) -> None:
 def test_the_second_request_was_compacted_for_what_it_generated(engine: Engine, run) -> None:
     """Its prompt alone is below the budget; its deeper group keeps less than its first."""
     _, held = run
-    assert held["1", 1][-1] < held["1", 0][-1] <= 200
+    assert held["1", 1][-1] < held["1", 0][-1] < BUDGET * 2 + INTERVAL
 
 
 def test_each_alone_gives_the_same_tokens(engine: Engine, run, requests) -> None:

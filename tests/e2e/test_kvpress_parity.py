@@ -79,11 +79,8 @@ def run_together(
     Requests are admitted one after the other, because a setting is read on admission (a request
     can name presets and budgets only), and then share batches.
     """
-    planner, state, compactor = (
-        engine.scheduler.planner,
-        engine.runner.model_state,
-        engine.runner.compactor,
-    )
+    planner, compactor = engine.scheduler.planner, engine.runner.compactor
+    state = engine.runner.model_state
     kept: dict[str, dict[int, np.ndarray]] = {}
     running: dict[int, np.ndarray] = {}
     compact, select = compactor.run, compactor._select
@@ -112,7 +109,7 @@ def run_together(
             kept[request_id] = {}
             num_tokens = REFERENCE["settings"]["num_new_tokens"]
             engine.add(request_id, prompt_of(case), num_tokens, ignore_eos=True)
-            while not any(row.startswith(request_id) for row in state._rows):
+            while not any(row.startswith(f"{request_id}-") for row in state._rows):
                 engine.step()
         engine.drain()
     return [(masks, engine.results[key].token_ids) for key, masks in kept.items()]

@@ -4,8 +4,10 @@
     python scripts/policy_table.py show --out docs/benchmarks/policies_needle_cpu.csv
 
 `run` appends: cells that are in the file already are not measured again. `show` prints the table of
-docs/policies.md. Real runs of the engine in this process: CPU, float32, the probe model, one layer
-group per layer.
+docs/policies.md. The probe model on CPU in float32, one layer group per layer; prompts are
+prefilled and decoded by Hugging Face transformers, compressed in between by the worker's own code
+(`vllm_kvcompress.evaluation.replay`, held against the engine by tests/e2e/test_replay.py). One
+thread: with few cores, threads wait for each other longer than they compute.
 """
 
 import argparse
@@ -13,21 +15,26 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import track
 from show import MODEL, describe
+from transformers import AutoTokenizer
+
 from vllm_kvcompress.budgets import compaction_lengths
 from vllm_kvcompress.config import parse_config, preset_names
-from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import SERVER, needle_answers
+from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
 from vllm_kvcompress.request_options import parse_request, resolve_request
+from vllm_kvcompress.settings import CompressionConfig
 
 RATIOS = (0.5, 0.25, 0.12, 0.06)
 COLUMNS = ["prompt_tokens", "preset", "ratio", "kept_tokens", "right", "total"]
 NUM_LAYERS, BLOCK_SIZE = 4, 32
-PER_LAYER = {"layer_groups": {"size": 1}}
+NUM_ANSWER_TOKENS = 8
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -38,20 +45,22 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def kept_tokens(preset: Any, num_tokens: int, ratio: float) -> int:
+def kept_tokens(config: CompressionConfig | None, num_tokens: int) -> int:
     """What really stays, averaged over layers: floors, forced tokens and whole blocks included."""
-    config = parse_config(preset)
-    assert config is not None
-    options = parse_request({"kv_budget_ratio": ratio})
-    config = resolve_request(config, options, "localization")
-    assert config is not None
+    if config is None:
+        return num_tokens
     lengths = compaction_lengths(num_tokens, config, NUM_LAYERS, BLOCK_SIZE)
     return round(sum(num_tokens - (each.evicted if each else 0) for each in lengths) / NUM_LAYERS)
 
 
-def server_setting(preset: str) -> Any:
-    """The preset as the server's own setting, compressing at the end of the prompt."""
-    return {"preset": preset, **PER_LAYER, "trigger": "end_of_prompt"}
+def setting_of(preset: str, ratio: float, changes: dict[str, Any] | None) -> CompressionConfig:
+    """The preset at a ratio, compressing at the end of the prompt; tasks as for a question."""
+    base = {"preset": preset, "layer_groups": {"size": 1}, "trigger": "end_of_prompt"}
+    config = parse_config(base, changes)
+    assert config is not None
+    resolved = resolve_request(config, parse_request({"kv_budget_ratio": ratio}), "localization")
+    assert resolved is not None
+    return resolved
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -74,53 +83,32 @@ def append(path: Path, rows: list[list[Any]]) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Presets that compress prompts share an engine; others get one each, as its own setting."""
+    """All cells that are not in the file; one length after the other."""
+    torch.set_num_threads(1)
+    replay, tokenizer = Replay(MODEL, BLOCK_SIZE), AutoTokenizer.from_pretrained(MODEL)
     done = {(row["preset"], int(row["prompt_tokens"])) for row in read(args.out)}
-    presets = args.presets or preset_names()
+    changes = json.loads(args.changes) if args.changes else None
     for length in args.lengths:
-        todo = [name for name in presets if (name, length) not in done]
-        shared = [name for name in todo if parse_config(name).compresses_prompts]  # type: ignore[union-attr]
-        if shared:
-            run_cells(args, length, server_setting("snapkv"), shared)
-        for name in todo:
-            if name not in shared:
-                run_cells(args, length, server_setting(name), [SERVER], name)
-
-
-def run_cells(
-    args: argparse.Namespace,
-    length: int,
-    setting: Any,
-    presets: Sequence[str],
-    name: str | None = None,
-) -> None:
-    """All ratios of some presets at one length."""
-    engine = Engine(MODEL, setting, kv_cache_memory_bytes=1 << 30, max_num_seqs=32)
-    rows = needle_answers(
-        engine,
-        length,
-        args.num_samples,
-        presets,
-        RATIOS,
-        progress=lambda line: print(line, end="\r", file=sys.stderr, flush=True),
-    )
-    engine.close()
-    cells = []
-    for row in rows:
-        if row.policy == "none":
-            if name is None:  # once per length
-                cells.append([length, "none", 1.0, length, row.right, row.total])
-            continue
-        preset = setting if row.policy == SERVER else row.policy
-        kept = kept_tokens(
-            preset if isinstance(preset, dict) else {"preset": preset, **PER_LAYER},
-            length,
-            row.ratio,
-        )
-        cells.append([length, name or row.policy, row.ratio, kept, row.right, row.total])
-    append(args.out, cells)
-    for cell in cells:
-        print(*cell, flush=True)
+        presets = [p for p in args.presets or ["none", *preset_names()] if (p, length) not in done]
+        cells: dict[tuple[str, float], CompressionConfig | None] = {}
+        for preset in presets:
+            for ratio in (1.0,) if preset == "none" else RATIOS:
+                is_none = preset == "none"
+                cells[preset, ratio] = None if is_none else setting_of(preset, ratio, changes)
+        right = dict.fromkeys(cells, 0)
+        samples = make_samples(args.num_samples, length, tokenizer.encode, seed=0)
+        for sample in track(samples, f"{length} tokens", console=Console(stderr=True)):
+            prompt = replay.prefill(tokenizer.encode(sample.prompt))
+            for cell, config in cells.items():
+                tokens = replay.generate(prompt, config, NUM_ANSWER_TOKENS)
+                right[cell] += is_right(tokenizer.decode(tokens), sample.answer)
+        rows = []
+        for (preset, ratio), config in cells.items():
+            kept, count = kept_tokens(config, length), right[preset, ratio]
+            rows.append([length, preset + args.suffix, ratio, kept, count, len(samples)])
+        append(args.out, rows)
+        for row in rows:
+            print(*row, flush=True)
 
 
 def show(args: argparse.Namespace) -> None:
@@ -153,8 +141,10 @@ def main() -> int:
     parser.add_argument("command", choices=["run", "show"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000])
-    parser.add_argument("--num-samples", type=int, default=20)
+    parser.add_argument("--num-samples", type=int, default=40)
     parser.add_argument("--presets", nargs="+")
+    parser.add_argument("--changes", help="fields laid over the presets, as JSON")
+    parser.add_argument("--suffix", default="", help="of the presets' names in the file")
     args = parser.parse_args()
     {"run": measure, "show": show}[args.command](args)
     return 0

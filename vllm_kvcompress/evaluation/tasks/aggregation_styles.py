@@ -42,13 +42,27 @@ Executive summary:
 [any]
 {Suggest a headline for|Give a fitting title to} the {article|text}.
 # shots-question-type
-Decide which type a question has. {Here are some examples.|Examples:}
+{Decide which type a question has.|Classify the question.|} {Here are some examples.|Examples:|}
 [each]
 Question: {other}
-Type: {Person|Number|Location|Date|Description|Entity}
+{Type|Type|Category}: {Person|Number|Location|Date|Description|Entity}
 [/each]
 Question: {question}
-Type:
+{Type|Type|Category}:
+# shots-question-answer
+{Answer the questions like in the examples.|}
+[each]
+Question: {other}
+Answer: {phrase}
+
+[/each]
+Question: {question}
+Answer:
+# shots-question-label
+[each]
+{other} {label|class|category}: {who|what|where|when|why}
+[/each]
+{question} {label|class|category}:
 # shots-sentiment
 {Label each review as positive or negative.|}
 [each]
@@ -184,13 +198,15 @@ there are.
 Give the number of different paragraphs {after removing repetitions|only}. The final answer is:
 # count-word
 [any]
-How many times does the word "{magic}" {occur|appear} in the text{ in total|}?
+{How many times|How often} {does|did} {the word|} "{magic}" {occur|appear|come up} in the \
+{whole |}{text|document}{ in total|}?
 # count-items
 [list]
 Count all {entries|items} of the list that {concern {topic}|are {adj}}. Total:
 # count-speakers
 [dialogue]
-How many different people take part in the conversation{, and how often does each speak|}?
+How many {different|distinct} {people|speakers|persons} {take part|speak|are there} in the \
+conversation{, and how often does each speak|}?
 # which-paragraph-abstract
 Here are {num} paragraphs of an encyclopedia and an abstract. Find the paragraph the abstract was \
 made from.
@@ -204,7 +220,7 @@ What are the {ten|five} most common words in the list? {The most common words ar
 # coded-frequency
 Read this coded text and keep track of the frequency of each word.
 [words]
-What are the three words that appear most often?
+What are the {three|most} {words|names|numbers} that {appear|occur} most {often|frequently}?
 # translate
 Translate the {whole|entire|following} {text|document} into {language}.
 [any]
@@ -218,7 +234,8 @@ Translate the {whole|entire|following} {text|document} into {language}.
 # compare-documents
 Compare {all|the} {documents|reports} below.
 [passages]
-What do they have in common and where do they {differ|contradict each other}?
+{What do they have in common|Where do they agree} and {where|how} do they {differ|contradict each \
+other}?
 # simplify
 Rewrite the text {in plain language|for a ten-year-old|in simpler words}.
 [any]
@@ -248,7 +265,8 @@ see in the data? Describe them.}
 List {all|every one of the} {people|places|companies} {mentioned|named} in the text.
 # overall-mood
 [reviews]
-What is the overall {mood|sentiment} of these reviews{ and what do customers like or dislike|}?
+{What is the {overall|general} {mood|sentiment|opinion} of these reviews|What do customers like or \
+dislike overall|How do people feel about it in general}?
 # themes
 Group the comments into themes{ and name each theme|}.
 [reviews]
@@ -279,7 +297,8 @@ Draft a reply to this whole thread{ that deals with every point|}.
 Write a critique of this text: structure, style, strength of the arguments.
 # pros-cons
 [any]
-What are the pros and cons overall? {Make two lists.|}
+{What are the pros and cons overall?|List the advantages and disadvantages.|Weigh the arguments \
+for and against.} {Make two lists.|}
 # convert
 Convert {everything below|all records} {to|into} {JSON|a Markdown table|YAML|CSV}.
 [any]
@@ -288,7 +307,8 @@ Convert {everything below|all records} {to|into} {JSON|a Markdown table|YAML|CSV
 Sort the {list|entries} {alphabetically|by date|by length} and print it in full.
 # sum-up-numbers
 [table]
-{Add up all amounts.|What is the total of the last column?|What is the sum of all numbers above?}
+{Add up all amounts.|What is the total of the last column?|What is the sum of all numbers above?|\
+Compute the total.|How much is that altogether?}
 # call-summary
 {Call centre transcript.|}
 [transcript]
@@ -314,7 +334,40 @@ Assign the document to one of these categories: {topic}, {topic}, {topic}, other
 Category:
 # main-idea
 [any]
-What is the main {idea|message|argument} of this text {as a whole|}?
+What {is|are} the main {idea|message|argument|point|points|topics} of this {text|article} {as a \
+whole|}?
+# whole-question
+[any]
+{What is this {text|document|file|conversation} about?|Which topics are covered{ here|}?|What tone does \
+the author use throughout?|What patterns do you see{ across the texts|}?|How has the {noun} changed \
+over all these years?|What can we conclude from all this?|Which themes come up again and again?}
+# whole-count
+[any]
+{How many|Count how many} {different|distinct} {people|places|{noun}s|dates|topics} {are mentioned|\
+are there|occur} in {total|the whole text|all}{.|?}
+# list-all
+[any]
+{List|Enumerate|Name|Collect|Extract} {all|every|each of the} {dates|numbers|{noun}s|tasks|questions|\
+requirements|facts|decisions} {in the text|mentioned|from the document|}.
+# write-something
+{Based on|Using|From} the {text|material|notes|document} {below|}, write {an essay|a blog post|a \
+letter|a poem|a speech|an article|a report}{ about {topic}|}.
+[any]
+# analyse
+[any]
+{Analyse|Evaluate|Assess|Discuss|Interpret} the {text|arguments|data|document|style} {in depth|as a \
+whole|in detail|}.
+# shorten
+{Shorten|Abridge|Cut} the {text|article} to {half its length|{num} words}{, keep the main points|}.
+[any]
+{Shortened version:|}
+# recap
+[any]
+{Recap|Summarise|Summarize|Sum up|Give a summary of|Write a summary of} {the above|everything|what \
+was said|the conversation|the key points|this}{ in {one|two|three} {sentences|paragraphs}|}.
+# improve-text
+[any]
+{Improve|Edit|Polish|Reword|Rephrase} {this|the text|everything above}{ so that it reads better|}.
 # de-summary
 {Fasse den folgenden Text zusammen.|Schreibe eine kurze Zusammenfassung.}
 [de]

@@ -35,9 +35,10 @@ A:
 [any]
 According to the {document|text above|article|page}, {ask}
 # question-first
-{question}
-{The answer is somewhere in this text|Use the text below to find out|Look here}:
+{{question}|Question: {question}|I {want|need} to know {ask}}
+{The answer is somewhere in this text|Use the text below to find out|Look here|Context|Passage}:
 [any]
+{Answer:|}
 # question-twice
 Question: {question}
 {Keep it in mind while you read.|Read on to answer it.}
@@ -106,19 +107,24 @@ What is the value {stored under|of} "{key}"?
 # line-lookup
 Every line of this record starts with its name. You will be asked for the content of one line.
 [table]
-Tell me the content of line {noun}-{noun}. The content is
+{Tell me|Give me|Return|Repeat} the {content|value} of {line|entry|record} {noun}-{noun}. \
+{The content is|It says|}
 # find-sentence
 [any]
-Find the sentence {in the text above|of the document} that mentions {topic} and copy it{ out|}.
+{Find|Locate|Look for|Give me} the {sentence|line|passage|place} {in the text above|of the \
+document|} that {mentions|speaks of|deals with|contains} {{topic}|{who}} and copy it{ out|}.
 # quote-evidence
 [any]
-Quote, word for word, the passage that supports this statement: "{sentence}"
+{Quote|Cite|Copy}{, word for word,| exactly} the {passage|sentence|lines} that {supports|proves|\
+backs} {this statement|the claim}: "{sentence}"
 # which-paragraph-says
 [paragraphs]
 In which {paragraph|section} does it say that {topic} was discussed by {who}?
 # yes-no
 [any]
-Is it true that {who} {verb} the {noun}? Answer yes or no{ from the text|}.
+{Is it true that {who} {verb} the {noun}?|Did {who} {verb} the {noun}?|Does {org} have a \
+{noun}?|Was the {noun} ever {verb}?|Has {who} been to {place}?} {Answer|Say|Reply} yes or no\
+{ from the text|}.
 # claim-check
 Decide whether the {document|text} supports the claim{: supported, refuted or not mentioned|}.
 [any]
@@ -183,10 +189,10 @@ the mail about the {noun}?}
 # fill-blank
 {Fill the blank with words of the text.|Complete the sentence from the text.}
 [any]
-{who} ____ the {noun} in {year}.
+{{who} ____ the {noun} in {year}.|The {noun} was {verb} in ____.|____ is the owner of the {noun}.}
 # extract-name
-Extract the name of the {person who {verb} the {noun}|company that owns the {noun}} from the text. \
-Return the name {only|and nothing else}.
+{Extract|Find|Give|Identify|State} the name of the {person who {verb} the {noun}|company that owns \
+the {noun}|city where {who} lives}{ from the text|}. Return the name {only|and nothing else}.
 [any]
 {Name:|}
 # extract-date
@@ -242,7 +248,8 @@ Answer these questions about the text{, one line each|}.
 # word-code
 Each word below belongs to a code. {Memorise the codes.|}
 [records]
-Retrieve the code that belongs to the word "{magic}".
+{Retrieve|Recall|Look up|What is} the {code|number|value} {that belongs to|for|stored with} \
+{the word|} "{magic}"{.|?}
 # follow-up
 {You are discussing a document with a user.|}
 [any]
@@ -272,6 +279,36 @@ I am looking for one detail in this document.
 [any]
 {What phone number is given for {org}?|Which serial number does the {noun} have?|What is the \
 street address of {who}?}
+# find-imperative
+[any]
+{Find|Identify|Retrieve|Look up|Give|State|Name} {the date when|the year in which|the city where|the \
+person who|the reason why|the price for which} {the {noun} was {verb}|{who} {verb} the {noun}}.
+# look-up-field
+{Look up one value in the data.|}
+[any]
+{Get|Return|Fetch|Extract} the {id|price|date|phone number|address|version|{noun}} of {{who}|{org}|\
+the {adj} {noun}}{ only|}.
+# tell-me
+[any]
+{Tell me|Do you know|I'd like to know|Please tell me|I was wondering} {who|when|where|why} {the \
+{noun} was {verb}|{who} {verb} the {noun}}.
+# given-the-text
+Given the {text|following document|passage|article|transcript}, {answer the question|reply to the \
+user's question|respond to the query}{ below|}.
+[any]
+{Question|Query|User}: {question}
+# specific-question
+I have a {specific|simple|factual} question about {this document|the text below}.
+[any]
+{{question}|My question: {question}}
+# facts-only
+{Only use facts stated in the text.|Stick to the text.|Base your answer on the source alone.}
+[any]
+{question}
+{Answer:|}
+# number-answer
+[any]
+{question} {Answer with a number{ only|}.|Give the exact figure.|Write only the number.}
 # de-passages
 {Beantworte die Frage anhand der folgenden Texte.|Lies den Text und beantworte die Frage.}
 [de]
@@ -280,6 +317,10 @@ Antwort:
 # de-plain
 [de]
 {de_asked} {Antworte kurz.|}
+# de-imperative
+[any]
+{Finde|Suche|Nenne|Gib mir} {das Datum, an dem {who} ankam|den Namen des Mieters|die Nummer der \
+Klausel|den Preis} {im Text|aus dem Dokument|}.
 # de-find
 [any]
 {An welcher Stelle steht, dass {who} in {place} war?|Welche Nummer hat der Abschnitt über den \
@@ -292,6 +333,10 @@ Réponse :
 # fr-plain
 [fr]
 {fr_asked} {Réponds en un mot.|}
+# fr-imperative
+[any]
+{Trouve|Cherche|Indique|Donne-moi} {la date d'arrivée de {who}|le nom du locataire|le numéro de la \
+clause|le prix} {dans le texte|du document|}.
 # fr-find
 [any]
 {Dans quel paragraphe parle-t-on de {who} ?|Trouve la phrase qui mentionne {place}.|Quel est le \
@@ -304,6 +349,10 @@ Respuesta:
 # es-plain
 [es]
 {es_asked} {Responde brevemente.|}
+# es-imperative
+[any]
+{Busca|Encuentra|Indica|Dame} {la fecha en que llegó {who}|el nombre del inquilino|el número de la \
+cláusula|el precio} {en el texto|del documento|}.
 # es-find
 [any]
 {¿En qué párrafo se habla de {who}?|Busca la frase que menciona {place}.|¿Qué número tiene la \
@@ -315,8 +364,9 @@ cláusula del alquiler?}
 {回答：|答案：}
 # zh-plain
 [zh]
-{zh_asked}
+{问：|请问|}{zh_asked}{根据上文回答。|}
 # zh-find
 [any]
-{文中哪一段提到了{place}？|请找出提到{who}的那句话。|合同第几条规定了租金？}
+{文中哪一段提到了{place}？|请找出提到{who}的那句话。|合同第几条规定了租金？|{who}的电话号码是多少？\
+|在文中查找会议的日期。}
 """

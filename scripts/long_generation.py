@@ -2,9 +2,9 @@
 
     python scripts/long_generation.py run --out docs/benchmarks/long_generation_sync.csv
     python scripts/long_generation.py run --async-scheduling --out .../long_generation_async.csv
-    python scripts/long_generation.py show SYNC.csv ASYNC.csv --plot docs/benchmarks/long_generation.png
+    python scripts/long_generation.py show SYNC.csv ASYNC.csv --plot long_generation.png
 
-`run` steps a real engine (CPU, float32, the probe model). `show` compares the runs' tokens, says what
+`run` steps a real engine (CPU, float32, the probe model). `show` compares tokens, says what
 was held, and draws it; it exits with 1 if tokens differ or the bound does not hold.
 """
 
@@ -80,7 +80,9 @@ def show(args: argparse.Namespace) -> bool:
     for about, rows in runs:
         budget, interval = about["setting"]["budget"]["tokens"], about["setting"]["interval"]
         # The first trigger that finds more than the budget; from then on every interval is alike.
-        first = next(g for g in range(interval, 10**9, interval) if about["prompt_tokens"] + g > budget)
+        first = next(
+            g for g in range(interval, 10**9, interval) if about["prompt_tokens"] + g > budget
+        )
         later = [held for _, generated, held in rows if generated > first + 1]
         survivors = -(-budget // BLOCK_SIZE)
         # Budget, an interval, and for one step both the old blocks and the survivors' new ones.

@@ -2,6 +2,7 @@
 
     python scripts/policy_table.py run --out docs/benchmarks/policies_needle_cpu.csv
     python scripts/policy_table.py show --out docs/benchmarks/policies_needle_cpu.csv
+    python scripts/policy_table.py run --table windowkv --out docs/benchmarks/windowkv_cpu.csv
 
 `run` appends: cells that are in the file already are not measured again. `show` prints the table of
 docs/policies.md. The probe model on CPU in float32, one layer group per layer; prompts are
@@ -15,6 +16,7 @@ import csv
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from rich.progress import track
 from show import MODEL, describe
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.budgets import compaction_lengths
+from vllm_kvcompress.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
 from vllm_kvcompress.request_options import parse_request, resolve_request
 from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 RATIOS = (0.5, 0.25, 0.12, 0.06)
 COLUMNS = ["prompt_tokens", "preset", "ratio", "kept_tokens", "right", "total"]
@@ -45,22 +48,62 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table: a preset, what is changed in it, and how its task is decided."""
+
+    name: str
+    preset: str
+    changes: dict[str, Any] | None = None
+    task: str = "localization"
+
+    def setting(self, ratio: float, task: str) -> CompressionConfig | None:
+        """Its setting at a ratio, compressing at the end of the prompt; None compresses nothing."""
+        if self.preset == "none":
+            return None
+        base = {"preset": self.preset, "layer_groups": {"size": 1}, "trigger": "end_of_prompt"}
+        config = parse_config(base, self.changes)
+        assert config is not None
+        return resolve_request(config, parse_request({"kv_budget_ratio": ratio}), task)
+
+
+def presets_table(args: argparse.Namespace) -> list[Variant]:
+    """Every preset as it is."""
+    return [Variant(name, name) for name in args.presets or ["none", *preset_names()]]
+
+
+def windowkv_table(args: argparse.Namespace) -> list[Variant]:
+    """WindowKV's switches, one at a time. The question asks for one number: localization."""
+
+    def shape(**fields: Any) -> dict[str, Any]:
+        return {"layer_budget": {"shape": "windowkv", **fields}}
+
+    def groups(count: int, share: bool) -> dict[str, Any]:
+        return {"layer_groups": {"count": count}, "policy": {"share_indices": share}}
+
+    return [
+        Variant("task: localization (right)", "windowkv"),
+        Variant("task: aggregation (wrong)", "windowkv", task="aggregation"),
+        Variant("task: auto", "windowkv", task="auto"),
+        Variant("2 groups of 2 layers, shared", "windowkv", groups(2, True)),
+        Variant("2 groups of 2 layers, not shared", "windowkv", groups(2, False)),
+        Variant("1 group of 4 layers, shared", "windowkv", groups(1, True)),
+        Variant("1 group of 4 layers, not shared", "windowkv", groups(1, False)),
+        Variant("pyramid: released, gamma 8 (preset)", "windowkv"),
+        Variant("pyramid: released, gamma 1 (as 4 groups of 1)", "windowkv", shape(gamma=1)),
+        Variant("pyramid: printed", "windowkv", shape(form="printed")),
+        Variant("pyramid: none (uniform)", "windowkv", {"layer_budget": {"shape": "uniform"}}),
+    ]
+
+
 def kept_tokens(config: CompressionConfig | None, num_tokens: int) -> int:
     """What really stays, averaged over layers: floors, forced tokens and whole blocks included."""
     if config is None:
         return num_tokens
-    lengths = compaction_lengths(num_tokens, config, NUM_LAYERS, BLOCK_SIZE)
-    return round(sum(num_tokens - (each.evicted if each else 0) for each in lengths) / NUM_LAYERS)
-
-
-def setting_of(preset: str, ratio: float, changes: dict[str, Any] | None) -> CompressionConfig:
-    """The preset at a ratio, compressing at the end of the prompt; tasks as for a question."""
-    base = {"preset": preset, "layer_groups": {"size": 1}, "trigger": "end_of_prompt"}
-    config = parse_config(base, changes)
-    assert config is not None
-    resolved = resolve_request(config, parse_request({"kv_budget_ratio": ratio}), "localization")
-    assert resolved is not None
-    return resolved
+    groups = layer_groups(NUM_LAYERS, config.layer_groups)
+    lengths = compaction_lengths(num_tokens, config, max(groups) + 1, BLOCK_SIZE)
+    evicted = [lengths[group].evicted if lengths[group] else 0 for group in groups]  # type: ignore[union-attr]
+    return round(num_tokens - sum(evicted) / NUM_LAYERS)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -87,28 +130,36 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     replay, tokenizer = Replay(MODEL, BLOCK_SIZE), AutoTokenizer.from_pretrained(MODEL)
     done = {(row["preset"], int(row["prompt_tokens"])) for row in read(args.out)}
-    changes = json.loads(args.changes) if args.changes else None
     for length in args.lengths:
-        presets = [p for p in args.presets or ["none", *preset_names()] if (p, length) not in done]
-        cells: dict[tuple[str, float], CompressionConfig | None] = {}
-        for preset in presets:
-            for ratio in (1.0,) if preset == "none" else RATIOS:
-                is_none = preset == "none"
-                cells[preset, ratio] = None if is_none else setting_of(preset, ratio, changes)
-        right = dict.fromkeys(cells, 0)
+        todo = [v for v in TABLES[args.table](args) if (v.name, length) not in done]
+        right: dict[tuple[str, float], int] = {}
         samples = make_samples(args.num_samples, length, tokenizer.encode, seed=0)
         for sample in track(samples, f"{length} tokens", console=Console(stderr=True)):
-            prompt = replay.prefill(tokenizer.encode(sample.prompt))
-            for cell, config in cells.items():
-                tokens = replay.generate(prompt, config, NUM_ANSWER_TOKENS)
-                right[cell] += is_right(tokenizer.decode(tokens), sample.answer)
+            token_ids = tokenizer.encode(sample.prompt)
+            ends = (tokenizer.decode(end) for end in head_and_tail(token_ids))
+            found = TaskClassifier.load().classify(*ends)
+            prompt = replay.prefill(token_ids)
+            for variant in todo:
+                task = found if variant.task == "auto" else variant.task
+                for ratio in (1.0,) if variant.preset == "none" else RATIOS:
+                    setting = variant.setting(ratio, task)
+                    tokens = replay.generate(prompt, setting, NUM_ANSWER_TOKENS)
+                    is_good = is_right(tokenizer.decode(tokens), sample.answer)
+                    place = (variant.name, ratio)
+                    right[place] = right.get(place, 0) + is_good
         rows = []
-        for (preset, ratio), config in cells.items():
-            kept, count = kept_tokens(config, length), right[preset, ratio]
-            rows.append([length, preset + args.suffix, ratio, kept, count, len(samples)])
+        for variant in todo:
+            for ratio in (1.0,) if variant.preset == "none" else RATIOS:
+                task = "localization" if variant.task == "auto" else variant.task
+                kept = kept_tokens(variant.setting(ratio, task), length)
+                count = right[variant.name, ratio]
+                rows.append([length, variant.name, ratio, kept, count, len(samples)])
         append(args.out, rows)
         for row in rows:
             print(*row, flush=True)
+
+
+TABLES = {"presets": presets_table, "windowkv": windowkv_table}
 
 
 def show(args: argparse.Namespace) -> None:
@@ -123,7 +174,7 @@ def show(args: argparse.Namespace) -> None:
             found = [cells.get((preset, length, ratio)) for ratio in ratios]
             if any(found):
                 texts = [cell_text(cell) for cell in found]
-                print(f"| `{preset}` | {length:,} | " + " | ".join(texts) + " |")
+                print(f"| {preset} | {length:,} | " + " | ".join(texts) + " |")
 
 
 def cell_text(cell: dict[str, str] | None) -> str:
@@ -143,8 +194,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000])
     parser.add_argument("--num-samples", type=int, default=40)
     parser.add_argument("--presets", nargs="+")
-    parser.add_argument("--changes", help="fields laid over the presets, as JSON")
-    parser.add_argument("--suffix", default="", help="of the presets' names in the file")
+    parser.add_argument("--table", choices=TABLES, default="presets")
     args = parser.parse_args()
     {"run": measure, "show": show}[args.command](args)
     return 0

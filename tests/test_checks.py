@@ -8,7 +8,8 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_kvcompress.checks import check_config, check_layer
+from vllm_kvcompress.checks import check_config, check_layer, check_setting
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.vllm_hooks import install_hooks
 
@@ -87,7 +88,7 @@ REFUSALS = [
     ),
     (None, {"kv_transfer_config": object()}, ["--kv-transfer-config"]),
     (None, {"ec_transfer_config": object()}, ["--ec-transfer-config"]),
-    (None, {"speculative_config": object()}, ["speculative"]),
+    (None, {"speculative_config": SimpleNamespace(method="eagle")}, ["method eagle", "ngram"]),
     (None, {"use_v2_model_runner": False}, ["model runner V2", "VLLM_USE_V2_MODEL_RUNNER"]),
 ]
 
@@ -118,6 +119,27 @@ def test_refusals(config, part: str | None, changes: dict, words: list[str]) -> 
     assert message.endswith("drop --kv-compression.")
     for word in words:
         assert word in message
+
+
+def test_ngram_drafts_are_welcome(config) -> None:
+    check_config(Overlay(config, {"speculative_config": SimpleNamespace(method="ngram")}))
+
+
+def test_settings_that_do_not_fit_the_model(config) -> None:
+    preferences = {"layer_budget": {"shape": "preference", "preferences": [2, 1]}}
+    two = parse_config("snapkv", {**preferences, "layer_groups": {"count": 2}})
+    check_setting(two, config)
+    with pytest.raises(ConfigError, match="2 numbers and 4 layer groups"):
+        check_setting(parse_config("snapkv", {**preferences, "layer_groups": {"size": 1}}), config)
+    text = SimpleNamespace(rope_parameters={"rope_type": "yarn"}, num_hidden_layers=4)
+    scaled = Overlay(
+        config, {"model_config": Overlay(config.model_config, {"hf_text_config": text})}
+    )
+    check_setting(parse_config("snapkv"), scaled)
+    for preset in ("expected_attention", "streaming_llm_rerotated"):
+        check_setting(parse_config(preset), config)
+        with pytest.raises(ConfigError, match="scales its rotary embedding"):
+            check_setting(parse_config(preset), scaled)
 
 
 def test_full_decode_graphs_are_welcome(config) -> None:

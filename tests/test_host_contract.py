@@ -97,8 +97,9 @@ FIELDS = {
         "num_computed_tokens_np",
         "positions",
     },
+    "vllm.v1.core.sched.output:NewRequestData": {"req_id", "prompt_token_ids", "sampling_params"},
     "vllm.v1.metrics.stats:SchedulerStats": {"kv_connector_stats"},
-    "vllm.v1.core.sched.output:SchedulerOutput": {"num_scheduled_tokens"},
+    "vllm.v1.core.sched.output:SchedulerOutput": {"num_scheduled_tokens", "scheduled_new_reqs"},
 }
 
 
@@ -126,6 +127,25 @@ def test_overridden_methods_have_the_expected_signature(target: str, parameters:
 def test_read_fields_exist(target: str) -> None:
     names = {field.name for field in dataclasses.fields(resolve(target))}
     assert FIELDS[target] <= names
+
+
+def test_what_is_read_around_attention_layers() -> None:
+    """Frequencies come from the host's own method; projections are applied without all-reduce."""
+    compute = "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbeddingBase"
+    names = tuple(inspect.signature(resolve(f"{compute}._compute_inv_freq")).parameters)
+    assert names == ("self", "base")
+    method = "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply"
+    assert tuple(inspect.signature(resolve(method)).parameters) == ("self", "layer", "x", "bias")
+    linear = inspect.getsource(resolve("vllm.model_executor.layers.linear:RowParallelLinear"))
+    for name in ("input_size_per_partition", "output_size", "params_dtype", "quant_method"):
+        assert f"self.{name}" in linear or name in inspect.getsource(
+            resolve("vllm.model_executor.layers.linear:LinearBase")
+        )
+
+
+def test_the_tokenizer_can_be_had_in_the_scheduler() -> None:
+    loader = resolve("vllm.tokenizers:cached_tokenizer_from_config")
+    assert next(iter(inspect.signature(loader).parameters)) == "model_config"
 
 
 def test_batch_state_can_be_replaced() -> None:

@@ -39,6 +39,7 @@ def assert_idle(engine: Engine) -> None:
     engine.step()  # the worker hears of finished requests with the next step
     state = engine.runner.model_state
     assert not state.window._stashes and not state.request_configs and not state._rows
+    assert not state.prompt_queries._summaries and not state.tasks
     assert not state.lengths.evicted.np.any()
 
 

@@ -17,6 +17,8 @@ from vllm_kvcompress.evaluation.tasks.needle import is_right
 pytestmark = pytest.mark.engine
 
 POLICIES = ["windowkv", "snapkv", "keydiff", "streaming_llm", "random"]
+OTHERS = ["adakv", "cake", "chunkkv", "criticalkv", "expected_attention", "h2o", "knorm", "lagkv"]
+OTHERS += ["pyramidkv", "streaming_llm_rerotated", "tova", "windowkv_llama3"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_windowkv_answers_from_an_eighth_of_the_cache(engine, samples, prompts) 
     assert engine.scheduler.stats.requests["windowkv"] >= len(prompts)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, *OTHERS])
 def test_the_pinned_sentence_survives_every_policy(engine, samples, prompts, policy) -> None:
     xargs = [
         {"kv_compression": policy, "kv_pin": needle_pins(engine, sample)} for sample in samples
@@ -268,16 +270,59 @@ def test_a_failing_policy_is_an_error_not_a_silent_no_op(engine, prompts, monkey
     engine.step()
 
 
+def test_the_parts_around_a_layer_are_the_models(engine, probe_model) -> None:
+    """Read back from what vLLM packed for the CPU, against the file the model came in."""
+    from safetensors.torch import load_file
+
+    weights = load_file(f"{probe_model}/model.safetensors")
+    for layer in engine.runner.compactor.layers:
+        weight = weights[f"model.layers.{layer.index}.self_attn.o_proj.weight"].float()
+        found = layer.output_projection()  # [heads, hidden, head_dim]
+        torch.testing.assert_close(found.transpose(0, 1).flatten(1), weight, rtol=1e-5, atol=1e-6)
+        size = 2 * layer.rotary.inv_freq.shape[0]
+        theta = engine.runner.model_config.hf_text_config.rope_parameters["rope_theta"]
+        expected = theta ** (-torch.arange(0, size, 2) / size)
+        torch.testing.assert_close(layer.rotary.inv_freq, expected)
+        assert layer.rotary.is_neox
+
+
+def test_a_requests_task_is_decided_once_and_counted(engine, samples, prompts) -> None:
+    """Both tasks in one batch; the decision reaches the worker, and leaves no trace."""
+    before = dict(engine.scheduler.stats.tasks)
+    xargs = [None, {"kv_task": "aggregation"}, {"kv_task": "localization"}]
+    seen = {}
+    for number, extra in enumerate(xargs):
+        engine.add(f"t{number}", prompts[1], 8, extra)
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+        for request_id, config in engine.runner.model_state.request_configs.items():
+            seen[request_id.rsplit("-", 1)[0]] = config.task
+            assert engine.scheduler.planner.requests[request_id].task == config.task
+    assert seen == {"t0": "localization", "t1": "aggregation", "t2": "localization"}
+    after = engine.scheduler.stats.tasks
+    for key in ("localization/classifier", "aggregation/request", "localization/request"):
+        assert after[key] == before.get(key, 0) + 1
+    assert engine.results["t0"].token_ids == engine.results["t2"].token_ids
+    assert is_right(engine.decode(engine.results["t0"].token_ids), samples[1].answer)
+
+
+def test_a_summary_is_asked_for_in_another_tone(engine, prompts) -> None:
+    """The same context under another instruction is the other task."""
+    instruction = "Write a one-page summary of the following report.\n\n"
+    prompt = engine.tokenize(instruction) + prompts[0][20:900] + engine.tokenize("\n\nSummary:")[1:]
+    before = engine.scheduler.stats.tasks.get("aggregation/classifier", 0)
+    engine.generate([prompt], 2)
+    assert engine.scheduler.stats.tasks["aggregation/classifier"] == before + 1
+
+
 @torch.inference_mode()
 def test_the_cache_holds_the_selected_rows(engine, prompts, monkeypatch) -> None:
     """Bit for bit: destination rows are the source rows the policy selected."""
     compactor = engine.runner.compactor
     original, copies = compactor._copy, []
 
-    def spy(policy, layer, group, scores, forced, keys, values):
-        original(policy, layer, group, scores, forced, keys, values)
-        region = group.lengths.region_len
-        indices = policy.select(scores[:, :region], forced[:region], group.lengths.kept_len)
+    def spy(policy, layer, group, indices, keys, values):
+        original(policy, layer, group, indices, keys, values)
         blocks = torch.tensor(group.destination_blocks)
         found = layer.layout.read(layer.cache(), blocks)
         for rows, source in zip(found, (keys, values), strict=True):

@@ -31,12 +31,20 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         if config.budget.ratio is not None
         else f"{config.budget.tokens} tokens"
     )
-    return (
+    what = (
         f"KV compression: policy {config.policy.name}, budget {budget} "
         f"({budget_tokens(max_model_len, config)} of {max_model_len} tokens, "
         f"{config.layer_budget.shape} over layers), {max(layer_groups) + 1} layer group(s) in "
-        f"{len(groups)} block table(s), block size {block_size}, prompts from "
-        f"{config.min_prompt_len} tokens: a request of max_model_len keeps {full - saved} of "
-        f"{full} blocks ({_format_bytes(full_bytes - saved_bytes)} of {_format_bytes(full_bytes)} "
-        "per worker) once its prompt is done"
+        f"{len(groups)} block table(s), block size {block_size}"
     )
+    if config.tasks:
+        what += f", task {config.task}"
+    if config.compresses_prompts:
+        what += (
+            f", prompts from {config.min_prompt_len} tokens: a request of max_model_len keeps "
+            f"{full - saved} of {full} blocks ({_format_bytes(full_bytes - saved_bytes)} of "
+            f"{_format_bytes(full_bytes)} per worker) once its prompt is done"
+        )
+    if config.compresses_while_decoding:
+        what += f", back to its budget every {config.interval} generated tokens"
+    return what

@@ -2,14 +2,10 @@
 
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.request import Request
 
-logger = init_logger(f"vllm.{__name__}")
-
-NUM_TOKENS = 256
-"""Tokens looked at from either end of a prompt, as in the paper."""
+from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 
 class RequestClassifier:
@@ -25,7 +21,7 @@ class RequestClassifier:
 
     def __init__(self, model_config: Any) -> None:
         self._model_config = model_config
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[Any, TaskClassifier] | None = None
 
     def classify(self, request: Request) -> str | None:
         """The request's task; None where there is no text (embeddings, no tokenizer)."""
@@ -33,17 +29,8 @@ class RequestClassifier:
         if not token_ids or self._model_config.skip_tokenizer_init:
             return None
         if self._loaded is None:
-            from vllm_kvcompress.task_classifier import TaskClassifier
-
             tokenizer = cached_tokenizer_from_config(self._model_config)
             self._loaded = tokenizer, TaskClassifier.load()
         tokenizer, classifier = self._loaded
-        head, tail = split_ends(token_ids)
+        head, tail = head_and_tail(token_ids)
         return classifier.classify(tokenizer.decode(head), tokenizer.decode(tail))
-
-
-def split_ends(token_ids: list[int]) -> tuple[list[int], list[int]]:
-    """First and last `NUM_TOKENS` tokens; a shorter prompt is split without overlap."""
-    num_tail = min(NUM_TOKENS, len(token_ids))
-    rest = token_ids[: len(token_ids) - num_tail]
-    return rest[:NUM_TOKENS], token_ids[len(token_ids) - num_tail :]

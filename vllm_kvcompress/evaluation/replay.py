@@ -15,7 +15,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vllm_kvcompress.budgets import compaction_lengths, forced_ranges, permanent_ranges
+from vllm_kvcompress.budgets import (
+    compaction_lengths,
+    forced_ranges,
+    layer_groups,
+    permanent_ranges,
+)
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.base import Policy
@@ -116,7 +121,7 @@ class Replay:
     ) -> list[int]:
         """Greedy tokens after compressing the prompt under `config`; None compresses nothing.
 
-        Layer groups are those of `config`, each its own budget. `seed` is what the scheduler
+        `seed` is what the scheduler
         makes of the prompt, for policies that draw random numbers.
         """
         cache = DynamicCache(config=self.model.config)
@@ -143,7 +148,9 @@ class Replay:
         if config is None:
             return whole
         num_layers, length = len(self.layers), len(prompt.token_ids)
-        lengths = compaction_lengths(length, config, num_layers, self.block_size)
+        group_of = layer_groups(num_layers, config.layer_groups)
+        by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size)
+        lengths = [by_group[group] for group in group_of]
         layouts = [_Rows(prompt, layer) for layer in range(num_layers)]
         compactor = Compactor(
             layers=[self._layer_cache(index, layouts[index]) for index in range(num_layers)],

@@ -12,12 +12,14 @@ import random
 import re
 from collections.abc import Sequence
 
+from vllm_kvcompress.evaluation.tasks.foreign_texts import FOREIGN
 from vllm_kvcompress.evaluation.tasks.instruction_words import (
     BRACES,
-    FOREIGN,
+    INSTRUCTION_WORDS,
     PYTHON,
     QUESTIONS,
     SENTENCES,
+    WHOLE_QUESTIONS,
     WORDS,
 )
 
@@ -142,6 +144,8 @@ class TextSource:
     def __init__(self, seed: int, split: str) -> None:
         self._random = random.Random(seed).random
         self._pools = {name: share(items, split) for name, items in _POOLS.items()}
+        if split == "train":
+            self._pools |= INSTRUCTION_WORDS | {"global": WHOLE_QUESTIONS}
         self._contexts = CONTEXTS | {"passages": share(CONTEXTS["passages"], split)}
         self._fixed: dict[str, str] = {}
 

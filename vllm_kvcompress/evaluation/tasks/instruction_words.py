@@ -1,7 +1,8 @@
-"""Words, sentences, questions and code lines from which `instruction_contexts` makes texts.
+"""Words, sentences, questions and code from which `instruction_contexts` makes texts.
 
 Braces are filled by `TextSource.fill`. Of every pool two thirds are for training and every third
-entry is held out, so that no word, sentence or question frame is in both.
+entry is held out, so that no word, sentence or question frame is in both; what only training
+styles use is for training alone.
 """
 
 WORDS: dict[str, str] = {
@@ -152,6 +153,133 @@ QUESTIONS = (
     "What is the difference in price between the {noun} and the {noun}?",
     "What was {name}'s first job?",
     "Under what conditions may {org} end the agreement?",
+    "What is the {noun} of {place} called?",
+    "Who wrote the {noun} about {topic}?",
+    "How many people work for {org}?",
+    "What time did {name} leave?",
+    "Where was {person} born?",
+    "Which team won the {noun} in {year}?",
+    "What is {person}'s phone number?",
+    "Has the {noun} been {verb} yet?",
+    "On what date does the {noun} end?",
+    "Who else knew about the {noun}?",
+    "To whom did {name} give the {noun}?",
+    "What percentage of the {noun} was {verb}?",
+    "By whom was the {noun} {verb}?",
+    "How did {name} find the {noun}?",
+    "For how many years was {surname} the head of {org}?",
+    "What does {name} keep in the {noun}?",
+    "Which {noun} is made in {place}?",
+    "Does {name} like the {adj} {noun}?",
+    "Why did {org} leave {place}?",
+    "What was found under the {noun}?",
+    "Which version of the {noun} is needed?",
+    "From which country does the {noun} come?",
+    "What is the email address of {org}?",
+    "Who is responsible for the {noun}?",
+    "When is the deadline for the {noun}?",
+    "How high is the {noun} in {place}?",
+    "What is the maximum {noun}?",
+    "Which actor plays {name}?",
+    "Was {person} ever in {place}?",
+    "What did the {noun} look like?",
+    "In what month was the {noun} {verb}?",
+    "Who won the election in {place}?",
+    "How fast is the {noun}?",
+)
+
+# Words of instructions, for training only: the held-out styles are written out in full. What both
+# classes use alike (the first four) says nothing, so that the verbs and their objects must.
+INSTRUCTION_WORDS: dict[str, tuple[str, ...]] = {
+    "please": (
+        "", "", "", "Please ", "Could you ", "Can you ", "I want you to ", "Your task is to ",
+        "Now ", "Next, ", "You should ", "I need you to ", "Help me to ", "Would you please ",
+        "Task: ", "First read everything, then ",
+    ),
+    "doc": (
+        "text", "document", "article", "passage", "page", "file", "report", "transcript", "paper",
+        "story", "letter", "conversation", "data", "material", "chapter", "notes", "passages",
+        "documents", "context", "record",
+    ),
+    "src": (
+        "", "", "in the {doc}", "from the {doc}", "of the {doc} above", "in the following {doc}",
+        "from the {doc} below", "given here", "in this {doc}", "mentioned in the {doc}",
+        "based on the {doc}", "using the {doc} above", "according to the {doc}",
+    ),
+    "form": (
+        "", "", "", "", "briefly", "in one sentence", "in a few words", "as a list", "as JSON",
+        "without explanation", "in English", "in at most {num} words", "and nothing else",
+        "with the reason", "in detail", "step by step", "and be precise", "on one line",
+    ),
+    "out": ("", "", "", "Answer:", "Answer:", "Output:", "Response:", "Result:", "Reply:"),
+    "locate": (
+        "find", "find", "locate", "retrieve", "extract", "identify", "quote", "cite", "copy",
+        "fetch", "get", "give", "give me", "state", "name", "return", "show", "show me",
+        "indicate", "specify", "look up", "search for", "tell me", "point out", "look for",
+        "write down", "determine",
+    ),
+    "target": (
+        "name", "date", "exact sentence", "sentence", "line", "passage", "number", "value",
+        "clause", "price", "address", "id", "code", "answer", "fact", "detail", "figure", "year",
+        "word", "phrase", "place", "reason", "phone number", "amount", "section", "key", "entry",
+        "password", "quotation", "evidence", "time", "owner", "author", "city", "company",
+    ),
+    "rework": (
+        "summarise", "summarize", "summarize", "condense", "recap", "shorten", "abridge", "outline",
+        "paraphrase", "rewrite", "rephrase", "reword", "translate", "convert", "transform",
+        "reformat", "analyse", "analyze", "evaluate", "assess", "critique", "review", "discuss",
+        "compare", "contrast", "classify", "categorize", "cluster", "sort", "proofread", "edit",
+        "correct", "improve", "polish", "expand", "continue", "complete", "describe", "explain",
+        "interpret", "restructure", "simplify", "clean up", "merge", "sum up",
+    ),
+    "write": ("write", "write", "create", "generate", "prepare", "draft", "make", "produce",
+              "give me", "come up with", "design", "provide"),
+    "product": (
+        "a summary", "a short summary", "a concise summary", "an essay", "a report", "a letter",
+        "a blog post", "an outline", "the minutes", "an abstract", "a review", "a poem",
+        "a table of all {noun}s", "a timeline", "a translation", "a plan", "an email",
+        "an article", "a headline", "a title", "slides", "a comparison", "unit tests",
+        "documentation", "a quiz", "flashcards", "an FAQ", "a paraphrase", "an analysis",
+        "a description", "a list of the main points", "bullet points", "a conclusion",
+        "a classification", "keywords", "study questions", "a sequel", "a critique",
+    ),
+    "everything": (
+        "all {noun}s", "every {noun}", "all names", "all dates", "all numbers", "all people",
+        "all places", "each {noun}", "all questions", "all the facts", "every one of the {noun}s",
+        "all decisions", "all arguments", "all characters", "all differences", "all similarities",
+        "all errors", "the most important points", "the main topics", "the main events",
+        "the most frequent words", "all of the tasks",
+    ),
+}  # fmt: skip
+
+# Questions that only the whole text answers, for training.
+WHOLE_QUESTIONS = (
+    "What is {this|the} {doc} about?",
+    "What {is|are} the main {idea|message|point|points|topics|arguments} of the {doc}?",
+    "Which topics are covered {src}?",
+    "What tone does the author use throughout?",
+    "What patterns do you see across the {doc}?",
+    "How has the {noun} changed over all these years?",
+    "What can we conclude from all this?",
+    "Which themes come up again and again?",
+    "How many different {noun}s are {mentioned|there} {src}?",
+    "How many {people|lines|paragraphs|words|entries} are there in total?",
+    "How often is the {noun} mentioned {src}?",
+    "How many times does {name} speak?",
+    "What are the most {common|frequent} {words|names|errors|numbers}?",
+    "Which {word|name|number} {appears|occurs} most {often|frequently}?",
+    "How do the {doc} differ from each other?",
+    "What do all {doc} have in common?",
+    "What is the {average|total|sum|median} of the {noun}s?",
+    "What is the overall {mood|sentiment|opinion|impression|structure}?",
+    "What are the {advantages and disadvantages|strengths and weaknesses} overall?",
+    "Do the {doc} contradict each other, and where?",
+    "How does {name} change in the course of the story?",
+    "What would be a good title?",
+    "Which category does the {doc} belong to?",
+    "Is the {doc} positive or negative on the whole?",
+    "How would you improve this {doc}?",
+    "What happens in the story, from start to end?",
 )
 
 # Blocks of code; {lb} and {rb} are braces.
@@ -190,83 +318,3 @@ BRACES = (
     "fn {verb}({noun}: &str) -> Option<u32> {lb}\n    let {noun} = {noun}.len();\n"
     "    Some({noun} as u32 + {num})\n{rb}",
 )  # fmt: skip
-
-# Sentences and questions in other languages.
-FOREIGN: dict[str, tuple[str, ...]] = {
-    "de": (
-        "Der Bericht über {place} wurde {year} von {person} geschrieben.",
-        "Die alte Brücke am Fluss ist seit {num} Jahren gesperrt.",
-        "{name} fragte, ob die Firma {org} das Haus verkauft habe.",
-        "Nach Angaben der Stadt kostet die neue Schule {num} Millionen Euro.",
-        "Im Sommer fahren viele Familien mit dem Zug nach {place}.",
-        "Der Mieter muss den Vertrag mit einer Frist von {num} Tagen kündigen.",
-        "Das Museum zeigt Bilder, die lange als verloren galten.",
-        "Eine Antwort auf diese Frage gibt der Text im dritten Absatz nicht.",
-        "{person} arbeitet seit {year} als Ärztin in {place}.",
-    ),
-    "fr": (
-        "Le rapport sur {place} a été publié en {year} par {person}.",
-        "Le vieux pont au bord de la rivière est fermé depuis {num} ans.",
-        "{name} a demandé si la société {org} avait vendu la maison.",
-        "Selon la mairie, la nouvelle école coûtera {num} millions d'euros.",
-        "En été, beaucoup de familles prennent le train pour {place}.",
-        "Le locataire doit prévenir le propriétaire {num} jours avant son départ.",
-        "Le musée présente des tableaux que l'on croyait perdus.",
-        "La question reste ouverte et personne n'a donné de réponse.",
-        "{person} travaille comme médecin à {place} depuis {year}.",
-    ),
-    "es": (
-        "El informe sobre {place} fue publicado en {year} por {person}.",
-        "El viejo puente junto al río está cerrado desde hace {num} años.",
-        "{name} preguntó si la empresa {org} había vendido la casa.",
-        "Según el ayuntamiento, la nueva escuela costará {num} millones de euros.",
-        "En verano muchas familias viajan en tren a {place}.",
-        "El inquilino debe avisar al dueño con {num} días de antelación.",
-        "El museo muestra cuadros que se creían perdidos.",
-        "La pregunta sigue abierta y nadie dio una respuesta.",
-        "{person} trabaja como médica en {place} desde {year}.",
-    ),
-    "zh": (
-        "{year}年，{org}公司在{place}开设了一家新工厂。",
-        "河边的老桥已经关闭了{num}年。",
-        "{name}问他的朋友为什么要卖掉那座房子。",
-        "据市政府介绍，新学校将花费{num}万元。",
-        "夏天，许多家庭坐火车去海边度假。",
-        "承租人应当提前{num}天通知出租人。",
-        "博物馆展出了一批失传已久的画。",
-        "会议讨论了报告中的几个问题，但没有得出答案。",
-        "{person}从{year}年起在医院工作。",
-    ),
-    "de_question": (
-        "Wann wurde die alte Brücke gesperrt?",
-        "Wer hat den Bericht über {place} geschrieben?",
-        "Wie viel kostet die neue Schule?",
-        "Warum hat {name} das Haus verkauft?",
-        "In welcher Stadt arbeitet {person}?",
-        "Was sagte {name} zu {org}?",
-    ),
-    "fr_question": (
-        "Quand le vieux pont a-t-il été fermé ?",
-        "Qui a écrit le rapport sur {place} ?",
-        "Combien coûte la nouvelle école ?",
-        "Pourquoi {name} a-t-il vendu la maison ?",
-        "Dans quelle ville travaille {person} ?",
-        "Qu'a dit {name} à propos de {org} ?",
-    ),
-    "es_question": (
-        "¿Cuándo se cerró el viejo puente?",
-        "¿Quién escribió el informe sobre {place}?",
-        "¿Cuánto cuesta la nueva escuela?",
-        "¿Por qué vendió {name} la casa?",
-        "¿En qué ciudad trabaja {person}?",
-        "¿Qué dijo {name} sobre {org}?",
-    ),
-    "zh_question": (
-        "老桥是什么时候关闭的？",
-        "谁写了关于{place}的报告？",
-        "新学校要花多少钱？",
-        "{name}为什么要卖房子？",
-        "{person}在哪个城市工作？",
-        "{org}公司什么时候成立的？",
-    ),
-}

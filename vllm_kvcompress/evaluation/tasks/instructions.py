@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from vllm_kvcompress.evaluation.tasks import (
     aggregation_styles,
+    foreign_texts,
     heldout_styles,
     localization_styles,
 )
@@ -130,10 +131,14 @@ def styles_of(split: str) -> list[Style]:
         styles = parse_styles(heldout_styles.LONGBENCH, "localization")
         later = parse_styles(heldout_styles.LONGBENCH, "aggregation")
         return styles[:_NUM_LONGBENCH_LOCALIZATION] + later[_NUM_LONGBENCH_LOCALIZATION:]
-    module = heldout_styles if split == "heldout" else None
-    return parse_styles(
-        (module or localization_styles).LOCALIZATION, "localization"
-    ) + parse_styles((module or aggregation_styles).AGGREGATION, "aggregation")
+    if split == "heldout":
+        pair = heldout_styles.LOCALIZATION, heldout_styles.AGGREGATION
+    else:
+        pair = (
+            localization_styles.LOCALIZATION + foreign_texts.LOCALIZATION,
+            aggregation_styles.AGGREGATION + foreign_texts.AGGREGATION,
+        )
+    return parse_styles(pair[0], "localization") + parse_styles(pair[1], "aggregation")
 
 
 def make_prompts(split: str, per_style: int, seed: int = 0) -> list[TaskPrompt]:
@@ -166,8 +171,8 @@ def _make_prompt(source: TextSource, style: Style, split: str) -> str:
     else:
         opening, closing = _pick(source, _FRAMES[split])
         context = opening + source.context(style.context, size) + closing
-    before, after = source.fill(style.before), source.fill(style.after)
-    if style.task and after and source.chance(0.15):
+    before, after = (_tidy(source.fill(part)) for part in (style.before, style.after))
+    if after and source.chance(0.15):
         after += "\n" + source.pick(_EXTRAS[split])
     return _in_chat(source, split, before, context, after)
 
@@ -181,6 +186,12 @@ def _in_chat(source: TextSource, split: str, before: str, context: str, after: s
     if source.chance(0.2):  # applications write their instruction into the system message
         system, before = join(system, before), ""
     return source.pick(_CHATS[split]).format(system, join(before, context, after))
+
+
+def _tidy(text: str) -> str:
+    """Remove the blanks that empty alternatives leave, and begin with a capital letter."""
+    text = re.sub(r" +([.,?:]|$)", r"\1", re.sub(r"(?<=\S) {2,}", " ", text), flags=re.MULTILINE)
+    return text.strip("\n")[:1].upper() + text.strip("\n")[1:]
 
 
 def _pick(source: TextSource, items: tuple[tuple[str, str], ...]) -> tuple[str, str]:

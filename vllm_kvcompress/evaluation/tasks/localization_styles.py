@@ -5,18 +5,16 @@ See `instructions` for the format, `heldout_styles` for the styles that are neve
 
 LOCALIZATION = """
 # passages-answer
-{Answer|Please answer} the question {based on|using only} the {given|following} passages. \
+{please}answer the question {based on|using only} the {given|following} {doc}. \
 {Reply with the answer alone.|Give just the answer.|}
 [passages]
-{Answer the question based on the passages above.|}
+{Answer the question {src}.|}
 Question: {question}
-Answer:
+{out}
 # story-question
-You {get|are given} a {story|novel|film script} and a question about it. \
-Answer {in a few words|with one short phrase} and {explain nothing|add nothing}.
-Story:
+You {get|are given} a {doc} and a question about it. Answer {form}.
 [story]
-{Now answer the question about the story as shortly as you can.|}
+{Now answer the question about the {doc}.|}
 Question: {question}
 # paper-question
 You are given a scientific {article|paper} and a question. Answer with a phrase or a sentence \
@@ -26,44 +24,44 @@ Question: {question}
 {Answer:|Your answer:}
 # bare-question
 [any]
-{question}
+{please|}{question}
 # q-a-line
 [any]
 Q: {question}
 A:
 # according-to
 [any]
-According to the {document|text above|article|page}, {ask}
+{According to|Based on|Judging by} {the|this} {doc}, {ask}
 # question-first
 {{question}|Question: {question}|I {want|need} to know {ask}}
-{The answer is somewhere in this text|Use the text below to find out|Look here|Context|Passage}:
+{The answer is somewhere in this {doc}|Use the {doc} below to find out|Look here|Context|Passage}:
 [any]
-{Answer:|}
+{out}
 # question-twice
 Question: {question}
 {Keep it in mind while you read.|Read on to answer it.}
 [any]
 {So, once more|Again|The question was}: {question}
 # exam
-READING COMPREHENSION. Read the {passage|text} carefully, then answer the question below it.
+READING COMPREHENSION. Read the {doc} carefully, then answer the question below it.
 [prose]
 {num}. {question}
-{(2 points)|Write your answer here:|}
+{({num} points)|Write your answer here:|}
 # multiple-choice
-Read the {passage|extract} and choose the {correct|best} option.
+Read the {doc} and choose the {correct|best} option.
 [any]
 {question}
 A. {phrase}
 B. {phrase}
 C. {phrase}
 D. {phrase}
-{Correct option:|Answer with one letter.|The letter of the right answer is}
+{Correct option:|Answer with one letter.|The letter of the right answer is|{out}}
 # multiple-choice-bare
 [any]
 {question}
 (A) {phrase} (B) {phrase} (C) {phrase}
 # multi-hop
-The {documents|paragraphs} below together hold the facts needed for the question. \
+The {doc} below hold the facts needed for the question. \
 {Combine them where you must.|Reason over several of them.}
 [passages]
 {Question|Multi-hop question}: {question}
@@ -72,74 +70,73 @@ The {documents|paragraphs} below together hold the facts needed for the question
 {Here is the log of our server.|These are last night's logs.|}
 [log]
 {When was the {noun} first {verb}?|Which host failed right before {time}?|What is the id of the \
-first error after {time}?}
+first error after {time}?|{please}{locate} the {target} of the request that was {verb}.}
 # contract-clause
-You are a {paralegal|lawyer} and you look things up in agreements.
+{You are a {paralegal|lawyer} and you look things up in agreements.|}
 [sections]
 {Under which clause may the tenant leave early?|What notice period does the contract set for the \
-{noun}?|Which party pays for the {noun}, and where does it say so?}
+{noun}?|Which party pays for the {noun}, and where does it say so?|Which section governs {topic}?}
 # manual
-{This is the manual of my {noun}.|Manual:}
+{This is the manual of my {noun}.|Manual:|}
 [sections]
 {How do I reset the {noun}?|Which button do I press to open the {noun}?|What does error {num} \
-mean?|How often must the {noun} be cleaned?}
+mean?|How often must the {noun} be cleaned?|Where do I connect the {noun}?}
 # magic-number
-{Some special magic numbers are hidden in the text below. Remember them, I will ask for \
-one.|A special magic number is hidden in this text. Remember it.}
+{Some special magic numbers are hidden in the {doc} below. Remember them, I will ask for \
+one.|A special magic number is hidden in this {doc}. Remember it.}
 [any]
-What is the special magic number for {magic} {in the text|mentioned above}? \
-{The special magic number for {magic} is|}
+What is the special magic number for {magic} {src}? {The special magic number for {magic} is|}
 # pass-key
-Somewhere in a lot of irrelevant text there is one important fact. Find it and remember it.
+Somewhere in a lot of irrelevant text there is one important {target}. Find it and remember it.
 [any]
-What is the pass key? The pass key is
+What is the {pass key|password|{target}}? The {pass key|password|{target}} is
 # secret-code
 [any]
-What is the secret {code|number|word} that was mentioned in the text? Write only the {code|answer}.
+What is the {secret|hidden} {target} {that was mentioned|} {src}? {Write only the {target}.|}
 # key-value
-Below is a {JSON object|dictionary} with keys and values. Return the value of the key I name.
+Below is a {JSON object|dictionary|table} with keys and values. {please}{locate} the value of the \
+key I name.
 [records]
 Key: "{key}"
-{Corresponding value:|Value:}
+{Corresponding value:|Value:|{out}}
 # key-value-ask
 [records]
-What is the value {stored under|of} "{key}"?
+{What is|{please}{locate}} the value {stored under|of|for} "{key}"?
 # line-lookup
 Every line of this record starts with its name. You will be asked for the content of one line.
 [table]
-{Tell me|Give me|Return|Repeat} the {content|value} of {line|entry|record} {noun}-{noun}. \
+{please}{locate} the {content|{target}} of {line|entry|record} {noun}-{noun}. \
 {The content is|It says|}
 # find-sentence
 [any]
-{Find|Locate|Look for|Give me} the {sentence|line|passage|place} {in the text above|of the \
-document|} that {mentions|speaks of|deals with|contains} {{topic}|{who}} and copy it{ out|}.
+{please}{locate} the {target} {src} {that mentions|that speaks of|about|containing|on} \
+{{topic}|{who}}{ and copy it|}.
 # quote-evidence
 [any]
-{Quote|Cite|Copy}{, word for word,| exactly} the {passage|sentence|lines} that {supports|proves|\
-backs} {this statement|the claim}: "{sentence}"
+{please}{locate}{, word for word,| exactly} the {passage|sentence|lines} that \
+{supports|proves|shows} {this statement|the claim}: "{sentence}"
 # which-paragraph-says
 [paragraphs]
 In which {paragraph|section} does it say that {topic} was discussed by {who}?
 # yes-no
 [any]
 {Is it true that {who} {verb} the {noun}?|Did {who} {verb} the {noun}?|Does {org} have a \
-{noun}?|Was the {noun} ever {verb}?|Has {who} been to {place}?} {Answer|Say|Reply} yes or no\
-{ from the text|}.
+{noun}?|Was the {noun} ever {verb}?|Has {who} been to {place}?} {{Answer|Say|Reply} yes or no|} {src}.
 # claim-check
-Decide whether the {document|text} supports the claim{: supported, refuted or not mentioned|}.
+Decide whether the {doc} supports the claim{: supported, refuted or not mentioned|}.
 [any]
 Claim: {sentence}
-{Verdict:|Supported, refuted or not mentioned?}
+{Verdict:|Supported, refuted or not mentioned?|{out}}
 # patient-record
 {Patient record|Discharge notes}:
 [any]
 {What dose of the {noun} drug was given on {date}?|Which allergy does {who} have?|What was the \
-patient's blood pressure on admission?}
+patient's blood pressure on admission?|Who was the surgeon?}
 # search-results
-Answer the user's question with the search results below and cite them like [1]. \
+{please}answer the user's question with the search results below and cite them like [1]. \
 {If they do not hold the answer, say that you do not know.|Do not use other knowledge.}
 [passages]
-User question: {question}
+{User question|User|Question}: {question}
 # rag-context
 Use the pieces of context to {answer|reply to} the question at the end. \
 {Never make up an answer.|If you don't know, say so.}
@@ -152,7 +149,7 @@ Context information is below.
 [any]
 {With this context and no prior knowledge, answer the query.|Given only this information, reply.}
 Query: {question}
-{Answer:|Reply:}
+{out}
 # tagged-question
 <context>
 [any]
@@ -160,7 +157,7 @@ Query: {question}
 <question>{question}</question>
 {Put your answer in <answer> tags.|}
 # support-desk
-You are a support agent of {org}. Rely only on the knowledge base and stay polite.
+You are a support agent of {org}. Rely only on the {doc} and stay polite.
 [faq]
 Customer: {question}
 Agent:
@@ -168,60 +165,60 @@ Agent:
 {Here is a source file.|File {noun}.py:|}
 [code]
 {Which function {reads|writes} the {noun}?|In which line is `{noun}` defined?|Where is the {noun} \
-checked for null?}
+checked for null?|{please}{locate} the line that sets `{noun}`.|Which class inherits from {surname}?}
 # code-value
 [code]
 {What does `{verb}` return when the {noun} is empty?|What is the default of the parameter \
-`{noun}`?|Which exception is raised if `{noun}` is missing?}
+`{noun}`?|Which exception is raised if `{noun}` is missing?|What is the type of `{noun}`?}
 # table-cell
 [table]
 {What is the {noun} of {person}?|Which {noun} belongs to {place}?|Give the number in the row of \
-{org}.|Who has {num} in the last column?}
+{org}.|Who has {num} in the last column?|{please}{locate} the {target} for {org}.}
 # chat-who
-{The following is a chat between friends.|Conversation:}
+{The following is a chat between friends.|Conversation:|}
 [dialogue]
 {Who suggested {topic}?|When does {who} arrive?|What did {who} buy for {name}?|Where will they \
 meet?}
 # mail-fact
 [mail]
 {When is the meeting with {who}?|What is the tracking number of the {noun}?|Who else was copied on \
-the mail about the {noun}?}
+the mail about the {noun}?|{please}{locate} the {target} that {who} sent.}
 # fill-blank
-{Fill the blank with words of the text.|Complete the sentence from the text.}
+{Fill the blank with words of the {doc}.|Complete the sentence from the {doc}.}
 [any]
 {{who} ____ the {noun} in {year}.|The {noun} was {verb} in ____.|____ is the owner of the {noun}.}
 # extract-name
-{Extract|Find|Give|Identify|State} the name of the {person who {verb} the {noun}|company that owns \
-the {noun}|city where {who} lives}{ from the text|}. Return the name {only|and nothing else}.
+{please}{locate} the {target} of the {person who {verb} the {noun}|company that owns \
+the {noun}|city where {who} lives} {src}{ and nothing else|}.
 [any]
-{Name:|}
+{Name:|{out}}
 # extract-date
 [any]
-On which date was the {noun} {verb}? Respond with the date only, as YYYY-MM-DD.
+On which date was the {noun} {verb}? {Respond with the date {form}.|}
 # json-answer
-{Look up the answer in the text.|}
+{Look up the answer in the {doc}.|}
 [any]
 {question} Respond as JSON: {lb}"answer": "..."{rb}
 # short-answer-only
 [any]
-{question} {Answer in at most five words.|One word is enough.|Just the name, please.}
+{question} {Answer in at most five words.|One word is enough.|Just the name, please.|Answer {form}.}
 # informal
 [any]
-{hey can you check in there|pls look up|quick one,} {ask}
+{hey can you check {src}|pls look up|quick one,|sorry one thing:} {ask}
 # section-locate
 [sections]
-{Where in the document is|In which section is|On which page is} {topic} {discussed|mentioned}? \
-{Give its number.|}
+{Where {src} is|In which section is|On which page is|Which page says that} {topic} \
+{discussed|mentioned}? {Give its number.|}
 # bridging
-Answer the question. {You have to go through two of the texts to find the answer.|}
+{please}answer the question. {You have to go through two of the texts to find the answer.|}
 [passages]
 {What is the nationality of the director of {noun}?|In which city was the founder of {org} \
-born?|Who is the mother of the author of "{adj} {noun}"?}
+born?|Who is the mother of the author of "{adj} {noun}"?|{question}}
 # handbook
 {You answer staff questions from the employee handbook.|Employee handbook of {org}}
 [sections]
 {How many days of leave do I get after {num} years?|May I work from {place}?|Who approves travel \
-costs?}
+costs?|Am I allowed to take the {noun} home?}
 # judgment
 {The judgment of the court reads as follows.|Read the judgment.}
 [paragraphs]
@@ -231,16 +228,16 @@ filed?}
 From the annual report of {org}:
 [sections]
 {What was the revenue in {year}?|Who chairs the board?|By how many percent did the {noun} grow in \
-{year}?}
+{year}?|{please}{locate} the {target} for {year}.}
 # not-found
-Answer from the text below. If the answer is not in it, reply "not found".
+{please}answer from the {doc} below. If the answer is not in it, reply "not found".
 [any]
 {question}
 # interview
 [transcript]
-What did {who} say about {topic}{ in the interview|}?
+What {did|does} {who} {say|think|claim} about {topic} {src}?
 # question-list
-Answer these questions about the text{, one line each|}.
+{please}answer these questions {src}{, one line each|}.
 [any]
 1. {question}
 2. {other}
@@ -248,12 +245,11 @@ Answer these questions about the text{, one line each|}.
 # word-code
 Each word below belongs to a code. {Memorise the codes.|}
 [records]
-{Retrieve|Recall|Look up|What is} the {code|number|value} {that belongs to|for|stored with} \
-{the word|} "{magic}"{.|?}
+{{please}{locate}|What is} the {target} {that belongs to|for|stored with} {the word|} "{magic}"{.|?}
 # follow-up
-{You are discussing a document with a user.|}
+{You are discussing a {doc} with a user.|}
 [any]
-{One more question about the document|Thanks! And another thing|OK, next}: {ask}
+{One more question about the {doc}|Thanks! And another thing|OK, next}: {ask}
 # api-docs
 API reference of {org}
 [sections]
@@ -265,108 +261,56 @@ API reference of {org}
 the {noun}?|How far is {place} from the {noun}?}
 # definition
 [any]
-How does the text define "{noun}"? {Quote the definition.|}
+{How does the {doc} define|What is meant by|What does the {doc} mean by|How is} "{noun}" {src}?
 # span
-{Passage|Text}:
 [any]
-Extract the span that answers the question "{question}"
-Span:
+{please}{locate} the {span|words|{target}} that {answers|answer} the question "{question}"
+{Span:|{out}}
 # reason-given
 [any]
-What reason does {who} give for leaving {place}? {Refer to the text.|}
+What {reason|explanation} {does|did} {who} give for leaving {place}? {Refer to the {doc}.|}
 # detail-hunt
-I am looking for one detail in this document.
+I am looking for one {detail|{target}} in this {doc}.
 [any]
 {What phone number is given for {org}?|Which serial number does the {noun} have?|What is the \
-street address of {who}?}
+street address of {who}?|It must be the {target} of {org}.}
 # find-imperative
 [any]
-{Find|Identify|Retrieve|Look up|Give|State|Name} {the date when|the year in which|the city where|the \
-person who|the reason why|the price for which} {the {noun} was {verb}|{who} {verb} the {noun}}.
-# look-up-field
-{Look up one value in the data.|}
+{please}{locate} the {target} {when|where|why|for which|at which} {the {noun} was {verb}|{who} \
+{verb} the {noun}} {src} {form}.
+# find-imperative-first
+{please}{locate} the {target} {of {org}|of {who}|of the {adj} {noun}|in which the {noun} was \
+{verb}|that {who} {verb}} {src} {form}.
 [any]
-{Get|Return|Fetch|Extract} the {id|price|date|phone number|address|version|{noun}} of {{who}|{org}|\
-the {adj} {noun}}{ only|}.
+{out}
+# look-up-field
+{Look up one value in the {doc}.|}
+[any]
+{please}{locate} the {target} of {{who}|{org}|the {adj} {noun}} {form}.
 # tell-me
 [any]
-{Tell me|Do you know|I'd like to know|Please tell me|I was wondering} {who|when|where|why} {the \
-{noun} was {verb}|{who} {verb} the {noun}}.
+{Tell me|Do you know|I'd like to know|Please tell me|I was wondering|Can you tell me|Find out|\
+Check|Say} {who|when|where|why|whether|how|which {noun}} {the {noun} was {verb}|{who} {verb} the \
+{noun}} {src}.
 # given-the-text
-Given the {text|following document|passage|article|transcript}, {answer the question|reply to the \
-user's question|respond to the query}{ below|}.
+Given the {doc}, {answer the question|reply to the user's question|respond to the query}{ below|}.
 [any]
 {Question|Query|User}: {question}
 # specific-question
-I have a {specific|simple|factual} question about {this document|the text below}.
+I have a {specific|simple|factual} question about {this|the} {doc}.
 [any]
 {{question}|My question: {question}}
 # facts-only
-{Only use facts stated in the text.|Stick to the text.|Base your answer on the source alone.}
+{Only use facts stated in the {doc}.|Stick to the {doc}.|Base your answer on the source alone.}
 [any]
 {question}
-{Answer:|}
+{out}
 # number-answer
 [any]
 {question} {Answer with a number{ only|}.|Give the exact figure.|Write only the number.}
-# de-passages
-{Beantworte die Frage anhand der folgenden Texte.|Lies den Text und beantworte die Frage.}
-[de]
-Frage: {de_asked}
-Antwort:
-# de-plain
-[de]
-{de_asked} {Antworte kurz.|}
-# de-imperative
+# answer-format
+{please}{answer|respond} {form}.
 [any]
-{Finde|Suche|Nenne|Gib mir} {das Datum, an dem {who} ankam|den Namen des Mieters|die Nummer der \
-Klausel|den Preis} {im Text|aus dem Dokument|}.
-# de-find
-[any]
-{An welcher Stelle steht, dass {who} in {place} war?|Welche Nummer hat der Abschnitt über den \
-Vertrag?|Suche den Satz, in dem {who} erwähnt wird.}
-# fr-passages
-{Réponds à la question à l'aide des textes ci-dessous.|Lis le texte puis réponds à la question.}
-[fr]
-Question : {fr_asked}
-Réponse :
-# fr-plain
-[fr]
-{fr_asked} {Réponds en un mot.|}
-# fr-imperative
-[any]
-{Trouve|Cherche|Indique|Donne-moi} {la date d'arrivée de {who}|le nom du locataire|le numéro de la \
-clause|le prix} {dans le texte|du document|}.
-# fr-find
-[any]
-{Dans quel paragraphe parle-t-on de {who} ?|Trouve la phrase qui mentionne {place}.|Quel est le \
-numéro de la clause sur le loyer ?}
-# es-passages
-{Responde a la pregunta con los textos siguientes.|Lee el texto y responde a la pregunta.}
-[es]
-Pregunta: {es_asked}
-Respuesta:
-# es-plain
-[es]
-{es_asked} {Responde brevemente.|}
-# es-imperative
-[any]
-{Busca|Encuentra|Indica|Dame} {la fecha en que llegó {who}|el nombre del inquilino|el número de la \
-cláusula|el precio} {en el texto|del documento|}.
-# es-find
-[any]
-{¿En qué párrafo se habla de {who}?|Busca la frase que menciona {place}.|¿Qué número tiene la \
-cláusula del alquiler?}
-# zh-passages
-{请根据下面的文章回答问题。|阅读以下文本，然后回答问题，只给出答案。}
-[zh]
-问题：{zh_asked}
-{回答：|答案：}
-# zh-plain
-[zh]
-{问：|请问|}{zh_asked}{根据上文回答。|}
-# zh-find
-[any]
-{文中哪一段提到了{place}？|请找出提到{who}的那句话。|合同第几条规定了租金？|{who}的电话号码是多少？\
-|在文中查找会议的日期。}
+Question: {question}
+{out}
 """

@@ -27,7 +27,12 @@ from vllm_kvcompress.evaluation.tasks.needle import make_samples
 ROOT = Path(__file__).parent.parent
 MODEL = str(ROOT / "examples" / "probe-model")
 POLICIES = ("windowkv", "snapkv", "keydiff", "streaming_llm", "random")
-FOUR_GROUPS = {"preset": "windowkv", "layer_groups": {"count": 4}}
+FOUR_GROUPS = {
+    "preset": "windowkv",
+    "layer_groups": {"count": 4},
+    "layer_budget": {"shape": "uniform"},
+    "task": "localization",
+}
 BARE = "keydiff_bare"  # KeyDiff as kvpress has it: nothing is protected
 BARE_SETTING = {"preset": "keydiff", "num_sink_tokens": 0, "observation_window": 1}
 

@@ -114,6 +114,9 @@ def test_answers_and_counts(server: Server, samples) -> None:
     }
     assert counted["requests_total"] == before + 1
     assert counted["blocks_freed_total"] > 0
+    at_the_end = server.metric("vllm:kv_compression_compactions_total", trigger="prompt")
+    assert at_the_end == counted["compactions_total"]
+    assert server.metric("vllm:kv_compression_tasks_total", decided_by="classifier") >= 1
     for group in "0123":
         evicted = server.metric("vllm:kv_compression_tokens_evicted_total", layer_group=group)
         assert evicted >= 1200
@@ -142,6 +145,10 @@ def test_options_of_one_request(server: Server, samples) -> None:
     assert server.metric("vllm:kv_compression_requests_total") == requests
     found = server.metric("vllm:kv_compression_uncompressed_requests_total", reason="opted_out")
     assert found == opted_out + 1
+    decided = server.metric("vllm:kv_compression_tasks_total", task="aggregation")
+    assert server.complete(samples[5].prompt, vllm_xargs={"kv_task": "aggregation"}).is_success
+    after = server.metric("vllm:kv_compression_tasks_total", task="aggregation")
+    assert after == decided + 1
     xargs = {"kv_compression": "keydiff", "kv_budget_tokens": 640, "kv_pin": [0, 50, 90, 120]}
     assert server.complete(samples[5].prompt, vllm_xargs=xargs).status_code == 200
     assert server.metric("vllm:kv_compression_requests_total", policy="keydiff") == 1
@@ -155,6 +162,9 @@ def test_options_of_one_request(server: Server, samples) -> None:
         ({"kv_budget_tokens": -1}, ["kv_budget_tokens", "from 1 up"]),
         ({"kv_pin": [0, 100000]}, ["kv_pin", "its length"]),
         ({"kv_budget_token": 5}, ["unknown key", "did you mean 'kv_budget_tokens'"]),
+        ({"kv_task": "qa"}, ["kv_task", "auto, localization or aggregation"]),
+        ({"kv_task": "auto", "kv_compression": "snapkv"}, ["snapkv does not depend on the task"]),
+        ({"kv_compression": "rkv"}, ["reads 8 queries while decoding", "keeps 0"]),
     ],
 )
 def test_bad_options_are_http_400_and_disturb_nothing(server, samples, xargs, words) -> None:

@@ -5,7 +5,8 @@ See `instructions` for the format, `heldout_styles` for the styles that are neve
 
 AGGREGATION = """
 # report-summary
-You are given a {doc} by {a government agency|the ministry|{org}}. {please}write a {one-page|short} \
+You are given a {doc} by {a government agency|the ministry|{org}}. {please}write a \
+{one-page|short} \
 summary of it.
 [sections]
 {Now write the summary of the {doc}.|}
@@ -13,11 +14,13 @@ Summary:
 # meeting-query
 You are given the transcript of a meeting and a query. Answer the query {form}.
 [transcript]
-Query: {Summarise the discussion of {topic}.|What did the group decide on {topic}?|What did everyone \
+Query: {Summarise the discussion of {topic}.|What did the group decide on {topic}?|What did \
+everyone \
 think of the {noun}?|What was discussed on {topic}?|Summarise {who}'s opinion of the {noun}.}
 {out}
 # news-summary
-You are given several news articles. {please}write one summary {that covers all of them|of all news}.
+You are given several news articles. {please}write one summary {that covers all of them|of all \
+news}.
 [passages]
 {Now summarise all the news above.|}
 {Summary:|{out}}
@@ -206,7 +209,8 @@ there are.
 Give the number of different paragraphs {after removing repetitions|only}. The final answer is:
 # count-word
 [any]
-{How many times|How often} {does|did} {the word|} "{magic}" {occur|appear|come up} {src} {in total|}?
+{How many times|How often} {does|did} {the word|} "{magic}" {occur|appear|come up} {src} {in \
+total|}?
 # count-items
 [list]
 {please}count {everything} {src} that {concern {topic}|are {adj}}. {Total:|{out}}
@@ -298,7 +302,8 @@ dislike overall|How do people feel about it in general}?
 
 # plot
 [story]
-{please}{Retell the plot|Describe how the main characters develop} {in your own words|over the story}.
+{please}{Retell the plot|Describe how the main characters develop} {in your own words|over the \
+story}.
 # critique
 [any]
 {please}write a critique of this {doc}: structure, style, strength of the arguments.
@@ -314,7 +319,8 @@ for and against.} {Make two lists.|}
 {please}sort the {list|entries|{doc}} {alphabetically|by date|by length} and print it in full.
 # sum-up-numbers
 [table]
-{{please}add up all {amounts|numbers}.|What is the total of the last column?|What is the sum of all \
+{{please}add up all {amounts|numbers}.|What is the total of the last column?|What is the sum of \
+all \
 numbers above?|Compute the total.|How much is that altogether?}
 # call-summary
 {Call centre transcript.|}
@@ -331,7 +337,8 @@ Summarise the customer's problem, what the agent did, and how the call ended.
 {please}{write} a commit message for this change.
 # slides
 [any]
-{please}{write} {slides|a ten-slide presentation} out of this {doc}: a title and key points for each.
+{please}{write} {slides|a ten-slide presentation} out of this {doc}: a title and key points for \
+each.
 # contradictions
 [passages]
 {please}list all contradictions {between|in} these {statements|{doc}}.

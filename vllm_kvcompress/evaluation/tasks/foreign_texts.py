@@ -95,7 +95,8 @@ Antwort:
 {de_asked} {Antworte kurz.|Steht das im Text?|}
 # de-imperative
 [any]
-{Bitte |}{finde|suche|nenne|gib mir|zitiere|wo steht|wie lautet} {das Datum, an dem {who} ankam|den \
+{Bitte |}{finde|suche|nenne|gib mir|zitiere|wo steht|wie lautet} {das Datum, an dem {who} \
+ankam|den \
 Namen des Mieters|die Nummer der Klausel|den Preis|den Satz über {place}} {im Text|aus dem \
 Dokument|}.
 # de-find

@@ -90,6 +90,13 @@ can u tell me {ask}
 # wiki-two-hop
 [passages]
 Using the encyclopedia entries, work out {ask}
+# archive-clerk
+{surname}'s estate papers follow.
+[paragraphs]
+To whom was the cottage left?
+# dosage-check
+[records]
+I'm unsure about one entry: how strong is the {noun} tablet?
 # de-heldout
 Hier ist ein Dokument, danach will ich etwas daraus wissen.
 [de]
@@ -215,6 +222,15 @@ What lesson does the tale teach?
 # no-instruction-number
 [table]
 
+# stakeholder-update
+[mail]
+Put together an update for stakeholders that reflects the complete exchange.
+# screenplay-pitch
+[story]
+Pitch this as a film.
+# data-cleaning
+Normalise the spelling of every entry and hand back the cleaned file.
+[table]
 # de-heldout-all
 Stelle die wichtigsten Inhalte kurz dar.
 [de]
@@ -277,7 +293,8 @@ Report:
 Write the one-page summary of the report now.
 Summary:
 # QMSum
-A meeting's transcript and a query with a question or an instruction are given. Answer the query in \
+A meeting's transcript and a query with a question or an instruction are given. Answer the query \
+in \
 one or a few sentences.
 Transcript:
 [transcript]
@@ -324,7 +341,8 @@ Dialogue: {name}: {sentence}
 {name}: {sentence}
 Summary:
 # PassageCount
-Some paragraphs follow, a few of them twice or more. Determine carefully how many unique paragraphs \
+Some paragraphs follow, a few of them twice or more. Determine carefully how many unique \
+paragraphs \
 there are.
 [paragraphs]
 Enter the final count of unique paragraphs, a number such as 1, 2 or 3.

@@ -70,7 +70,7 @@ SENTENCES = (
     "the committee asked whether the {noun} should be {verb}, and the answer was yes.",
     "according to {person}, the {adj} {noun} costs {num} euros.",
     "we {verb} {num} samples of {noun} with a {adj} {noun}.",
-    "\"I never saw a {noun} like that,\" said {name}.",
+    '"I never saw a {noun} like that," said {name}.',
     "each {noun} has a {adj} {noun}, which is {verb} once a year.",
     "the report on {topic} was {verb} by {org} in {month} {year}.",
     "if the {noun} is {adj}, the tenant shall notify {org} within {num} days.",

@@ -121,7 +121,8 @@ In which {paragraph|section} does it say that {topic} was discussed by {who}?
 # yes-no
 [any]
 {Is it true that {who} {verb} the {noun}?|Did {who} {verb} the {noun}?|Does {org} have a \
-{noun}?|Was the {noun} ever {verb}?|Has {who} been to {place}?} {{Answer|Say|Reply} yes or no|} {src}.
+{noun}?|Was the {noun} ever {verb}?|Has {who} been to {place}?} {{Answer|Say|Reply} yes or no|} \
+{src}.
 # claim-check
 Decide whether the {doc} supports the claim{: supported, refuted or not mentioned|}.
 [any]
@@ -165,7 +166,8 @@ Agent:
 {Here is a source file.|File {noun}.py:|}
 [code]
 {Which function {reads|writes} the {noun}?|In which line is `{noun}` defined?|Where is the {noun} \
-checked for null?|{please}{locate} the line that sets `{noun}`.|Which class inherits from {surname}?}
+checked for null?|{please}{locate} the line that sets `{noun}`.|Which class inherits from \
+{surname}?}
 # code-value
 [code]
 {What does `{verb}` return when the {noun} is empty?|What is the default of the parameter \

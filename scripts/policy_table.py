@@ -85,6 +85,9 @@ def windowkv_table(args: argparse.Namespace) -> list[Variant]:
         Variant("task: localization (right)", "windowkv"),
         Variant("task: aggregation (wrong)", "windowkv", task="aggregation"),
         Variant("task: auto", "windowkv", task="auto"),
+        Variant("windowkv_llama3, localization (right)", "windowkv_llama3"),
+        Variant("windowkv_llama3, aggregation (wrong)", "windowkv_llama3", task="aggregation"),
+        Variant("windowkv_llama3, auto", "windowkv_llama3", task="auto"),
         Variant("2 groups of 2 layers, shared", "windowkv", groups(2, True)),
         Variant("2 groups of 2 layers, not shared", "windowkv", groups(2, False)),
         Variant("1 group of 4 layers, shared", "windowkv", groups(1, True)),
@@ -173,7 +176,7 @@ def show(args: argparse.Namespace) -> None:
             ratios = (1.0,) if preset == "none" else RATIOS
             found = [cells.get((preset, length, ratio)) for ratio in ratios]
             if any(found):
-                texts = [cell_text(cell) for cell in found]
+                texts = [cell_text(cell) for cell in found] + [""] * (len(RATIOS) - len(found))
                 print(f"| {preset} | {length:,} | " + " | ".join(texts) + " |")
 
 

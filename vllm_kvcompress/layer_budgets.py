@@ -52,19 +52,23 @@ def windowkv(
     Released: the last group gets floor(B gamma / beta) with B = C - w, the first 2 B less that,
     the ones between fall by a whole number of tokens. Printed (equations 5 to 7, per layer): the
     last B / lambda, the first 2 B - B / lambda, whatever gamma. The paper's budgets count no
-    observation window; here the window is part of C.
+    observation window; here the window is part of C. As in `pyramid`, a group larger than n is
+    clipped, and the one at the other end raised by as much.
     """
-    beta = config.beta or 14.0
+    beta, past = config.beta or 14.0, num_tokens - window
     spread = average - window
-    if config.form == "printed":
-        lowest = spread / beta
-        return _line(window + 2 * spread - lowest, window + lowest, count)
-    lowest = int(spread * config.gamma / beta)
+    released = config.form == "released"
+    lowest = float(int(spread * config.gamma / beta)) if released else spread / beta
     highest = 2 * spread - lowest
-    step = abs(highest - lowest) // (count - 1) * (1 if highest >= lowest else -1)
-    return [float(window + highest - step * index) for index in range(count - 1)] + [
-        float(window + lowest)
-    ]
+    if max(highest, lowest) > past:  # with gamma above beta the last group is the largest
+        highest, lowest = (
+            (past, 2 * spread - past) if highest > lowest else (2 * spread - past, past)
+        )
+    if not released:
+        return _line(window + highest, window + lowest, count)
+    step = int(abs(highest - lowest)) // (count - 1) * (1 if highest >= lowest else -1)
+    between = [window + highest - step * index for index in range(count - 1)]
+    return [*between, window + lowest]
 
 
 def linear(

@@ -34,6 +34,7 @@ MAX_CHARS = 2048
 _HALF_DISTANCE = 64
 _CHAR_WEIGHT = 0.3  # there are four times as many character n-grams as words
 _CHAR_LENGTHS = (3, 4, 5)
+_REPEAT_WEIGHT = 3.0  # one n-gram says "few-shot" against hundreds that look like a question
 
 _CHAT_TOKEN = re.compile(r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
@@ -137,6 +138,8 @@ def _ngrams(text: str, is_tail: bool) -> tuple[npt.NDArray[np.uint64], npt.NDArr
     distance = len(chars) - 1 - place if is_tail else place
     values = _HALF_DISTANCE / (_HALF_DISTANCE + distance)
     values[len(places[0]) + len(places[1]) :] *= _CHAR_WEIGHT
+    if is_tail:
+        values[len(words) - 2] *= _REPEAT_WEIGHT
     return np.concatenate(buckets), values
 
 
@@ -148,12 +151,13 @@ def features(head: str, tail: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     """
     ends = [_ngrams(head, False), _ngrams(tail, True)]
     # Bucket and falling value in one integer: one sort brings the largest of each bucket first.
-    steps = np.concatenate([np.rint(values * 65535) for _, values in ends]).astype(np.uint64)
+    # Values are at most 3.
+    steps = np.concatenate([np.rint(values * 16383) for _, values in ends]).astype(np.uint64)
     keys = np.concatenate([buckets for buckets, _ in ends]) << np.uint64(16)
     keys = np.sort(keys | (np.uint64(65535) - steps))
     buckets = (keys >> np.uint64(16)).astype(np.int64)
     first = np.concatenate(([True], buckets[1:] != buckets[:-1]))
-    values = (65535 - (keys[first] & np.uint64(65535)).astype(np.int64)) / 65535
+    values = (65535 - (keys[first] & np.uint64(65535)).astype(np.int64)) / 16383
     return buckets[first], values / np.sqrt(values @ values)
 
 

@@ -148,8 +148,8 @@ def test_lengths_keep_their_promises(
     forced = forced_of(prompt_len, setting)
     budgets = budgets_of(prompt_len, setting, num_groups)
     lengths = compaction_lengths(prompt_len, setting, num_groups, block_size)
-    if shape != "windowkv":  # whose steps are whole tokens, and whose first group is clipped
-        assert abs(sum(budgets) / num_groups - budget_tokens(prompt_len, setting)) <= 1
+    slack = num_groups if shape == "windowkv" else 1  # whose steps are whole tokens
+    assert abs(sum(budgets) / num_groups - budget_tokens(prompt_len, setting)) <= slack
     assert all(1 <= budget <= prompt_len for budget in budgets)
     for budget, each in zip(budgets, lengths, strict=True):
         if each is None:
@@ -190,6 +190,35 @@ def test_nothing_is_done_where_no_block_would_come_free() -> None:
     assert group_lengths(2000, 2000, [], 32) is None
     assert compaction_lengths(511, config(min_prompt_len=512), 2, 32) == [None, None]
     assert compaction_lengths(2000, config(budget={"ratio": 1.0}), 2, 32) == [None, None]
+
+
+SHAPES = [
+    {"shape": "uniform"},
+    {"shape": "pyramid"},
+    {"shape": "windowkv"},
+    {"shape": "windowkv", "form": "printed"},
+    {"shape": "windowkv", "gamma": 16},
+    {"shape": "linear"},
+    {"shape": "preference", "preferences": [9, 1, 3, 1]},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_budget_of_the_whole_prompt_evicts_nothing(shape: dict) -> None:
+    for budget in ({"ratio": 1.0}, {"tokens": 9000}):
+        setting = config(budget=budget, layer_budget=shape)
+        assert budgets_of(2000, setting, 4) == [2000] * 4
+        assert compaction_lengths(2000, setting, 4, 32) == [None] * 4
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ratio", [0.2, 0.6, 0.8, 0.95])
+def test_every_shape_spends_the_budget(shape: dict, ratio: float) -> None:
+    """Groups that are clipped hand over what they cannot use."""
+    setting = config(budget={"ratio": ratio}, layer_budget=shape)
+    found = budgets_of(2000, setting, 4)
+    assert max(found) <= 2000
+    assert abs(sum(found) / 4 - 2000 * ratio) <= 2
 
 
 def test_changing_the_budget_changes_what_is_kept() -> None:

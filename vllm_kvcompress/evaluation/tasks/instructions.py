@@ -10,8 +10,9 @@ A style is a family of instructions with the same idea and wording. It is writte
 Instead of ``[kind]``, ``[each]`` ... ``[/each]`` holds one part that is filled and repeated, such
 as the solved examples of a few-shot prompt. `instruction_contexts` says what braces mean.
 
-Styles are split, not samples: no style of "heldout" is in "train", and neither are its words,
-question frames, chat templates and other surroundings.
+Styles are split, not samples: no style of "heldout" and "test" is in "train", and neither are their
+words, question frames, chat templates and other surroundings. "heldout" was looked at while the
+classifier was built, "test" was not.
 """
 
 import re
@@ -22,6 +23,7 @@ from vllm_kvcompress.evaluation.tasks import (
     foreign_texts,
     heldout_styles,
     localization_styles,
+    unseen_styles,
 )
 from vllm_kvcompress.evaluation.tasks.instruction_contexts import TextSource
 
@@ -29,7 +31,7 @@ from vllm_kvcompress.evaluation.tasks.instruction_contexts import TextSource
 _NUM_LONGBENCH_LOCALIZATION = 6
 
 # Training styles that draw their verb, object or question from a long list of `instruction_words`.
-_OPEN = re.compile(r"\{(locate|rework|product|everything|global)\}")
+_OPEN = re.compile(r"\{(locate|rework|product|everything|global|question|ask)\}")
 _OPEN_FACTOR = 3
 
 # What users write before and after a context: opening, closing.
@@ -130,13 +132,15 @@ def parse_styles(text: str, task: str) -> list[Style]:
 
 
 def styles_of(split: str) -> list[Style]:
-    """Return the styles of "train", "heldout" or "longbench"."""
+    """Return the styles of "train", "heldout", "test" or "longbench"."""
     if split == "longbench":
         styles = parse_styles(heldout_styles.LONGBENCH, "localization")
         later = parse_styles(heldout_styles.LONGBENCH, "aggregation")
         return styles[:_NUM_LONGBENCH_LOCALIZATION] + later[_NUM_LONGBENCH_LOCALIZATION:]
     if split == "heldout":
         pair = heldout_styles.LOCALIZATION, heldout_styles.AGGREGATION
+    elif split == "test":
+        pair = unseen_styles.LOCALIZATION, unseen_styles.AGGREGATION
     else:
         pair = (
             localization_styles.LOCALIZATION + foreign_texts.LOCALIZATION,
@@ -151,7 +155,7 @@ def make_prompts(split: str, per_style: int, seed: int = 0) -> list[TaskPrompt]:
     Parameters
     ----------
     split : str
-        "train", "heldout" or "longbench"; the last one has the words of "heldout".
+        "train", "heldout", "test" or "longbench"; all but the first have the same held-out words.
     per_style : int
         Prompts of each style; styles whose words are drawn from long lists get three times as many.
     seed : int, default=0

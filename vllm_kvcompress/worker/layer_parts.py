@@ -58,9 +58,13 @@ def _matrix(projection: Any) -> torch.Tensor:
     """[hidden_size, num_heads * head_dim] of this rank."""
     weight = getattr(projection, "weight", None)
     width = projection.input_size_per_partition
-    if weight is not None and weight.shape == (projection.output_size, width):
-        if weight.is_floating_point() and weight.element_size() > 1:
-            return weight.detach()
+    if (
+        weight is not None
+        and weight.shape == (projection.output_size, width)
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+    ):
+        return weight.detach()
     device = next((p.device for p in projection.parameters()), torch.device("cpu"))
     units = torch.eye(width, dtype=projection.params_dtype, device=device)
     return projection.quant_method.apply(projection, units, bias=None).T

@@ -23,8 +23,6 @@ from vllm_kvcompress.evaluation.tasks.instruction_words import (
     WORDS,
 )
 
-SPLITS = ("train", "heldout")
-
 # Frames of one part of a context; a context repeats one frame, or one block of code after another.
 CONTEXTS: dict[str, tuple[str, ...]] = {
     "prose": ("{paragraph}\n\n", "{paragraph}\n", "{paragraph} "),

@@ -157,18 +157,21 @@ def make_prompts(split: str, per_style: int, seed: int = 0) -> list[TaskPrompt]:
     split : str
         "train", "heldout", "test" or "longbench"; all but the first have the same held-out words.
     per_style : int
-        Prompts of each style; styles whose words are drawn from long lists get three times as many.
+        Prompts of each style; training styles that draw from long lists get three times as many.
     seed : int, default=0
         The same arguments give the same prompts everywhere.
     """
     words = "train" if split == "train" else "heldout"
     source = TextSource(seed * 1_000_003 + len(split), words)
+
+    def count(style: Style) -> int:
+        is_open = split == "train" and _OPEN.search(style.before + style.after)
+        return per_style * (_OPEN_FACTOR if is_open else 1)
+
     return [
         TaskPrompt(_make_prompt(source, style, words), style.name, style.task)
         for style in styles_of(split)
-        for _ in range(
-            per_style * (_OPEN_FACTOR if _OPEN.search(style.before + style.after) else 1)
-        )
+        for _ in range(count(style))
     ]
 
 

@@ -7,13 +7,14 @@ from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 
+UNIFORM = {**FOUR_GROUPS, "layer_budget": {"shape": "uniform"}}
 KINDS = [None, {"kv_compression": "snapkv"}, {"kv_compression": "keydiff"}]
 
 
 @pytest.fixture(scope="module")
 def expected(probe_model: str, prompts) -> dict[int, list[list[int]]]:
     """Tokens by prompt length; 1,025 and 1,024 + 512 + 1 end in chunks of one token below."""
-    with opened(probe_model, FOUR_GROUPS) as engine:
+    with opened(probe_model, UNIFORM) as engine:
         return {
             length: engine.generate(
                 [prompt[-length:] for prompt in prompts[:3]], 24, KINDS, ignore_eos=True
@@ -23,7 +24,7 @@ def expected(probe_model: str, prompts) -> dict[int, list[list[int]]]:
 
 
 def test_async_scheduling(probe_model: str, prompts, expected) -> None:
-    with opened(probe_model, FOUR_GROUPS, async_scheduling=True) as engine:
+    with opened(probe_model, UNIFORM, async_scheduling=True) as engine:
         assert type(engine.scheduler).__name__ == "CompressedAsyncScheduler"
         assert engine.core.batch_queue is not None, "steps really overlap"
         for length, tokens in expected.items():
@@ -45,7 +46,7 @@ def test_async_scheduling(probe_model: str, prompts, expected) -> None:
     ids=["last chunk of one token", "one at a time", "no prefix cache"],
 )
 def test_chunking_does_not_matter(probe_model: str, prompts, expected, engine_args) -> None:
-    with opened(probe_model, FOUR_GROUPS, **engine_args) as engine:
+    with opened(probe_model, UNIFORM, **engine_args) as engine:
         for length, tokens in expected.items():
             cut = [prompt[-length:] for prompt in prompts[:3]]
             for prompt, kind, each in zip(cut, KINDS, tokens, strict=True):
@@ -54,8 +55,8 @@ def test_chunking_does_not_matter(probe_model: str, prompts, expected, engine_ar
 
 
 def test_one_layer_group_equals_four_with_one_budget(probe_model: str, prompts, expected) -> None:
-    setting = {"preset": "windowkv", "policy": {"share_indices": False}}
-    with opened(probe_model, {**setting, "layer_groups": {"count": 1}}) as engine:
+    one = {"policy": {"share_indices": False}, "layer_groups": {"count": 1}}
+    with opened(probe_model, {**UNIFORM, **one}) as engine:
         for length, tokens in expected.items():
             cut = [prompt[-length:] for prompt in prompts[:3]]
             kinds = [None, *KINDS[1:]]

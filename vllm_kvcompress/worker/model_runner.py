@@ -195,7 +195,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state.tasks.update(getattr(scheduler_output, "kv_compression_tasks", {}))
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self.model_state.window.end_batch()
-        self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
+        if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
+            self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
         plans = getattr(scheduler_output, "kv_compression_plans", ())
         if plans:
             with self._timer:

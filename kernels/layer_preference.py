@@ -8,6 +8,7 @@ H is large where attention is spread out, V where it moves from query to query.
 """
 
 import torch
+
 from vllm_kvcompress.kernels.window_attention import window_attention
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_kvcompress.kernels.batch_rows import batch_rows
+
 
 def physical_seq_lens(
     seq_lens: torch.Tensor, idx_mapping: torch.Tensor, evicted: torch.Tensor, out: torch.Tensor
@@ -59,10 +61,8 @@ def physical_slots(
     out : torch.Tensor
         [G, >= T] int64; entries past T are left as they are (the host pads them).
     """
-    num_tokens, num_reqs = positions.shape[0], idx_mapping.shape[0]
-    tokens = torch.arange(num_tokens, device=positions.device, dtype=query_start_loc.dtype)
-    ends = query_start_loc[1 : num_reqs + 1].contiguous()
-    rows = idx_mapping[torch.searchsorted(ends, tokens, right=True)]  # [T]
+    num_tokens = positions.shape[0]
+    rows = idx_mapping[batch_rows(query_start_loc, idx_mapping.shape[0], num_tokens)]  # [T]
     for group, (table, block_size) in enumerate(zip(block_tables, block_sizes, strict=True)):
         index = positions - evicted[group, rows]
         blocks = table[rows, index // block_size].to(torch.int64)

@@ -8,6 +8,8 @@ Dimensions: B batch rows, S request rows (`idx_mapping`: B -> S), T tokens.
 
 import torch
 
+from vllm_kvcompress.kernels.batch_rows import batch_rows
+
 
 def ring_slots(
     positions: torch.Tensor,
@@ -37,10 +39,8 @@ def ring_slots(
     out : torch.Tensor
         [>= T] int64; entries past T are set to `unused`.
     """
-    num_tokens, num_reqs = positions.shape[0], idx_mapping.shape[0]
-    tokens = torch.arange(num_tokens, device=positions.device, dtype=query_start_loc.dtype)
-    ends = query_start_loc[1 : num_reqs + 1].contiguous()
-    rows = torch.searchsorted(ends, tokens, right=True)  # [T], batch rows
+    num_tokens = positions.shape[0]
+    rows = batch_rows(query_start_loc, idx_mapping.shape[0], num_tokens)
     slots = idx_mapping[rows] * size + positions % size
     is_recent = positions >= seq_lens[rows] - size
     out[:num_tokens] = torch.where(is_recent, slots, unused)

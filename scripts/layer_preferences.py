@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import yaml
 from transformers import AutoTokenizer
-from vllm_kvcompress.kernels.layer_preference import layer_preference
 
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
+from vllm_kvcompress.kernels.layer_preference import layer_preference
 from vllm_kvcompress.settings import LayerGroupsConfig
 
 

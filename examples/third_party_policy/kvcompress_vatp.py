@@ -2,8 +2,8 @@
 
 import torch
 from pydantic import Field
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
 
+from vllm_kvcompress.kernels.window_attention import window_attention_scores
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 

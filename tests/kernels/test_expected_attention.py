@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels.expected_attention import expected_attention_scores
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels import key_redundancy as module
 from vllm_kvcompress.kernels.key_redundancy import key_redundancy
 

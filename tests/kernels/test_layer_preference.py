@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from vllm_kvcompress.kernels.layer_preference import layer_preference
 
 from tests.policies.helpers import attention_by_loops, make_inputs
+from vllm_kvcompress.kernels.layer_preference import layer_preference
 
 
 @pytest.mark.parametrize(("tau1", "tau2"), [(1.0, 1.0), (1.6, 0.4)])

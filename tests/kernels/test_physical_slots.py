@@ -1,6 +1,7 @@
 """Slots and lengths against hand-written tables and loops."""
 
 import torch
+
 from vllm_kvcompress.kernels.physical_slots import physical_seq_lens, physical_slots
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels import projected_norms as module
 from vllm_kvcompress.kernels.projected_norms import projected_value_norms
 

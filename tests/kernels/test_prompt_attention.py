@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels.prompt_attention import prompt_attention_sums
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_kvcompress.kernels.query_statistics import QueryStatistics
 
 

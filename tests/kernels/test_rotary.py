@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels.rotary import Rotary
 
 HEAD_DIM = 24

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_kvcompress.kernels.tiers import best_tokens, ranks, two_tiers
 from vllm_kvcompress.kernels.topk_select import select_tokens
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_kvcompress.kernels.compact_pages import gather_rows
 from vllm_kvcompress.kernels.topk_select import select_tokens
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from vllm_kvcompress.kernels.window_attention import window_attention_scores
 
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm_kvcompress.kernels.rotary import Rotary
 
+from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
 

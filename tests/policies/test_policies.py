@@ -96,7 +96,8 @@ def test_scoring_while_decoding(name: str, params: dict) -> None:
     """No summary of a prompt then, but the queries of the ring, and fewer keys than positions."""
     policy = build(name, params)
     if not policy.runs_while_decoding:
-        pytest.skip(f"{name} reads all queries of a prompt")
+        assert policy.queries is Queries.PROMPT, "for no other reason"
+        return
     given = replace(inputs_for(policy), accumulated=None, position=4000)
     if policy.queries is not Queries.NONE:
         given = replace(given, queries=make_inputs().queries)

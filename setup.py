@@ -20,10 +20,12 @@ setup(
     packages=[
         *find_packages(include=["vllm_kvcompress", "vllm_kvcompress.*"]),
         "vllm_kvcompress.kernels",
+        "vllm_kvcompress.kernels.reference",
         "vllm_kvcompress.configs",
     ],
     package_dir={
         "vllm_kvcompress.kernels": "kernels",
+        "vllm_kvcompress.kernels.reference": "kernels/reference",
         "vllm_kvcompress.configs": "configs",
     },
     package_data={"vllm_kvcompress": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},

@@ -65,6 +65,7 @@ OVERRIDES = [
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model", ("self", "scheduler_output")),
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens", ("self", "grammar_output")),
     ("vllm.v1.worker.gpu_worker:Worker._make_model_runner", ("self",)),
+    ("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", ("self",)),
     (
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
         ("self", "req_index", "new_req_data"),

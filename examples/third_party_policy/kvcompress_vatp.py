@@ -3,7 +3,6 @@
 import torch
 from pydantic import Field
 
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 
@@ -32,6 +31,6 @@ class VATP(Policy):
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return attention times ||v||_1 ** norm_power, [num_kv_heads, n] float32."""
         assert inputs.queries is not None
-        attention = window_attention_scores(inputs.queries, inputs.keys, inputs.scale)
+        attention = inputs.rows.attention(num_queries=inputs.queries.shape[1])
         norms = inputs.values.float().abs().sum(dim=-1)  # [num_kv_heads, n]
         return attention * norms**self.norm_power

@@ -5,6 +5,7 @@ import torch
 from kvcompress_vatp import VATP
 from pydantic import ValidationError
 
+from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
 NUM_TOKENS, WINDOW, HEAD_DIM = 50, 8, 16
@@ -16,11 +17,13 @@ def make_inputs() -> ScoreInputs:
     forced = torch.zeros(NUM_TOKENS, dtype=torch.bool)
     forced[-WINDOW:] = True
     return ScoreInputs(
-        keys=torch.randn(2, NUM_TOKENS, HEAD_DIM, generator=generator),
-        values=torch.randn(2, NUM_TOKENS, HEAD_DIM, generator=generator),
-        queries=torch.randn(4, WINDOW, HEAD_DIM, generator=generator),
+        rows=DenseRows(
+            keys=torch.randn(2, NUM_TOKENS, HEAD_DIM, generator=generator),
+            values=torch.randn(2, NUM_TOKENS, HEAD_DIM, generator=generator),
+            queries=torch.randn(4, WINDOW, HEAD_DIM, generator=generator),
+            scale=HEAD_DIM**-0.5,
+        ),
         accumulated=None,
-        scale=HEAD_DIM**-0.5,
         position=NUM_TOKENS,
         num_keep=20,
         forced=forced,

@@ -82,24 +82,20 @@ def run_together(
     planner, compactor = engine.scheduler.planner, engine.runner.compactor
     state = engine.runner.model_state
     kept: dict[str, dict[int, np.ndarray]] = {}
-    running: dict[int, np.ndarray] = {}
-    compact, select = compactor.run, compactor._select
+    select = compactor._select
 
-    def recording_run(plan: Any, *args: Any) -> None:
-        nonlocal running
-        running = kept[plan.request_id.rsplit("-", 1)[0]]  # vLLM appends to our id
-        assert not running, "compacted once"
-        compact(plan, *args)
-
-    def recording_select(policy: Any, layer: Any, group: Any, scores: Any) -> Any:
-        indices = select(policy, layer, group, scores)
-        mask = np.zeros((indices.shape[0], group.lengths.region_len), bool)
-        np.put_along_axis(mask, indices.numpy(), True, axis=1)
-        running[layer.index] = mask
+    def recording_select(group: Any, layers: list[Any], scores: Any) -> Any:
+        indices = select(group, layers, scores)
+        for layer, rows in zip(layers, indices.numpy(), strict=True):
+            for job, plan, row in zip(group.jobs, group.plans, rows, strict=True):
+                masks = kept[job.plan.request_id.rsplit("-", 1)[0]]  # vLLM appends to our id
+                assert layer.index not in masks, "compacted once"
+                mask = np.zeros((row.shape[0], plan.lengths.region_len), bool)
+                np.put_along_axis(mask, row[:, : plan.lengths.kept_len], True, axis=1)
+                masks[layer.index] = mask
         return indices
 
     with monkeypatch.context() as patches:
-        patches.setattr(compactor, "run", recording_run)
         patches.setattr(compactor, "_select", recording_select)
         for case in cases:
             config = parse_config(make_setting(case))

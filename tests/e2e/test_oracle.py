@@ -19,18 +19,18 @@ def watch_selections(engine: Engine) -> Selections:
     """Record what every later compaction of the engine keeps, in the order it is written."""
     found: Selections = defaultdict(dict)
     compactor = engine.runner.compactor
-    run, select, positions = compactor.run, compactor._select, []
+    select = compactor._select
 
-    def watched_run(plan: Any, *args: Any) -> None:
-        positions.append(plan.position)
-        run(plan, *args)
-
-    def watched_select(policy: Any, layer: Any, group: Any, scores: torch.Tensor) -> torch.Tensor:
-        indices = select(policy, layer, group, scores)
-        found[positions[-1]][layer.index] = (indices, group.lengths.region_len)
+    def watched(group: Any, layers: list[Any], scores: Any) -> torch.Tensor:
+        indices = select(group, layers, scores)
+        for layer, rows in zip(layers, indices, strict=True):
+            for job, plan, row in zip(group.jobs, group.plans, rows, strict=True):
+                lengths = plan.lengths
+                kept = row[:, : lengths.kept_len]
+                found[job.plan.position][layer.index] = (kept, lengths.region_len)
         return indices
 
-    compactor.run, compactor._select = watched_run, watched_select
+    compactor._select = watched
     return found
 
 

@@ -331,14 +331,15 @@ def test_the_cache_holds_the_selected_rows(engine, prompts, monkeypatch) -> None
     compactor = engine.runner.compactor
     original, copies = compactor._copy, []
 
-    def spy(policy, layer, group, indices, keys, values):
-        original(policy, layer, group, indices, keys, values)
-        blocks = torch.tensor(group.destination_blocks)
-        found = layer.layout.read(layer.cache(), blocks)
-        for rows, source in zip(found, (keys, values), strict=True):
-            for head in range(rows.shape[0]):
-                assert torch.equal(rows[head], source[head, indices[head]])
-        copies.append(layer.name)
+    def spy(policy, group, layers, indices):
+        original(policy, group, layers, indices)
+        for layer, chosen in zip(layers, indices[:, 0], strict=True):
+            read, cache = layer.layout.read, layer.cache()
+            sources, found = read(cache, group.blocks(0)), read(cache, group.destination(0))
+            for rows, source in zip(found, sources, strict=True):
+                for head in range(rows.shape[0]):
+                    assert torch.equal(rows[head], source[head, chosen[head]])
+            copies.append(layer.name)
 
     monkeypatch.setattr(compactor, "_copy", spy)
     engine.generate([prompts[8]], 2, {"kv_compression": "snapkv"})

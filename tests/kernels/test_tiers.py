@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.policies.helpers import select
 from vllm_kvcompress.kernels.tiers import best_tokens, ranks, two_tiers
-from vllm_kvcompress.kernels.topk_select import select_tokens
 
 
 def scores(seed: int = 0, num_tokens: int = 63) -> torch.Tensor:
@@ -24,8 +24,8 @@ def test_ranks_follow_a_stable_sort(num_tokens: int) -> None:
 def test_ranks_select_what_scores_select() -> None:
     given, forced = scores(), torch.zeros(63, dtype=torch.bool)
     for num_keep in (1, 17, 63):
-        expected = select_tokens(given, forced, num_keep)
-        assert torch.equal(select_tokens(ranks(given), forced, num_keep), expected)
+        expected = select(given, forced, num_keep)
+        assert torch.equal(select(ranks(given), forced, num_keep), expected)
 
 
 def test_ranks_of_an_expanded_row() -> None:

@@ -1,10 +1,14 @@
 """One hand-made request for policy tests, and what several of them compute by hand."""
 
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.reference.select_tokens import select_tokens
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
@@ -19,12 +23,15 @@ def make_inputs(
     generator = torch.Generator().manual_seed(seed)
     forced = torch.zeros(num_tokens, dtype=torch.bool)
     forced[:4] = forced[num_tokens - window :] = True
+    rows = DenseRows(
+        keys=torch.randn(2, num_tokens, 32, generator=generator),
+        values=torch.randn(2, num_tokens, 32, generator=generator),
+        queries=torch.randn(8, window, 32, generator=generator),
+        scale=32**-0.5,
+    )
     fields: dict[str, Any] = {
-        "keys": torch.randn(2, num_tokens, 32, generator=generator),
-        "values": torch.randn(2, num_tokens, 32, generator=generator),
-        "queries": torch.randn(8, window, 32, generator=generator),
+        "rows": rows,
         "accumulated": None,
-        "scale": 32**-0.5,
         "position": num_tokens,
         "num_keep": 64,
         "forced": forced,
@@ -34,7 +41,21 @@ def make_inputs(
         "output_projection": torch.randn(8, 64, 32, generator=generator),
         "rotary": Rotary(inv_freq=10000.0 ** (-torch.arange(16) / 16), is_neox=True),
     }
-    return ScoreInputs(**{**fields, **changes})
+    return changed(ScoreInputs(**fields), **changes)
+
+
+def changed(given: ScoreInputs, **changes: Any) -> ScoreInputs:
+    """The same request with other fields, those of its rows among them."""
+    names = {each.name for each in fields_of(DenseRows)}
+    own = {name: value for name, value in changes.items() if name in names}
+    rest = {name: value for name, value in changes.items() if name not in names}
+    return replace(given, rows=replace(given.rows, **own), **rest)  # type: ignore[type-var]
+
+
+def select(scores: torch.Tensor, forced: torch.Tensor, num_keep: int) -> torch.Tensor:
+    """[KV, num_keep] ascending positions of the best of [KV, n] scores, forced ones among them."""
+    count, keep = torch.tensor([scores.shape[1]]), torch.tensor([num_keep])
+    return select_tokens(scores[None, None], forced[None], count, keep, num_keep)[0, 0]
 
 
 def attention_by_loops(given: ScoreInputs) -> np.ndarray:

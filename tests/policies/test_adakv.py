@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.policies.helpers import attention_by_loops, best_first, make_inputs
+from tests.policies.helpers import attention_by_loops, best_first, make_inputs, select
 from vllm_kvcompress.policies.adakv import AdaKV
 from vllm_kvcompress.policies.inputs import Queries
 
@@ -37,14 +37,14 @@ def test_own_best_first_then_the_layers(safeguard: float, num_keep: int) -> None
     forced = set(torch.where(given.forced)[0].tolist())
     expected = kept_by_hand(tokens, forced, num_keep, safeguard)
     policy = AdaKV(safeguard=safeguard, scorer=ATTENTION)
-    kept = policy.select(policy.score(given), given.forced, num_keep)
+    kept = select(policy.score(given), given.forced, num_keep)
     assert [set(row) for row in kept.tolist()] == expected
 
 
 def test_without_forced_tokens_a_head_is_sure_of_its_share() -> None:
     given = make_inputs(forced=torch.zeros(150, dtype=torch.bool))
     policy = AdaKV(safeguard=0.5, scorer={"name": "knorm"})
-    kept = policy.select(policy.score(given), given.forced, 64).tolist()
+    kept = select(policy.score(given), given.forced, 64).tolist()
     own = policy.inner.score(given).topk(32).indices.tolist()
     assert all(set(best) <= set(row) for best, row in zip(own, kept, strict=True))
     assert len(set(kept[0]) & set(kept[1])) < 64, "heads differ"
@@ -53,8 +53,8 @@ def test_without_forced_tokens_a_head_is_sure_of_its_share() -> None:
 def test_a_full_safeguard_is_the_scorer_alone() -> None:
     given = make_inputs()
     policy = AdaKV(safeguard=1.0)
-    expected = policy.select(policy.inner.score(given), given.forced, 64)
-    assert torch.equal(policy.select(policy.score(given), given.forced, 64), expected)
+    expected = select(policy.inner.score(given), given.forced, 64)
+    assert torch.equal(select(policy.score(given), given.forced, 64), expected)
 
 
 def test_reads_what_its_scorer_reads() -> None:

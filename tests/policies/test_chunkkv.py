@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.policies.helpers import attention_by_loops, best_first, make_inputs
+from tests.policies.helpers import attention_by_loops, best_first, make_inputs, select
 from vllm_kvcompress.policies.chunkkv import ChunkKV
 
 ATTENTION = {"name": "snapkv", "kernel_size": 1}
@@ -59,7 +59,7 @@ def test_a_chunk_with_a_forced_token_is_kept_whole() -> None:
     forced[[0, 73, 149]] = True
     policy = ChunkKV()
     given = make_inputs(forced=forced, num_keep=50)
-    kept = policy.select(policy.score(given), forced, 50)
+    kept = select(policy.score(given), forced, 50)
     whole = {*range(20), *range(60, 80), *range(140, 150)}
     assert [set(row) for row in kept.tolist()] == [whole, whole]
 

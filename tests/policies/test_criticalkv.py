@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.policies.helpers import attention_by_loops, best_first, make_inputs
+from tests.policies.helpers import attention_by_loops, best_first, make_inputs, select
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
@@ -40,7 +40,7 @@ def test_two_stages(first_stage_ratio: float, epsilon: float) -> None:
                 kept.add(token)
         expected.append(kept)
     policy = CriticalKV(first_stage_ratio=first_stage_ratio, epsilon=epsilon, scorer=ATTENTION)
-    kept = policy.select(policy.score(given), given.forced, 64)
+    kept = select(policy.score(given), given.forced, 64)
     assert [set(row) for row in kept.tolist()] == expected
 
 
@@ -50,7 +50,7 @@ def test_a_large_value_survives_little_attention() -> None:
     worst = CriticalKV().inner.score(given)[:, 4:130].argmin(dim=1) + 4
     values[[0, 1], worst] *= 1000
     policy = CriticalKV()
-    kept = policy.select(policy.score(make_inputs(values=values)), given.forced, 64)
+    kept = select(policy.score(make_inputs(values=values)), given.forced, 64)
     assert all(token in row for token, row in zip(worst.tolist(), kept.tolist(), strict=True))
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.kernels.test_rotary import turned
-from tests.policies.helpers import make_inputs
+from tests.policies.helpers import changed, make_inputs
 from tests.policies.test_h2o import SPLITS, chunks, prompt_queries
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention
@@ -75,7 +75,7 @@ def scored(
     state = None
     for chunk in chunks(after_rope(plain, 0, given.rotary), given, sizes):
         state = policy.accumulate(state, chunk)
-    return policy.score(ScoreInputs(**{**vars(given), "queries": None, "accumulated": state}))
+    return policy.score(changed(given, queries=None, accumulated=state))
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
@@ -119,7 +119,7 @@ def test_during_decoding_the_window_gives_the_statistics() -> None:
     assert given.queries is not None
     assert given.rotary is not None
     plain = given.queries * 1.5 + 0.5
-    given = ScoreInputs(**{**vars(given), "queries": after_rope(plain, 984, given.rotary)})
+    given = changed(given, queries=after_rope(plain, 984, given.rotary))
     expected = transcribed(plain.double().numpy(), given, {}, skip=0)
     np.testing.assert_allclose(
         ExpectedAttention().score(given).numpy(), expected, rtol=5e-4, atol=1e-7
@@ -161,7 +161,7 @@ def test_bfloat16_gives_float32_scores_near_the_exact_ones() -> None:
     queries = after_rope(prompt_queries(given), 0, given.rotary).bfloat16()
     state = ExpectedAttention().accumulate(None, next(chunks(queries, given, [150])))
     assert state.mean.dtype == state.scatter.dtype == torch.float32
-    found = ExpectedAttention().score(ScoreInputs(**{**vars(given), "accumulated": state}))
+    found = ExpectedAttention().score(changed(given, accumulated=state))
     assert found.dtype == torch.float32
     expected = transcribed(prompt_queries(given).double().numpy(), given, {})
     np.testing.assert_allclose(found.numpy(), expected, rtol=0.1)

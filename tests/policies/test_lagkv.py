@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.policies.helpers import make_inputs
+from tests.policies.helpers import make_inputs, select
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.policies.lagkv import LagKV
 
@@ -95,7 +95,7 @@ def test_every_block_keeps_as_many_tokens() -> None:
     for cross_scoring in (False, True):
         policy = LagKV(lag_size=32, cross_scoring=cross_scoring)
         # 4 sinks, 7 compared blocks, 32 + 0 recent; half of the compared tokens fit
-        chosen = policy.select(policy.score(loud), torch.zeros(260, dtype=torch.bool), 4 + 32 + 112)
+        chosen = select(policy.score(loud), torch.zeros(260, dtype=torch.bool), 4 + 32 + 112)
         blocks = (chosen[0] - 4) // 32
         kept[cross_scoring] = [int((blocks == block).sum()) for block in range(8)]
     assert kept[False] == [16] * 7 + [32]

@@ -1,6 +1,5 @@
 """Every policy: the interface's promises, and its formula against plain numpy."""
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from tests.kernels.test_window_attention import loops
 from tests.policies.cases import CASES
-from tests.policies.helpers import make_inputs
+from tests.policies.helpers import changed, make_inputs, select
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.registry import load_policy_class, policy_names
@@ -31,8 +30,8 @@ def inputs_for(policy: Policy, num_tokens: int = 150, window: int = 16, seed: in
         queries = torch.randn(8, num_tokens, 32, generator=generator)
         rotary = given.rotary if policy.needs_rotary else None
         chunk = ChunkInputs(queries, given.keys, 0, num_tokens, given.scale, 4, rotary)
-        given = replace(given, accumulated=policy.accumulate(None, chunk))
-    return replace(
+        given = changed(given, accumulated=policy.accumulate(None, chunk))
+    return changed(
         given,
         queries=given.queries if wants is Queries.WINDOW else None,
         rotary=given.rotary if policy.needs_rotary else None,
@@ -72,7 +71,7 @@ def test_selection_keeps_forced_tokens_in_order(name: str, params: dict) -> None
     scores = policy.score(inputs_for(policy))[:, :128]
     forced = torch.zeros(128, dtype=torch.bool)
     forced[[0, 1, 50, 127]] = True
-    kept = policy.select(scores, forced, 32)
+    kept = select(scores, forced, 32)
     assert kept.shape == (2, 32)
     for row in kept.tolist():
         assert all(a < b for a, b in pairwise(row))
@@ -88,7 +87,7 @@ def test_what_was_not_asked_for_is_not_read(name: str, params: dict) -> None:
     for field in ("queries", "accumulated", "rotary", "output_projection"):
         if getattr(given, field) is not None:
             with pytest.raises((AssertionError, AttributeError, TypeError)):
-                policy.score(replace(given, **{field: None}))
+                policy.score(changed(given, **{field: None}))
 
 
 @pytest.mark.parametrize(("name", "params"), ALL)
@@ -98,9 +97,9 @@ def test_scoring_while_decoding(name: str, params: dict) -> None:
     if not policy.runs_while_decoding:
         assert policy.queries is Queries.PROMPT, "for no other reason"
         return
-    given = replace(inputs_for(policy), accumulated=None, position=4000)
+    given = changed(inputs_for(policy), accumulated=None, position=4000)
     if policy.queries is not Queries.NONE:
-        given = replace(given, queries=make_inputs().queries)
+        given = changed(given, queries=make_inputs().queries)
     scores = policy.score(given)
     assert scores.shape == (2, 150) and scores.isfinite().all()
 
@@ -149,7 +148,7 @@ def test_windowkv_ranks_windows_for_all_heads(window_score: str, window_size: in
 
 def test_streaming_llm_keeps_the_most_recent() -> None:
     policy = build("streaming_llm", {})
-    kept = policy.select(policy.score(inputs())[:, :128], torch.zeros(128, dtype=torch.bool), 32)
+    kept = select(policy.score(inputs())[:, :128], torch.zeros(128, dtype=torch.bool), 32)
     assert kept.tolist() == [list(range(96, 128))] * 2
 
 
@@ -158,9 +157,9 @@ def test_random_draws_per_head_layer_and_prompt() -> None:
     scores = policy.score(given)
     assert not torch.equal(scores[0], scores[1])
     for change in ({"layer_index": 2}, {"seed": 100}):
-        assert not torch.equal(policy.score(ScoreInputs(**{**vars(given), **change})), scores)
+        assert not torch.equal(policy.score(changed(given, **change)), scores)
     assert not torch.equal(build("random", {"seed": 1}).score(given), scores)
-    second_rank = ScoreInputs(**{**vars(given), "keys": given.keys[1:], "first_kv_head": 1})
+    second_rank = changed(given, keys=given.keys[1:], first_kv_head=1)
     assert torch.equal(policy.score(second_rank), scores[1:])
 
 
@@ -170,18 +169,13 @@ def test_windowkv_agrees_over_tensor_parallel_ranks() -> None:
     policy = build("windowkv", {})
     whole = policy.score(given)
     halves = [
-        ScoreInputs(
-            **{**vars(given), "keys": given.keys[r : r + 1], "queries": given.queries[4 * r :][:4]}
-        )
+        changed(given, keys=given.keys[r : r + 1], queries=given.queries[4 * r :][:4])
         for r in range(2)
     ]
-    partial = [loops_mean(half) for half in halves]
+    partial: list[torch.Tensor] = []
+    for half in halves:  # what each rank brings to the sum
+        policy.score(changed(half, all_reduce=lambda own: partial.append(own) or own))
+    assert len(partial) == 2
     for half in halves:
-        summed = ScoreInputs(**{**vars(half), "all_reduce": lambda _: sum(partial), "num_ranks": 2})
+        summed = changed(half, all_reduce=lambda _: sum(partial), num_ranks=2)
         torch.testing.assert_close(policy.score(summed), whole[:1], rtol=1e-4, atol=1e-8)
-
-
-def loops_mean(given: ScoreInputs) -> torch.Tensor:
-    assert given.queries is not None
-    scores = loops(given.queries.double().numpy(), given.keys.double().numpy(), given.scale)
-    return torch.from_numpy(scores).float().mean(dim=0, keepdim=True)

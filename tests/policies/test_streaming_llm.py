@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.policies.helpers import make_inputs
+from tests.policies.helpers import make_inputs, select
 from vllm_kvcompress.policies.adakv import AdaKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 
@@ -12,7 +12,7 @@ from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 def test_keeps_sinks_and_the_most_recent(rerotate_keys: bool) -> None:
     policy = StreamingLLM(rerotate_keys=rerotate_keys)
     given = make_inputs()
-    kept = policy.select(policy.score(given), given.forced, 64)
+    kept = select(policy.score(given), given.forced, 64)
     assert kept.tolist() == [[0, 1, 2, 3, *range(90, 150)]] * 2
     without = policy.score(make_inputs(queries=None, rotary=None))
     assert torch.equal(without, policy.score(given))

@@ -40,7 +40,7 @@ def expected(name: str, start: int, end: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunks", [[100], [50, 50], [99, 1], [84, 16], [85, 15], [90, 3, 3, 3, 1]])
 def test_any_chunking_gives_the_same_queries(chunks: list[int]) -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", prompt_len=100, window=16)
     done = 0
     for count in chunks:
@@ -50,7 +50,7 @@ def test_any_chunking_gives_the_same_queries(chunks: list[int]) -> None:
 
 
 def test_two_requests_in_one_batch() -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", 20, 8)
     window.add_request("b", 33, 8)
     run(window, [("b", 20, 13), ("a", 0, 20)])
@@ -58,8 +58,22 @@ def test_two_requests_in_one_batch() -> None:
     assert torch.equal(window.take("b", "layer"), expected("b", 25, 33))
 
 
+def test_windows_that_begin_in_different_steps_and_end_in_one() -> None:
+    """Each has a buffer of its own; requests that begin together share one."""
+    window = QueryWindow(torch.device("cpu"))
+    window.add_request("a", 20, 8)
+    window.add_request("b", 33, 8)
+    window.add_request("c", 9, 4)
+    run(window, [("a", 0, 15)])
+    run(window, [("c", 0, 9), ("a", 15, 5), ("b", 20, 13)])
+    assert torch.equal(window.take("a", "layer"), expected("a", 12, 20))
+    assert torch.equal(window.take("b", "layer"), expected("b", 25, 33))
+    assert torch.equal(window.take("c", "layer"), expected("c", 5, 9))
+    assert window._stashes["b"].buffer is window._stashes["c"].buffer
+
+
 def test_a_resumed_request_keeps_only_prompt_queries() -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", 20, 8)
     run(window, [("a", 0, 20)])
     run(window, [("a", 20, 5)])
@@ -67,18 +81,18 @@ def test_a_resumed_request_keeps_only_prompt_queries() -> None:
 
 
 def test_nothing_is_collected_outside_the_window_or_after_removal() -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", 100, 16)
     assert not window.wants("a", 0, 84) and window.wants("a", 0, 85)
     assert window.wants("a", 99, 1) and not window.wants("a", 100, 1)
     run(window, [("a", 0, 84)])
-    assert not window._stashes["a"].layers, "no memory before the window starts"
+    assert window._stashes["a"].buffer is None, "no memory before the window starts"
     window.remove_request("a")
     assert not window.wants("a", 90, 10)
 
 
 def test_missing_queries_are_an_error_not_a_guess() -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", 100, 16)
     run(window, [("a", 90, 10)])
     with pytest.raises(RuntimeError, match="10 of 16 queries"):
@@ -88,7 +102,7 @@ def test_missing_queries_are_an_error_not_a_guess() -> None:
 
 
 def test_a_restarted_request_collects_anew() -> None:
-    window = QueryWindow()
+    window = QueryWindow(torch.device("cpu"))
     window.add_request("a", 100, 16)
     run(window, [("a", 80, 10)])
     window.remove_request("a")
@@ -105,7 +119,7 @@ def test_watching_a_layer_changes_nothing_else() -> None:
             calls.append((layer, query, key, output))
             return "result"
 
-    impl, window = Impl(), QueryWindow()
+    impl, window = Impl(), QueryWindow(torch.device("cpu"))
     watch_layer("layer", impl, [window])
     assert impl.forward("l", torch.zeros(3, 2, 4), "k", output="o") == "result"
     window.add_request("a", 3, 2)

@@ -27,6 +27,7 @@ from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.layout import CacheLayout
 
 ATTENTION = "kvcompress_replay"
@@ -168,7 +169,8 @@ class Replay:
         held = GroupCache(length, permanent_ranges(length, config))
         forced = forced_ranges(held, config.observation_window)
         groups = tuple(GroupPlan(e, held, forced, (), (), ()) if e else None for e in lengths)
-        compactor.run(CompactionPlan("replay", length, False, seed, groups), config, 0)
+        plan = CompactionPlan("replay", length, False, seed, groups)
+        compactor.run([CompactionJob(plan, config, 0)])
         return [
             whole[layer]
             if each is None

@@ -1,6 +1,6 @@
 """The interface of an eviction policy.
 
-The life of one compaction is budgets -> score -> select. Budgets (how many tokens per layer
+The life of one compaction is budgets -> score -> select -> copy. Budgets (how many tokens per layer
 group) come from ``budgets.py``, because the scheduler must know them beforehand. A policy answers
 one question: how much is each token worth. Forcing sinks, window and pins, top-k, rounding to
 blocks and copying happen once, elsewhere.
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from vllm_kvcompress.kernels.topk_select import select_tokens
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 
 
@@ -78,17 +77,3 @@ class Policy(BaseModel, ABC):
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return [num_kv_heads, n] float32 scores, higher = keep."""
-
-    def select(self, scores: torch.Tensor, forced: torch.Tensor, num_keep: int) -> torch.Tensor:
-        """Return [num_kv_heads, num_keep] ascending positions among the scored ones.
-
-        Parameters
-        ----------
-        scores : torch.Tensor
-            [num_kv_heads, region_len] float32.
-        forced : torch.Tensor
-            [region_len] bool, positions that must be in the answer.
-        num_keep : int
-            Tokens to keep.
-        """
-        return select_tokens(scores, forced, num_keep)

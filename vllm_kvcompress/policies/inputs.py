@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.rotary import Rotary
 
 
@@ -37,16 +38,12 @@ class ScoreInputs:
 
     Attributes
     ----------
-    keys, values : torch.Tensor
-        [num_kv_heads, n, head_dim], the cache's dtype; keys after RoPE.
-    queries : torch.Tensor or None
-        [num_heads, window, head_dim] after RoPE, of the last ``window`` tokens. None unless the
-        policy reads queries; for `Queries.PROMPT`, None at the end of the prompt.
+    rows : CacheRows
+        The cached tokens. Ask it for what it measures in place (`CacheRows.attention` and so on)
+        rather than for `keys` and `values`, which must be copied together first.
     accumulated : Any
         What `Policy.accumulate` made of the prompt's queries; None for other policies, and in
         compactions during decoding.
-    scale : float
-        Softmax scale of the layer.
     position : int
         Logical position of the next token: the prompt's length, or more during decoding.
     num_keep : int
@@ -72,11 +69,8 @@ class ScoreInputs:
         Number of this rank's first KV head in the model.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    queries: torch.Tensor | None
+    rows: CacheRows
     accumulated: Any
-    scale: float
     position: int
     num_keep: int
     forced: torch.Tensor
@@ -89,8 +83,31 @@ class ScoreInputs:
     num_ranks: int = 1
     first_kv_head: int = 0
 
+    @property
+    def keys(self) -> torch.Tensor:
+        """[num_kv_heads, n, head_dim], the cache's dtype, after RoPE."""
+        return self.rows.keys
+
+    @property
+    def values(self) -> torch.Tensor:
+        """[num_kv_heads, n, head_dim], the cache's dtype."""
+        return self.rows.values
+
+    @property
+    def queries(self) -> torch.Tensor | None:
+        """[num_heads, window, head_dim] after RoPE, of the last ``window`` tokens.
+
+        None unless the policy reads queries; for `Queries.PROMPT`, None at the end of the prompt.
+        """
+        return self.rows.queries
+
+    @property
+    def scale(self) -> float:
+        """Softmax scale of the layer."""
+        return self.rows.scale
+
     def mean_over_heads(self, scores: torch.Tensor) -> torch.Tensor:
-        """Average [num_kv_heads, n] over the KV heads of all ranks and give every head the mean."""
+        """Average [num_kv_heads, m] over the KV heads of all ranks and give every head the mean."""
         mean = self.all_reduce(scores.mean(dim=0, keepdim=True)) / self.num_ranks
         return mean.expand_as(scores)
 

@@ -1,7 +1,6 @@
 """KeyDiff: keep the keys that look least like the average key."""
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize
 
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ScoreInputs
@@ -16,6 +15,4 @@ class KeyDiff(Policy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return minus the cosine between each key and the head's anchor."""
-        keys = inputs.keys.float()
-        anchor = normalize(keys, p=2, dim=-1).mean(dim=1, keepdim=True)
-        return -cosine_similarity(keys, anchor, dim=-1)
+        return -inputs.rows.key_similarity()

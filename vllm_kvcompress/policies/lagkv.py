@@ -6,8 +6,6 @@ from pydantic import Field
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
-_SMALLEST_RANGE = 1e-6  # equal keys or values in a whole block would make it 0
-
 
 class LagKV(Policy):
     """LagKV: rank tokens inside blocks by how keys and values compare with the next block's.
@@ -39,33 +37,19 @@ class LagKV(Policy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return ranks below 1 in compared blocks, (1, 2] by recency after them, 2 for sinks."""
-        num_kv_heads, num_tokens, _ = inputs.keys.shape
+        contrast = inputs.rows.lag_contrast(self.n_sink, self.lag_size)  # [KV, n]
+        num_tokens = contrast.shape[1]
         num_sinks = min(self.n_sink, num_tokens)
         num_compared = max((num_tokens - num_sinks) // self.lag_size - 1, 0) * self.lag_size
         num_recent = num_tokens - num_sinks - num_compared
-        age = torch.arange(num_recent - 1, -1, -1, dtype=torch.float32, device=inputs.keys.device)
-        scores = inputs.keys.new_full((num_kv_heads, num_tokens), 2.0, dtype=torch.float32)
+        age = torch.arange(num_recent - 1, -1, -1, dtype=torch.float32, device=contrast.device)
+        scores = torch.full_like(contrast, 2.0)
         scores[:, num_tokens - num_recent :] -= age / max(num_recent, 1)
         if num_compared > 0:
-            blocks = slice(num_sinks, num_sinks + num_compared + self.lag_size)
-            for head in range(num_kv_heads):  # one at a time: float32 copies of one head only
-                scores[head, num_sinks : num_sinks + num_compared] = self._compare(
-                    inputs.keys[head, blocks], inputs.values[head, blocks]
-                )
+            compared = slice(num_sinks, num_sinks + num_compared)
+            blocks = contrast[:, compared].unflatten(1, (-1, self.lag_size))  # [KV, b, lag_size]
+            if not self.cross_scoring:
+                order = blocks.argsort(dim=-1, stable=True)
+                blocks = order.argsort(dim=-1).float() / self.lag_size
+            scores[:, compared] = blocks.flatten(1)
         return scores
-
-    def _compare(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Scores [b * lag_size] of the first b of b + 1 blocks, from [(b + 1) * lag_size, D]."""
-        scores = (self._contrast(keys) + self._contrast(values)) / 2  # [b, lag_size]
-        if not self.cross_scoring:
-            order = scores.argsort(dim=-1, stable=True)
-            scores = order.argsort(dim=-1).float() / self.lag_size
-        return scores.flatten()
-
-    def _contrast(self, states: torch.Tensor) -> torch.Tensor:
-        """Softmax over each block of how far its tokens' channels spread on the next's scale."""
-        blocks = states.float().unflatten(0, (-1, self.lag_size))  # [b + 1, lag_size, D]
-        lowest, highest = blocks[1:].amin(dim=1), blocks[1:].amax(dim=1)  # [b, D]
-        span = (highest - lowest).clamp(min=_SMALLEST_RANGE)
-        scaled = (blocks[:-1] - lowest[:, None]) / span[:, None]
-        return scaled.std(dim=-1).softmax(dim=-1)

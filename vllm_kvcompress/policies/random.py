@@ -21,10 +21,10 @@ class Random(Policy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return uniform random scores, drawn on the CPU so that all devices agree."""
-        num_kv_heads, num_tokens, _ = inputs.keys.shape
+        num_kv_heads, num_tokens = inputs.rows.num_kv_heads, inputs.rows.num_tokens
         scores = torch.empty(num_kv_heads, num_tokens)
         for head in range(num_kv_heads):
             place = (inputs.layer_index, inputs.first_kv_head + head)
             mixed = hash((self.seed, inputs.seed, *place)) & (2**63 - 1)
             torch.rand(num_tokens, generator=torch.Generator().manual_seed(mixed), out=scores[head])
-        return scores.to(inputs.keys.device, non_blocking=True)
+        return scores.to(inputs.rows.device, non_blocking=True)

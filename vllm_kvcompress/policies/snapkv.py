@@ -5,7 +5,6 @@ from typing import Literal
 import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 
@@ -37,8 +36,9 @@ class SnapKV(Policy):
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return pooled attention. Pooling stops at the window, whose scores are not pooled in."""
         assert inputs.queries is not None
-        scores = window_attention_scores(inputs.queries, inputs.keys, inputs.scale)
-        past = scores[:, : scores.shape[1] - inputs.queries.shape[1]]
+        window = inputs.queries.shape[1]
+        scores = inputs.rows.attention(window)
+        past = scores[:, : scores.shape[1] - window]
         # Neighbours beyond the ends count as 0 in a mean and not at all in a maximum.
         pool = avg_pool1d if self.pooling == "avg" else max_pool1d
         pooled = pool(past, self.kernel_size, stride=1, padding=self.kernel_size // 2)

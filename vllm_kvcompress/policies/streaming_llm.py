@@ -29,6 +29,6 @@ class StreamingLLM(Policy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Later tokens score higher; the caller forces the sinks."""
-        num_kv_heads, num_tokens, _ = inputs.keys.shape
-        positions = torch.arange(num_tokens, dtype=torch.float32, device=inputs.keys.device)
-        return positions.expand(num_kv_heads, -1)
+        rows = inputs.rows
+        positions = torch.arange(rows.num_tokens, dtype=torch.float32, device=rows.device)
+        return positions.expand(rows.num_kv_heads, -1)

@@ -2,7 +2,6 @@
 
 import torch
 
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 
@@ -21,6 +20,4 @@ class TOVA(Policy):
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return the last token's attention, the same for all heads."""
-        assert inputs.queries is not None
-        attention = window_attention_scores(inputs.queries[:, -1:], inputs.keys, inputs.scale)
-        return inputs.mean_over_heads(attention)
+        return inputs.mean_over_heads(inputs.rows.attention(num_queries=1))

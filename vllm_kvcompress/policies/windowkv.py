@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 
@@ -48,20 +47,25 @@ class WindowKV(Policy):
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Give every token the score of its window."""
         assert inputs.queries is not None
-        attention = window_attention_scores(inputs.queries, inputs.keys, inputs.scale)
-        tokens = inputs.mean_over_heads(attention)[:1]  # [1, n]; one row, all heads agree
-        num_review = tokens.shape[1] - inputs.queries.shape[1]
-        windows = self._window_scores(tokens[0, :num_review])  # [number of windows]
-        spread = windows.repeat_interleave(self.window_size)[:num_review]
-        scores = torch.cat([spread, tokens[0, num_review:]])
-        return scores.expand(attention.shape[0], -1)
+        size, window = self.window_size, inputs.queries.shape[1]
+        if self.window_score == "mean":
+            windows = inputs.mean_over_heads(inputs.rows.window_attention(size))
+        else:
+            tokens = inputs.mean_over_heads(inputs.rows.attention(window))
+            windows = self._best_half(tokens[:, : tokens.shape[1] - window])
+        num_review = inputs.rows.num_tokens - window
+        spread = windows.repeat_interleave(size, dim=1)[:, :num_review]
+        # The observation window is kept anyway; no mean of attention is above 1.
+        return pad(spread, (0, window), value=1.0)
 
-    def _window_scores(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Score windows of [num_review] token scores; a short last window uses what it has."""
+    def _best_half(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Means of the better half of each window of [KV, num_review] token scores.
+
+        A short last window uses what it has of as many.
+        """
         size = self.window_size
-        padding = -tokens.shape[0] % size
-        grid = pad(tokens, (0, padding), value=float("-inf")).view(-1, size)
-        best = size if self.window_score == "mean" else max(size // 2, 1)
-        top = grid.sort(dim=-1, descending=True).values[:, :best]
+        padded = pad(tokens, (0, -tokens.shape[1] % size), value=float("-inf"))
+        grid = padded.unflatten(1, (padded.shape[1] // size, size))
+        top = grid.topk(max(size // 2, 1), dim=-1).values
         present = top.isfinite()
         return top.masked_fill(~present, 0).sum(dim=-1) / present.sum(dim=-1).clamp(min=1)

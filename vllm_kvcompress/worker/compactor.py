@@ -1,23 +1,29 @@
 """Executes compaction plans: score, select, copy."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from vllm_kvcompress.budgets import layer_groups
-from vllm_kvcompress.kernels.compact_pages import gather_rows
+from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.rotary import Rotary
-from vllm_kvcompress.plans import CompactionPlan, GroupPlan, Span
+from vllm_kvcompress.plans import GroupPlan
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
-from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
 from vllm_kvcompress.worker.layer_parts import require_parts
 from vllm_kvcompress.worker.layout import CacheLayout
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_window import QueryWindow
+
+_MAX_TOKENS = 2**18
+"""Tokens of requests that are compacted at once: their scores take 256 MiB for 32 layers with 8 KV
+heads, and are held until the last layer is scored."""
 
 
 @dataclass(frozen=True)
@@ -99,134 +105,171 @@ class Compactor:
         self.all_reduce = all_reduce
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
+        self.select_tokens = for_device("select_tokens", device).select_tokens
 
     @torch.inference_mode()
-    def run(self, plan: CompactionPlan, config: CompressionConfig, req_index: int) -> None:
-        """Fill the plan's destination blocks in every layer. Source blocks are only read.
+    def run(self, jobs: Sequence[CompactionJob]) -> None:
+        """Fill the plans' destination blocks in every layer. Source blocks are only read.
 
-        Parameters
-        ----------
-        plan : CompactionPlan
-            What the scheduler decided.
-        config : CompressionConfig
-            The request's setting.
-        req_index : int
-            The request's row.
+        Requests under the same policy go through every launch together.
         """
-        policy: Policy = config.build_policy()
-        sharing = layer_groups(self.num_layers, config.layer_groups)
-        # Groups that hold different numbers of tokens cannot share scores any more.
-        shared: dict[tuple[int, int], torch.Tensor] = {}
+        for batch in _batches(jobs):
+            self._run_batch(batch)
+
+    def _run_batch(self, jobs: list[CompactionJob]) -> None:
+        """Score all layers, in model order; then choose and copy, one KV cache group at a time."""
+        policy: Policy = jobs[0].config.build_policy()
+        numbers = dict.fromkeys(layer.group for layer in self.layers)
+        groups = {number: GroupBatch.of(jobs, number, self.device) for number in numbers}
+        scores: dict[int, list[torch.Tensor]] = {}
+        shared: dict[tuple[str, int, int], torch.Tensor] = {}
         for layer in self.layers:
-            group = plan.groups[layer.group]
+            group = groups[layer.group]
+            if group is not None:
+                scores[layer.index] = self._scores(policy, group, layer, shared)
+        for number, group in groups.items():
             if group is None:
                 continue
-            keys, values = self._read(layer, group)
-            place = (sharing[layer.index], group.cache.num_tokens)
-            scores = shared.get(place) if policy.shares_scores else None
-            if scores is None:
-                queries, summary = self._queries(policy, plan, config, req_index, layer)
-                inputs = self._inputs(plan, config, layer, group, keys, values)
-                scores = policy.score(
-                    replace(inputs, queries=queries, accumulated=summary, **_parts(policy, layer))
-                )
-                shared[place] = scores
-            indices = self._select(policy, layer, group, scores)
-            self._copy(policy, layer, group, indices, keys, values)
+            layers = [layer for layer in self.layers if layer.group == number]
+            indices = self._select(group, layers, [scores.pop(layer.index) for layer in layers])
+            self._copy(policy, group, layers, indices)
 
-    def _read(self, layer: LayerCache, group: GroupPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all blocks the request has, and of what lies behind its tokens."""
-        blocks = torch.tensor(group.source_blocks + group.tail_blocks, device=self.device)
-        return layer.layout.read(layer.cache(), blocks)
+    # --- score ----------------------------------------------------------------------------
 
-    def _queries(
+    def _scores(
         self,
         policy: Policy,
-        plan: CompactionPlan,
-        config: CompressionConfig,
-        req_index: int,
+        group: GroupBatch,
         layer: LayerCache,
+        shared: dict[tuple[str, int, int], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Scores [num_kv_heads, n] of every request, its leader's where layers share them."""
+        sharing = layer_groups(self.num_layers, group.jobs[0].config.layer_groups)
+        # Groups that hold different numbers of tokens cannot share scores any more.
+        places = [
+            (job.plan.request_id, sharing[layer.index], length)
+            for job, length in zip(group.jobs, group.lengths, strict=True)
+        ]
+        if not policy.shares_scores or any(place not in shared for place in places):
+            taken = [self._queries(policy, job, layer) for job in group.jobs]
+            rows = layer.layout.rows(
+                layer.cache(), group, [queries for queries, _ in taken], layer.scale
+            )
+            for request, place in enumerate(places):
+                if policy.shares_scores and place in shared:
+                    continue
+                inputs = self._inputs(policy, group, request, layer, rows[request])
+                shared[place] = policy.score(replace(inputs, accumulated=taken[request][1]))
+        return [shared[place] for place in places]
+
+    def _queries(
+        self, policy: Policy, job: CompactionJob, layer: LayerCache
     ) -> tuple[torch.Tensor | None, Any]:
         """Queries of the observation window, or the summary of all queries of the prompt."""
+        plan = job.plan
         if policy.queries is Queries.NONE:
             return None, None
         if plan.while_decoding:
-            window = config.observation_window
-            return self.sources.ring.take(req_index, layer.name, plan.position, window), None
+            window = job.config.observation_window
+            return self.sources.ring.take(job.req_index, layer.name, plan.position, window), None
         if policy.queries is Queries.PROMPT:
             return None, self.sources.prompt.take(plan.request_id, layer.name)
         return self.sources.window.take(plan.request_id, layer.name), None
 
     def _inputs(
         self,
-        plan: CompactionPlan,
-        config: CompressionConfig,
+        policy: Policy,
+        group: GroupBatch,
+        request: int,
         layer: LayerCache,
-        group: GroupPlan,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        rows: CacheRows,
     ) -> ScoreInputs:
-        num_tokens = group.cache.num_tokens
+        plan, job = group.plans[request], group.jobs[request]
+        num_tokens = plan.cache.num_tokens
         return ScoreInputs(
-            keys=keys[:, :num_tokens],
-            values=values[:, :num_tokens],
-            queries=None,
+            rows=rows,
             accumulated=None,
-            scale=layer.scale,
-            position=plan.position,
-            num_keep=num_tokens - group.lengths.evicted,
-            forced=self._mask(num_tokens, group.forced),
-            num_sink_tokens=config.num_sink_tokens,
+            position=job.plan.position,
+            num_keep=num_tokens - plan.lengths.evicted,
+            forced=group.forced[request, :num_tokens],
+            num_sink_tokens=job.config.num_sink_tokens,
             layer_index=layer.index,
-            seed=plan.seed,
+            seed=job.plan.seed,
             all_reduce=self.all_reduce,
             num_ranks=self.num_ranks,
             first_kv_head=self.first_kv_head,
+            **_parts(policy, layer),
         )
 
-    def _mask(self, num_tokens: int, ranges: Iterable[Span]) -> torch.Tensor:
-        """[num_tokens] bool: whether a position is in one of the ranges."""
-        mask = torch.zeros(num_tokens, dtype=torch.bool, device=self.device)
-        for start, end in ranges:
-            mask[start:end] = True
-        return mask
+    # --- select and copy ------------------------------------------------------------------
 
     def _select(
-        self, policy: Policy, layer: LayerCache, group: GroupPlan, scores: torch.Tensor
+        self, group: GroupBatch, layers: list[LayerCache], scores: list[list[torch.Tensor]]
     ) -> torch.Tensor:
-        """Survivors of the region, [num_kv_heads, kept_len], in the order they are written."""
-        region = group.lengths.region_len
-        forced = self._mask(region, group.forced)
-        indices = policy.select(scores[:, :region], forced, group.lengths.kept_len)
-        permanent = [span for span in group.cache.permanent if span[0] < region]
-        if len(permanent) > 1 or any(start > 0 for start, _ in permanent):
-            # Pins go to the front: from now on they have the same indices in every head.
-            movable = ~self._mask(region, permanent)
-            order = movable[indices].to(torch.uint8).sort(dim=-1, stable=True).indices
-            indices = indices.gather(1, order)
+        """Survivors of the regions in the order they are written, [L, R, num_kv_heads, K] int64."""
+        regions = [plan.lengths.region_len for plan in group.plans]
+        longest, max_keep = max(regions), max(plan.lengths.kept_len for plan in group.plans)
+        rows = [
+            row[:, :region] if region == longest else pad(row[:, :region], (0, longest - region))
+            for each in scores
+            for row, region in zip(each, regions, strict=True)
+        ]
+        stacked = torch.stack(rows).unflatten(0, (len(layers), len(regions)))
+        indices = self.select_tokens(
+            stacked, group.forced[:, :longest], group.region_len, group.kept_len, max_keep
+        )
+        for request, plan in enumerate(group.plans):
+            _pins_first(indices[:, request, :, : plan.lengths.kept_len], plan)
         return indices
 
     def _copy(
         self,
         policy: Policy,
-        layer: LayerCache,
-        group: GroupPlan,
+        group: GroupBatch,
+        layers: list[LayerCache],
         indices: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
     ) -> None:
-        region = group.lengths.region_len
-        kept_keys = gather_rows(keys[:, :region], indices)
-        if policy.rerotates_keys:
-            # Survivors take neighbouring positions that end where the tail begins. Indices and
-            # positions differ by what earlier compactions evicted, the same before and after.
-            assert layer.rotary is not None
-            targets = torch.arange(region - indices.shape[1], region, device=self.device)
-            kept_keys = layer.rotary.rotate(kept_keys, targets - indices)
-        destination = torch.tensor(group.destination_blocks, device=self.device)
-        layer.layout.write(
-            layer.cache(), destination, kept_keys, gather_rows(values[:, :region], indices)
-        )
+        """Survivors to destination blocks; vLLM lays out all layers of a group alike."""
+        rotary = layers[0].rotary if policy.rerotates_keys else None
+        layers[0].layout.move([layer.cache() for layer in layers], group, indices, rotary)
+
+
+def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
+    """Jobs that the same policy scores alike, no more tokens at once than `_MAX_TOKENS`."""
+    alike: dict[tuple, list[CompactionJob]] = {}
+    for job in jobs:
+        config = job.config
+        key = (config.policy, config.observation_window, config.layer_groups)
+        alike.setdefault((repr(key),), []).append(job)
+    for same in alike.values():
+        batch: list[CompactionJob] = []
+        for job in same:
+            if batch and sum(each.plan.position for each in [*batch, job]) > _MAX_TOKENS:
+                yield batch
+                batch = []
+            batch.append(job)
+        yield batch
+
+
+def _pins_first(indices: torch.Tensor, plan: GroupPlan) -> None:
+    """Put pins before all other survivors, in place: from now on all heads have them alike.
+
+    Parameters
+    ----------
+    indices : torch.Tensor
+        [L, num_kv_heads, K] int64, ascending survivors of one request.
+    plan : GroupPlan
+        Its plan.
+    """
+    region = plan.lengths.region_len
+    permanent = [span for span in plan.cache.permanent if span[0] < region]
+    if len(permanent) <= 1 and all(start == 0 for start, _ in permanent):
+        return  # sinks alone are in front already
+    movable = torch.ones(region, dtype=torch.uint8)
+    for start, end in permanent:
+        movable[start:end] = 0
+    order = movable.to(indices.device)[indices].sort(dim=-1, stable=True).indices
+    indices.copy_(indices.gather(-1, order))
 
 
 def _parts(policy: Policy, layer: LayerCache) -> dict[str, Any]:

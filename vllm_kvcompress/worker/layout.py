@@ -14,12 +14,85 @@ blocks. Physical order depends on the device:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 
+from vllm_kvcompress.kernels.cache_rows import CacheRows, DenseRows
+from vllm_kvcompress.kernels.compact_pages import compact_pages
+from vllm_kvcompress.kernels.layer_caches import LayerCaches
+from vllm_kvcompress.kernels.paged_rows import PagedBatch
+from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
+from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.worker.group_batch import GroupBatch
+
 
 class CacheLayout(ABC):
-    """Reads and writes whole blocks of one layer."""
+    """Reads and writes one layer's cache.
+
+    What a compaction needs of it (`rows`, `move`) works on gathered copies here; a layout that
+    kernels can address in place overrides both.
+    """
+
+    def rows(
+        self,
+        cache: torch.Tensor,
+        group: GroupBatch,
+        queries: Sequence[torch.Tensor | None],
+        scale: float,
+    ) -> Sequence[CacheRows]:
+        """Every request's cached tokens, ready to be measured.
+
+        Parameters
+        ----------
+        cache : torch.Tensor
+            The layer's cache.
+        group : GroupBatch
+            The requests and their blocks.
+        queries : sequence of torch.Tensor or None
+            Each request's [H, w, D], all of one w; all None for a policy that reads none.
+        scale : float
+            Softmax scale of the layer.
+        """
+        found = []
+        for request, (length, own) in enumerate(zip(group.lengths, queries, strict=True)):
+            keys, values = self.read(cache, group.blocks(request))
+            found.append(DenseRows(keys[:, :length], values[:, :length], own, scale))
+        return found
+
+    def move(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """Fill destination blocks with survivors, in all layers of a KV cache group.
+
+        Parameters
+        ----------
+        caches : sequence of torch.Tensor
+            L caches, laid out alike.
+        group : GroupBatch
+            The requests and their blocks.
+        indices : torch.Tensor
+            [L, R, KV, K] int64, survivors in the order they are written.
+        rotary : Rotary or None
+            Turn keys to neighbouring positions that end where the uncompressed tail begins.
+        """
+        for cache, layer_indices in zip(caches, indices, strict=True):
+            for request, plan in enumerate(group.plans):
+                chosen = layer_indices[request, :, : plan.lengths.kept_len]  # [KV, K]
+                keys, values = self.read(cache, group.blocks(request))
+                kept = gather_rows(keys, chosen)
+                if rotary is not None:
+                    # Indices and positions differ by what earlier compactions evicted, the same
+                    # before and after.
+                    region, evicted = plan.lengths.region_len, plan.lengths.evicted
+                    targets = torch.arange(evicted, region, device=chosen.device)
+                    kept = rotary.rotate(kept, targets - chosen)
+                self.write(cache, group.destination(request), kept, gather_rows(values, chosen))
 
     @abstractmethod
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +126,53 @@ class StridedLayout(CacheLayout):
         assert ratio and not rest, f"blocks of {cache.shape[2]} do not divide {self.block_size}"
         parts = torch.arange(ratio, device=blocks.device)
         return (blocks[:, None] * ratio + parts).flatten()
+
+    def _kernel_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Block table [R, P] in the view's blocks."""
+        ratio = self.block_size // cache.shape[2]
+        if ratio == 1:
+            return table
+        return self._kernel_blocks(cache, table.flatten()).view(len(table), -1).to(torch.int32)
+
+    def rows(
+        self,
+        cache: torch.Tensor,
+        group: GroupBatch,
+        queries: Sequence[torch.Tensor | None],
+        scale: float,
+    ) -> Sequence[CacheRows]:
+        """In place: see the base class."""
+        pages = Pages(
+            keys=cache[..., : self.head_size],
+            values=cache[..., self.head_size :],
+            block_table=self._kernel_table(cache, group.block_table),
+            num_tokens=group.num_tokens,
+            max_tokens=max(group.lengths),
+        )
+        given = [own.transpose(0, 1) for own in queries if own is not None]  # [w, H, D]
+        stacked = None
+        if given:
+            stacked = given[0][None] if len(given) == 1 else torch.stack(given)
+        return PagedBatch(pages, group.lengths, stacked, scale).rows()
+
+    def move(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """In one launch: see the base class."""
+        first = caches[0]
+        compact_pages(
+            LayerCaches.of(caches, self.head_size),
+            self._kernel_table(first, group.block_table),
+            self._kernel_table(first, group.destination_table),
+            indices,
+            group.kept_len,
+            first_target=None if rotary is None else group.region_len - group.kept_len,
+            rotary=rotary,
+        )
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See the base class."""

@@ -3,6 +3,7 @@
 Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,15 +24,18 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.kernels.physical_slots import physical_slots
+from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
 from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, cpu_layout
 from vllm_kvcompress.worker.model_state import CompressedModelState
 from vllm_kvcompress.worker.query_taps import QueryRecorder, watch_layer
 from vllm_kvcompress.worker.timer import CompactionTimer
+from vllm_kvcompress.worker.warm_up import warm_up
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -90,6 +94,10 @@ class CompressionRunnerMixin(GPUModelRunner):
     ) -> None:
         """Build the compactor once the caches exist."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self._physical_slots = for_device("step_slots", self.device).physical_slots
+        self._tables = BlockTables.of(
+            [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes
+        )
         state = self.model_state
         layers = self._attention_layers()
         caches = [
@@ -144,6 +152,31 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
         return StridedLayout(layer.head_size, block_size)
 
+    def warm_up_compaction(self) -> None:
+        """Launch once what only compressed requests launch; their rows here are dummies."""
+        samples = {
+            name: torch.zeros(1, layer.num_heads, layer.head_size, dtype=self.dtype).to(self.device)
+            for name, layer in self._attention_layers().items()
+        }
+        for sample in samples.values():
+            self.model_state.window.warm_up(sample)
+        dummy = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+        self._physical_slots(
+            positions=torch.zeros(1, dtype=torch.int64, device=self.device),
+            query_start_loc=torch.tensor([0, 1], dtype=torch.int32).to(self.device),
+            idx_mapping=dummy,
+            evicted=self.model_state.lengths.evicted.gpu,  # type: ignore[union-attr]
+            tables=self._tables,
+            out=self.block_tables.slot_mappings,
+        )
+        config = self.model_state.config
+        warm_up(
+            self.compactor,
+            (config, *config.by_task.values()),
+            max(self.block_tables.block_sizes),
+            {name: sample[0] for name, sample in samples.items()},
+        )
+
     # --- one step -------------------------------------------------------------------------
 
     def gather_batch_req_state(
@@ -179,13 +212,12 @@ class CompressionRunnerMixin(GPUModelRunner):
         block_tables, slot_mappings = super().prepare_attn(input_batch)
         if any_compacted:
             assert self.model_state.lengths is not None
-            physical_slots(
+            self._physical_slots(
                 positions=input_batch.positions[: input_batch.num_tokens],
                 query_start_loc=input_batch.query_start_loc,
                 idx_mapping=input_batch.idx_mapping,
                 evicted=self.model_state.lengths.evicted.gpu,
-                block_tables=[table.gpu for table in self.block_tables.block_tables],
-                block_sizes=self.block_tables.block_sizes,
+                tables=self._tables,
                 out=slot_mappings,
             )
         return block_tables, slot_mappings
@@ -200,8 +232,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         plans = getattr(scheduler_output, "kv_compression_plans", ())
         if plans:
             with self._timer:
-                for plan in plans:
-                    self._compact(plan)
+                self._compact(plans)
             # At once: left for the next step, the write could race with a new owner of the row.
             self.block_tables.apply_staged_writes()
         self.model_state.ring.end_batch()
@@ -213,11 +244,16 @@ class CompressionRunnerMixin(GPUModelRunner):
         blocks = self.block_tables.block_tables[layer.group].gpu[req_index, :num_blocks]
         return layer.layout.read(layer.cache(), blocks.long())[0][:, :num_tokens]
 
-    def _compact(self, plan: CompactionPlan) -> None:
-        request_id = plan.request_id
-        req_index = self.req_states.req_id_to_index[request_id]
-        self.compactor.run(plan, self.model_state.request_configs[request_id], req_index)
-        self.model_state.forget_queries(request_id)
+    def _compact(self, plans: Sequence[CompactionPlan]) -> None:
+        configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
+        self.compactor.run(
+            [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
+        )
+        for plan in plans:
+            self.model_state.forget_queries(plan.request_id)
+            self._rewrite_row(plan, rows[plan.request_id])
+
+    def _rewrite_row(self, plan: CompactionPlan, req_index: int) -> None:
         assert self.model_state.lengths is not None
         for group, group_plan in enumerate(plan.groups):
             if group_plan is None:

@@ -50,7 +50,7 @@ class CompressedModelState(DefaultModelState):
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
         assert config is not None, "this model state is installed only when compression is on"
         self.config: CompressionConfig = config
-        self.window = QueryWindow()
+        self.window = QueryWindow(self.device)
         self.prompt_queries = PromptQueries()
         self.ring = QueryRing(
             decode_window(config),

@@ -1,13 +1,13 @@
 """Ring of the last queries of every request row, for compactions while decoding.
 
-Everything a step does to the ring is a tensor operation on persistent buffers, so it is captured
-into full CUDA graphs and replayed with them; only the slots are computed outside.
+Everything a step does to the ring is one launch on persistent buffers, so it is captured into full
+CUDA graphs and replayed with them; only the slots are computed outside.
 """
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_kvcompress.kernels.ring_slots import ring_slots
+from vllm_kvcompress.kernels.dispatch import for_device
 
 
 class QueryRing:
@@ -37,8 +37,10 @@ class QueryRing:
         self.window = window
         drafts = 2 * (num_spec_tokens + 1) if num_spec_tokens else 0
         self.size = window + drafts if window else 0
-        self._unused = max_num_reqs * self.size
-        self._slots = torch.full((max_num_tokens,), self._unused, device=device)
+        self._num_slots = max_num_reqs * self.size
+        self._slots = torch.full((max_num_tokens,), -1, device=device)
+        self._find_slots = for_device("step_slots", device).ring_slots
+        self._store = for_device("store_rows", device).store_rows
         self._layers: dict[str, torch.Tensor] = {}
 
     @property
@@ -55,30 +57,29 @@ class QueryRing:
         """Reserve a layer's buffer; before the server measures how much memory is left."""
         if self.size:
             self._layers[name] = torch.zeros(
-                self._unused + 1, num_heads, head_dim, dtype=dtype, device=self._slots.device
+                self._num_slots, num_heads, head_dim, dtype=dtype, device=self._slots.device
             )
 
     def begin_batch(self, input_batch: InputBatch) -> None:
         """Find the slots of a real batch's tokens."""
         if self._layers:
-            ring_slots(
+            self._find_slots(
                 positions=input_batch.positions[: input_batch.num_tokens],
                 query_start_loc=input_batch.query_start_loc,
                 seq_lens=input_batch.seq_lens,
                 idx_mapping=input_batch.idx_mapping,
                 size=self.size,
-                unused=self._unused,
                 out=self._slots,
             )
 
     def end_batch(self) -> None:
-        """A dummy batch that follows writes where nobody reads."""
+        """A dummy batch that follows writes nothing."""
         if self._layers:
-            self._slots.fill_(self._unused)
+            self._slots.fill_(-1)
 
     def record(self, layer_name: str, query: torch.Tensor) -> None:
         """Write [num_tokens, num_heads, head_dim] queries to their slots."""
-        self._layers[layer_name].index_copy_(0, self._slots[: query.shape[0]], query)
+        self._store(query, self._slots, self._layers[layer_name])
 
     def take(self, req_index: int, layer_name: str, position: int, window: int) -> torch.Tensor:
         """Queries [num_heads, window, head_dim] of positions [position - window, position)."""

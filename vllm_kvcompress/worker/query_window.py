@@ -2,50 +2,70 @@
 
 Prompts are computed in chunks and the last chunk may be shorter than the observation window, so
 queries are collected over several steps. A request's stash lives from the step that computes the
-first token of its window to its compaction, usually one step: nothing is reserved per row.
+first token of its window to its compaction, usually one step: nothing is reserved per row. Requests
+whose windows begin in the same step share a buffer, so that one launch per layer fills it.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_kvcompress.kernels.dispatch import for_device
+
+
+@dataclass
+class _Buffer:
+    """Queries of some requests: per layer [num_rows, num_heads, head_dim]."""
+
+    num_rows: int = 0
+    layers: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _Stash:
-    """Queries of one request: per layer [window, num_heads, head_dim]."""
+    """One request's window of positions, and where its queries are once it has begun."""
 
     window_start: int
     window_end: int
-    layers: dict[str, torch.Tensor]
-    num_filled: dict[str, int]
+    buffer: _Buffer | None = None
+    first_row: int = 0
+    num_filled: Counter[str] = field(default_factory=Counter)
 
     @property
     def window(self) -> int:
         return self.window_end - self.window_start
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Capture:
-    """Tokens [start, end) of this step's queries go to `offset` of a stash."""
+    """What the current step writes to one buffer: a row per token or -1, and counts per stash."""
 
-    stash: _Stash
-    start: int
-    end: int
-    offset: int
+    rows: np.ndarray
+    counts: list[tuple[_Stash, int]] = field(default_factory=list)
+    slots: torch.Tensor | None = None
 
 
 class QueryWindow:
-    """Collects queries from wrapped attention layers."""
+    """Collects queries from wrapped attention layers.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    device : torch.device
+        Where the queries are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._store = for_device("store_rows", device).store_rows
         self._stashes: dict[str, _Stash] = {}
-        self._captures: list[_Capture] = []
+        self._captures: list[tuple[_Buffer, _Capture]] = []
 
     def add_request(self, request_id: str, prompt_len: int, window: int) -> None:
         """Expect the queries of positions [prompt_len - window, prompt_len)."""
-        start = max(prompt_len - window, 0)
-        self._stashes[request_id] = _Stash(start, prompt_len, {}, {})
+        self._stashes[request_id] = _Stash(max(prompt_len - window, 0), prompt_len)
 
     def remove_request(self, request_id: str) -> None:
         """Drop what was collected; unknown ids are fine."""
@@ -66,18 +86,32 @@ class QueryWindow:
         if not self._stashes:
             return
         starts = input_batch.query_start_loc_np
+        captures: dict[int, tuple[_Buffer, _Capture]] = {}
+        newcomers = _Buffer()
         for row, request_id in enumerate(input_batch.req_ids):
             computed = int(input_batch.num_computed_tokens_np[row])
             num_new = int(input_batch.num_scheduled_tokens[row])
             if not self.wants(request_id, computed, num_new):
                 continue
             stash = self._stashes[request_id]
+            if stash.buffer is None:
+                stash.buffer, stash.first_row = newcomers, newcomers.num_rows
+                newcomers.num_rows += stash.window
+            buffer = stash.buffer
+            if id(buffer) not in captures:
+                rows = np.full(int(starts[len(input_batch.req_ids)]), -1, dtype=np.int64)
+                captures[id(buffer)] = buffer, _Capture(rows)
+            capture = captures[id(buffer)][1]
             first = max(stash.window_start, computed)
-            last = min(stash.window_end, computed + num_new)
-            base = int(starts[row]) - computed
-            self._captures.append(
-                _Capture(stash, base + first, base + last, first - stash.window_start)
-            )
+            count = min(stash.window_end, computed + num_new) - first
+            token = int(starts[row]) + first - computed
+            place = stash.first_row + first - stash.window_start
+            capture.rows[token : token + count] = np.arange(place, place + count)
+            capture.counts.append((stash, count))
+        for _, capture in captures.values():
+            slots = torch.from_numpy(capture.rows)
+            capture.slots = slots.to(self.device, non_blocking=True)
+        self._captures = list(captures.values())
 
     @property
     def is_active(self) -> bool:
@@ -90,15 +124,19 @@ class QueryWindow:
 
     def record(self, layer_name: str, query: torch.Tensor) -> None:
         """Keep what `begin_batch` asked for from [num_tokens, num_heads, head_dim] queries."""
-        for capture in self._captures:
-            stash = capture.stash
-            buffer = stash.layers.get(layer_name)
-            if buffer is None:
-                buffer = query.new_empty(stash.window, *query.shape[1:])
-                stash.layers[layer_name] = buffer
-            count = capture.end - capture.start
-            buffer[capture.offset : capture.offset + count] = query[capture.start : capture.end]
-            stash.num_filled[layer_name] = stash.num_filled.get(layer_name, 0) + count
+        for buffer, capture in self._captures:
+            kept = buffer.layers.get(layer_name)
+            if kept is None:
+                kept = query.new_empty(buffer.num_rows, *query.shape[1:])
+                buffer.layers[layer_name] = kept
+            self._store(query[: len(capture.rows)], capture.slots, kept)
+            for stash, count in capture.counts:
+                stash.num_filled[layer_name] += count
+
+    def warm_up(self, query: torch.Tensor) -> None:
+        """Launch for [num_tokens, num_heads, head_dim] queries of which none is kept."""
+        slots = torch.full((len(query),), -1, dtype=torch.int64, device=self.device)
+        self._store(query, slots, torch.empty_like(query))
 
     def take(self, request_id: str, layer_name: str) -> torch.Tensor:
         """Return a layer's queries [num_heads, window, head_dim].
@@ -110,11 +148,12 @@ class QueryWindow:
             layers without Python. The start-up checks and `wants` exist to make this impossible.
         """
         stash = self._stashes[request_id]
-        filled = stash.num_filled.get(layer_name, 0)
-        if filled != stash.window:
+        filled = stash.num_filled[layer_name]
+        if stash.buffer is None or filled != stash.window:
             raise RuntimeError(
                 f"KV compression: layer {layer_name} saw {filled} of {stash.window} queries of "
                 f"request {request_id}'s observation window; please report this. "
                 "--enforce-eager avoids it."
             )
-        return stash.layers[layer_name].transpose(0, 1)
+        rows = stash.buffer.layers[layer_name][stash.first_row : stash.first_row + stash.window]
+        return rows.transpose(0, 1)

@@ -4,7 +4,7 @@ import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_kvcompress.kernels.physical_slots import physical_seq_lens
+from vllm_kvcompress.kernels.dispatch import for_device
 
 
 class CompressionState:
@@ -30,6 +30,7 @@ class CompressionState:
     def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
         self.evicted = UvaBackedTensor((num_groups, max_num_reqs), dtype=torch.int32)
         self.seq_lens = torch.zeros(num_groups, max_num_reqs, dtype=torch.int32, device=device)
+        self._physical_seq_lens = for_device("step_slots", device).physical_seq_lens
         self._dirty = False
         self._batch: InputBatch | None = None
 
@@ -48,7 +49,7 @@ class CompressionState:
         if self._dirty:
             self.evicted.copy_to_uva()
             self._dirty = False
-        physical_seq_lens(
+        self._physical_seq_lens(
             input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
         )
         self._batch = input_batch

@@ -1,0 +1,49 @@
+"""The caches of several layers that one launch works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerCaches:
+    """Caches of layers that are laid out alike, as vLLM makes them for a KV cache group.
+
+    Attributes
+    ----------
+    caches : tuple of torch.Tensor
+        L views [B, KV, N, C] of one dtype, shape and strides; C = a token's key followed by its
+        value, whose elements are neighbours.
+    pointers : torch.Tensor
+        [L] int64 on the caches' device: their addresses, all multiples of 16.
+    head_dim : int
+        D; the first D of C elements are the key.
+    """
+
+    caches: tuple[torch.Tensor, ...]
+    pointers: torch.Tensor
+    head_dim: int
+
+    @classmethod
+    def of(cls, caches: Sequence[torch.Tensor], head_dim: int) -> "LayerCaches":
+        """Check the layers and collect their addresses.
+
+        Raises
+        ------
+        ValueError
+            If the layers differ, or rows are not contiguous or not aligned to 16 bytes.
+        """
+        first = caches[0]
+        for cache in caches:
+            if (cache.dtype, cache.shape, cache.stride()) != (
+                first.dtype, first.shape, first.stride(),
+            ):  # fmt: skip
+                raise ValueError("layers of one launch must have one dtype, shape and strides")
+            starts = [cache.data_ptr()] + [s * cache.element_size() for s in cache.stride()[:3]]
+            if cache.stride(3) != 1 or any(start % 16 for start in starts):
+                raise ValueError(
+                    "rows of a cache must be contiguous and start at 16-byte addresses"
+                )
+        pointers = torch.tensor([c.data_ptr() for c in caches], dtype=torch.int64)
+        return cls(tuple(caches), pointers.to(first.device, non_blocking=True), head_dim)

@@ -1,0 +1,60 @@
+"""Every kernel compiles for an H200 (sm_90), spills no registers and moves rows 16 bytes at a time.
+
+Compiling needs no GPU. What it cannot show is speed.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+MODULES = sorted(
+    path.stem for path in HERE.glob("test_*.py") if "def sm90_launches" in path.read_text()
+)
+# Kernels that read or write rows of a cache, or of queries: widest access they must contain.
+READ_ROWS = {
+    "_stats_kernel", "_token_kernel", "_copy_kernel", "_rotate_kernel", "_unit_sum_kernel",
+    "_similarity_kernel", "_lag_kernel", "_store_kernel", "_split_kernel",
+}  # fmt: skip
+WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict]]:
+    """What the compiler made of every launch."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.sm90"]
+    command += [f"tests.kernels.{module}" for module in MODULES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_every_jitted_kernel_is_compiled(compiled) -> None:
+    launched = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        launched |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    assert launched == compiled.keys()
+
+
+def test_nothing_is_spilled_and_shared_memory_suffices(compiled) -> None:
+    for name, variants in compiled.items():
+        for each in variants:
+            assert each["stack"] == 0, f"{name} spills: {each}"
+            assert each["shared"] <= 227 << 10, f"{name} does not fit: {each}"
+
+
+def test_rows_move_16_bytes_at_a_time(compiled) -> None:
+    assert compiled.keys() >= READ_ROWS | WRITE_ROWS
+    for name in READ_ROWS:
+        for each in compiled[name]:
+            wide = [load for load in each["loads"] if ".v4.b32" in load or "async.cg" in load]
+            assert wide, f"{name} reads narrowly: {each}"
+            assert not [load for load in each["loads"] if load.endswith((".b16", ".b8"))], name
+    for name in WRITE_ROWS:
+        for each in compiled[name]:
+            assert any(".v4.b32" in store for store in each["stores"]), f"{name}: {each}"

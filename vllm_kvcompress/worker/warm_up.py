@@ -1,0 +1,87 @@
+"""Runs a compaction before the server takes requests, so that none waits for Triton's compiler.
+
+Compiling a kernel takes seconds, at its first launch. The made-up request lies in the null block
+(number 0), which holds nobody's tokens.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
+from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.worker.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.group_batch import CompactionJob
+
+
+class _NoQueries:
+    """Zeros in the place of queries; one of these stands for all three sources."""
+
+    def __init__(
+        self, compactor: Compactor, config: CompressionConfig, num_tokens: int,
+        queries: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        self.layers = {layer.name: layer for layer in compactor.layers}
+        self.config, self.num_tokens, self.queries = config, num_tokens, queries
+
+    def take(self, request: Any, layer_name: str, *window: int) -> Any:
+        """Queries [num_heads, w, head_dim], or the policy's summary of a prompt of zeros."""
+        sample, policy = self.queries[layer_name], self.config.build_policy()
+        if policy.queries is not Queries.PROMPT:
+            return sample.new_zeros(self.config.observation_window, *sample.shape).transpose(0, 1)
+        layer = self.layers[layer_name]
+        num_kv_heads = layer.cache().shape[1]
+        chunk = ChunkInputs(
+            queries=sample.new_zeros(self.num_tokens, *sample.shape).transpose(0, 1),
+            keys=sample.new_zeros(num_kv_heads, self.num_tokens, sample.shape[-1]),
+            start=0,
+            prompt_len=self.num_tokens,
+            scale=layer.scale,
+            num_sink_tokens=self.config.num_sink_tokens,
+            rotary=layer.rotary if policy.needs_rotary else None,
+        )
+        return policy.accumulate(None, chunk)
+
+
+def warm_up(
+    compactor: Compactor,
+    configs: Iterable[CompressionConfig],
+    block_size: int,
+    queries: Mapping[str, torch.Tensor],
+) -> None:
+    """Compact a request that nobody made, once per setting.
+
+    Parameters
+    ----------
+    compactor : Compactor
+        The rank's compactor.
+    configs : iterable of CompressionConfig
+        The server's setting and its variants; what a request names on its own is compiled when it
+        comes.
+    block_size : int
+        Tokens per block.
+    queries : mapping of str to torch.Tensor
+        Per layer an example [num_heads, head_dim] of a query.
+    """
+    num_groups = max(layer.group for layer in compactor.layers) + 1
+    for config in configs:
+        protected = config.num_sink_tokens + config.observation_window
+        num_blocks = -(-protected // block_size) + 2
+        length = num_blocks * block_size
+        spans = ((0, config.num_sink_tokens), (length - config.observation_window, length))
+        group = GroupPlan(
+            lengths=GroupLengths(length, length - block_size),
+            cache=GroupCache(length, spans[:1]),
+            forced=spans,
+            source_blocks=(0,) * num_blocks,
+            destination_blocks=(0,) * (num_blocks - 1),
+            tail_blocks=(),
+        )
+        plan = CompactionPlan("warm-up", length, False, 0, (group,) * num_groups)
+        own = copy.copy(compactor)
+        source: Any = _NoQueries(compactor, config, length, queries)
+        own.sources = QuerySources(source, source, source)
+        own.run([CompactionJob(plan, config, 0)])

@@ -142,6 +142,15 @@ def test_an_interval_under_the_budget_is_left_alone() -> None:
     assert plan.remove("r").skip_reason == SkipReason.NO_ROOM
 
 
+def test_requests_that_end_with_the_step_that_compacts_them_are_counted() -> None:
+    """Regression: with one output token they were neither compacted nor uncompressed."""
+    plan = planner()
+    tracked = add(plan, 2000)
+    plan.note_progress("r", 2000)
+    tracked.state = State.PLANNED
+    assert plan.remove("r").skip_reason == SkipReason.SHORT_OUTPUT
+
+
 def test_requests_that_end_before_anything_was_done_are_counted() -> None:
     plan = decoding()
     add(plan, 60)

@@ -14,13 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MODULES = sorted(
-    path.stem for path in HERE.glob("test_*.py") if "def sm90_launches" in path.read_text()
+    path.stem for path in HERE.glob("test_*.py") if "\ndef sm90_launches" in path.read_text()
 )
 # Kernels that read or write rows of a cache, or of queries: widest access they must contain.
 READ_ROWS = {
     "_stats_kernel", "_token_kernel", "_copy_kernel", "_rotate_kernel", "_unit_sum_kernel",
     "_similarity_kernel", "_lag_kernel", "_store_kernel", "_split_kernel",
 }  # fmt: skip
+NARROW_TOO = {"_split_kernel"}  # a token's codes are six numbers of 16 bits
 WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
 
 
@@ -54,7 +55,8 @@ def test_rows_move_16_bytes_at_a_time(compiled) -> None:
         for each in compiled[name]:
             wide = [load for load in each["loads"] if ".v4.b32" in load or "async.cg" in load]
             assert wide, f"{name} reads narrowly: {each}"
-            assert not [load for load in each["loads"] if load.endswith((".b16", ".b8"))], name
+            narrow = [load for load in each["loads"] if load.endswith((".b16", ".b8"))]
+            assert not narrow or name in NARROW_TOO, f"{name} reads narrowly: {each}"
     for name in WRITE_ROWS:
         for each in compiled[name]:
             assert any(".v4.b32" in store for store in each["stores"]), f"{name}: {each}"

@@ -169,6 +169,8 @@ class Planner:
             return None
         if tracked.state is State.DUE:
             tracked.skip_reason = SkipReason.NO_ROOM
+        elif tracked.state is State.PLANNED:
+            tracked.skip_reason = SkipReason.SHORT_OUTPUT  # no step read what was compacted
         elif tracked.state is State.ARMED and tracked.while_decoding:
             under = tracked.was_under_budget
             tracked.skip_reason = SkipReason.UNDER_BUDGET if under else SkipReason.SHORT_OUTPUT

@@ -41,6 +41,10 @@ class CompressionStats:
         Requests served without compression, by reason.
     tasks : dict[str, int]
         Requests whose setting depends on their task, by "task/who decided".
+    views : dict[str, int]
+        Views taken for drafting, by policy.
+    view_tokens : dict[str, int]
+        Tokens in these views, averaged over layer groups, by policy.
     deferrals : int
         Steps in which a due compaction found no room for its survivors.
     kept_ratios : list[tuple[str, float]]
@@ -56,6 +60,8 @@ class CompressionStats:
     blocks_freed: dict[str, int] = field(default_factory=dict)
     uncompressed: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
+    views: dict[str, int] = field(default_factory=dict)
+    view_tokens: dict[str, int] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: list[tuple[str, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -93,6 +99,11 @@ class CompressionStats:
             _add(self.tokens_evicted, f"{policy}/{group}", tokens)
         _add(self.blocks_freed, policy, max(blocks_freed, 0))
         self.kept_ratios.append((policy, kept_ratio))
+
+    def record_view(self, policy: str, num_tokens: int) -> None:
+        """Count one view of so many tokens, averaged over layer groups."""
+        _add(self.views, policy, 1)
+        _add(self.view_tokens, policy, num_tokens)
 
     def record_task(self, task: str, decided_by: str) -> None:
         """Count one request whose setting depends on its task."""
@@ -140,6 +151,16 @@ class PrometheusRecorder:
             "Requests whose setting depends on their task, by task and by who decided it.",
             ("task", "decided_by"),
         )
+        self.views = Counter(
+            "vllm:kv_compression_views",
+            "Compressed views of a request's cache, taken for drafting.",
+            POLICY_LABELS,
+        )
+        self.view_tokens = Counter(
+            "vllm:kv_compression_view_tokens",
+            "Tokens in views when they were taken, averaged over layer groups.",
+            POLICY_LABELS,
+        )
         self.deferrals = Counter(
             "vllm:kv_compression_deferrals",
             "Steps in which a due compaction found no free blocks for its survivors.",
@@ -158,7 +179,7 @@ class PrometheusRecorder:
 
     def record(self, snapshot: dict[str, Any]) -> None:
         """Add one `CompressionStats.snapshot`."""
-        for name in ("requests", "blocks_freed"):
+        for name in ("requests", "blocks_freed", "views", "view_tokens"):
             for policy, count in snapshot.get(name, {}).items():
                 getattr(self, name).labels(policy).inc(count)
         for name in ("compactions", "tokens_evicted", "tasks"):

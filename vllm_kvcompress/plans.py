@@ -92,6 +92,9 @@ class CompactionPlan:
         Checksum of the prompt's tokens, for policies that draw random numbers.
     groups : tuple[GroupPlan | None, ...]
         One entry per KV cache group; None leaves the group as it is.
+    is_view : bool
+        Whether the destination blocks become a view that drafts read, beside the request's own
+        blocks, instead of taking their place.
     """
 
     request_id: str
@@ -99,6 +102,7 @@ class CompactionPlan:
     while_decoding: bool
     seed: int
     groups: tuple[GroupPlan | None, ...]
+    is_view: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ class RequestOptions:
         Ranges of prompt positions that are never evicted.
     task : str | None
         "localization" or "aggregation"; None leaves it to the server.
+    draft_tokens : int | None
+        Tokens to draft per step, where the server drafts.
     """
 
     preset: str | None = None
@@ -124,3 +130,4 @@ class RequestOptions:
     budget_tokens: int | None = None
     pins: tuple[Span, ...] = ()
     task: str | None = None
+    draft_tokens: int | None = None

@@ -11,10 +11,12 @@ from typing import Any
 from vllm_kvcompress.config import NONE, did_you_mean, parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.plans import RequestOptions
-from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
+from vllm_kvcompress.settings import BudgetConfig, CompressionConfig, DraftConfig
 
-REQUEST_KEYS = ("kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task")
-_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task")
+REQUEST_KEYS = (
+    "kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task", "kv_draft_tokens",
+)  # fmt: skip
+_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft")
 TASKS = ("localization", "aggregation")
 
 
@@ -87,6 +89,9 @@ def parse_request(
         raise ConfigError(f"kv_budget_ratio: must be greater than 0 and at most 1, got {ratio}.")
     if tokens is not None and (tokens != int(tokens) or tokens < 1):
         raise ConfigError(f"kv_budget_tokens: must be a whole number from 1 up, got {tokens}.")
+    drafts = _number(extra, "kv_draft_tokens")
+    if drafts is not None and (drafts != int(drafts) or drafts < 0):
+        raise ConfigError(f"kv_draft_tokens: must be a whole number from 0 up, got {drafts}.")
     task = extra.get("kv_task")
     if task not in (None, "auto", *TASKS):
         raise ConfigError(f"kv_task: must be auto, {' or '.join(TASKS)}, got {task!r}.")
@@ -96,6 +101,7 @@ def parse_request(
         budget_tokens=None if tokens is None else int(tokens),
         pins=_pins(extra.get("kv_pin"), prompt_len),
         task=task,
+        draft_tokens=None if drafts is None else int(drafts),
     )
 
 
@@ -141,16 +147,20 @@ def resolve_request(
     """The configuration one request runs under; None when it opted out.
 
     The request's pins come on top of the configured ones. Layer groups are always the server's:
-    they are block tables, made once. `task` is what `choose_task` chose; it must be given where
-    the setting depends on it.
+    they are block tables, made once; so is the mode. `task` is what `choose_task` chose; it must
+    be given where the setting depends on it.
     """
     config = named_config(server, options)
-    if config is None:
+    if config is None or (server.mode == "draft" and options.draft_tokens == 0):
         return None
     if config.tasks:
         assert task is not None, "the setting depends on the task, and none was chosen"
         config = config.by_task[task]
     update: dict[str, Any] = {}
+    if config is not server and server.mode == "draft":
+        update |= {"mode": server.mode, "draft": server.draft, "trigger": server.trigger}
+    if options.draft_tokens is not None:
+        update["draft"] = DraftConfig(tokens=options.draft_tokens)
     if options.budget_ratio is not None:
         update["budget"] = BudgetConfig(ratio=options.budget_ratio, floor=config.budget.floor)
     if options.budget_tokens is not None:
@@ -177,9 +187,19 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
     Raises
     ------
     ConfigError
-        If the request's preset reads more queries while decoding than the server keeps, or a task
-        is given where none matters.
+        If the request's preset reads more queries while decoding than the server keeps, a task
+        is given where none matters, or more draft tokens than the server drafts.
     """
+    drafts = options.draft_tokens
+    if drafts is not None and server.mode != "draft":
+        raise ConfigError(
+            "kv_draft_tokens: this server evicts tokens and drafts none; start it with "
+            "--kv-compression-mode draft, or leave it out."
+        )
+    if drafts is not None and drafts > server.draft.tokens:
+        raise ConfigError(
+            f"kv_draft_tokens: at most {server.draft.tokens} (--kv-draft-tokens), got {drafts}."
+        )
     config = named_config(server, options)
     if config is None:
         return
@@ -187,7 +207,7 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
         name = options.preset or "this server's setting"
         raise ConfigError(f"kv_task: {name} does not depend on the task; leave it out.")
     needed, kept = decode_window(config), decode_window(server)
-    if needed > kept:
+    if needed > kept and server.mode == "evict":
         raise ConfigError(
             f"kv_compression: {options.preset} reads {needed} queries while decoding and this "
             f"server keeps {kept}; start it with --kv-compression {options.preset}, or choose a "

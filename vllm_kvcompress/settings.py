@@ -120,6 +120,18 @@ class LayerBudgetConfig(_Model):
         return self
 
 
+class DraftConfig(_Model):
+    """How the model drafts for itself over a compressed view of its cache, in the mode "draft".
+
+    Attributes
+    ----------
+    tokens : int, default 4
+        Tokens drafted per step; 0 drafts none.
+    """
+
+    tokens: int = Field(default=4, ge=0, le=16)
+
+
 class PolicyConfig(BaseModel):
     """Name of a policy; every other key is one of the policy's own parameters."""
 
@@ -157,6 +169,12 @@ class CompressionConfig(_Model):
         Shorter prompts are left alone when they end; while decoding, only the budget counts.
     pinned : list of [start, end)
         Prompt positions that are never evicted in any request (a system prompt, say).
+    mode : {"evict", "draft"}
+        What becomes of tokens that do not survive: "evict" gives their memory back; "draft" keeps
+        them, and lets the model draft tokens over the survivors alone, which the whole cache then
+        verifies: the output is that of the uncompressed model.
+    draft : DraftConfig
+        Of the mode "draft".
     task : {"auto", "localization", "aggregation"}
         Which of `tasks` to apply; "auto" asks the classifier, once per request.
     tasks : dict
@@ -174,6 +192,8 @@ class CompressionConfig(_Model):
     interval: int = Field(default=128, ge=1)
     min_prompt_len: int = Field(default=512, ge=0)
     pinned: tuple[Range, ...] = ()
+    mode: Literal["evict", "draft"] = "evict"
+    draft: DraftConfig = DraftConfig()
     task: Literal["auto", "localization", "aggregation"] = "auto"
     tasks: dict[Task, dict[str, Any]] = {}
 
@@ -182,13 +202,22 @@ class CompressionConfig(_Model):
         for start, end in self.pinned:
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
+        if self.mode == "draft" and self.draft.tokens == 0:
+            raise ValueError('draft.tokens: the mode "draft" drafts at least one token per step')
+        if self.mode == "draft" and self.trigger != "end_of_prompt":
+            raise ValueError('trigger: the mode "draft" takes its view at the end of the prompt')
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
-            for key in ("task", "tasks", "layer_groups", "version"):
+            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft"):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens to draft per step over a compressed view; 0 in the mode "evict"."""
+        return self.draft.tokens if self.mode == "draft" else 0
 
     @property
     def compresses_prompts(self) -> bool:

@@ -23,7 +23,7 @@ from vllm_kvcompress.request_options import (
     named_config,
     parse_request,
 )
-from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.settings import CompressionConfig, merge_fields
 
 _MARK = "_kvcompress_wrapped"
 _FROM_CLI = "_kvcompress_from_cli"
@@ -102,6 +102,20 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             help="Fields laid over the preset, as JSON or dotted: "
             "--kv-compression-config.budget.ratio=0.25",
         )
+        group.add_argument(
+            "--kv-compression-mode",
+            choices=("evict", "draft"),
+            default=None,
+            help="evict: give the memory of evicted tokens back. draft: keep all tokens, draft "
+            "over the survivors and verify over the whole cache (lossless).",
+        )
+        group.add_argument(
+            "--kv-draft-tokens",
+            type=int,
+            default=None,
+            metavar="N",
+            help="Tokens drafted per step in the mode draft; 4 if not given.",
+        )
         return parser
 
     return add_cli_args
@@ -109,6 +123,21 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _exit_with(error: Exception) -> None:
     sys.exit(f"vllm: error: {error}")
+
+
+def _with_mode(overrides: Any, args: Any, preset: str) -> Any:
+    """Overrides with what --kv-compression-mode and --kv-draft-tokens lay over them."""
+    mode = getattr(args, "kv_compression_mode", None)
+    tokens = getattr(args, "kv_draft_tokens", None)
+    if mode is None and tokens is None:
+        return overrides
+    option = "--kv-compression-mode" if mode is not None else "--kv-draft-tokens"
+    if preset == NONE:
+        raise ConfigError(f"{option}: needs --kv-compression PRESET, whose budget a view has.")
+    fields: dict[str, Any] = {} if mode is None else {"mode": mode}
+    if tokens is not None:
+        fields["draft"] = {"tokens": tokens}
+    return merge_fields(overrides or {}, fields)
 
 
 def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +149,7 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
         text = getattr(args, "kv_compression_config", None)
         try:
             overrides = parse_json(text) if isinstance(text, str) else text
+            overrides = _with_mode(overrides, args, preset)
             config = parse_config(preset, overrides)
         except ConfigError as error:
             _exit_with(error)
@@ -150,6 +180,20 @@ def _install(vllm_config: Any, config: Any) -> None:
     vllm_config.additional_config[CONFIG_KEY] = config.to_dict()
 
 
+def _draft_carrier(given: Any, config: CompressionConfig) -> dict[str, Any]:
+    """A speculative configuration that makes vLLM verify drafts; the runner swaps the drafter.
+
+    vLLM's model runner V2 has no name for a speculator from outside. The n-gram one needs no
+    weights, and everything around it (scheduling, verification, metrics) is the same.
+    """
+    if given is not None:
+        raise ConfigError(
+            "--speculative-config: the mode draft brings its own drafts; remove it, or choose "
+            "--kv-compression-mode evict."
+        )
+    return {"method": "ngram", "num_speculative_tokens": config.num_draft_tokens}
+
+
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +204,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 return original(self, *args, **kwargs)
             from vllm.platforms import current_platform
 
+            if config.num_draft_tokens:
+                self.speculative_config = _draft_carrier(self.speculative_config, config)
             if self.block_size is None and current_platform.is_cpu():
                 self.block_size = CPU_BLOCK_SIZE
             vllm_config = original(self, *args, **kwargs)

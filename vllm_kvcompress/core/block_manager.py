@@ -39,12 +39,15 @@ class CompressedAttentionManager(FullAttentionManager):
     evicted : dict[str, int]
         Tokens evicted so far, by request id; absent means none. Always a multiple of the block
         size.
+    views : dict[str, list[KVCacheBlock]]
+        Private blocks that drafts read in the place of a request's own, held until it ends.
     """
 
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **kwargs)
         self.evicted: dict[str, int] = {}
         self._pending: dict[str, _Pending] = {}
+        self.views: dict[str, list[KVCacheBlock]] = {}
 
     # --- compaction -----------------------------------------------------------------------
 
@@ -82,6 +85,12 @@ class CompressedAttentionManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(source))
         return True
 
+    def commit_view(self, request_id: str) -> None:
+        """Keep the destinations beside the request's blocks, which stay as they are."""
+        pending = self._pending.pop(request_id, None)
+        if pending is not None:
+            self.views[request_id] = pending.destination
+
     # --- host overrides -------------------------------------------------------------------
 
     def get_num_blocks_to_allocate(  # type: ignore[no-untyped-def, override]
@@ -109,11 +118,12 @@ class CompressedAttentionManager(FullAttentionManager):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Forget the request and return all its blocks, pending destinations included."""
+        """Forget the request and return all its blocks, those of plans and views included."""
         blocks = super().pop_blocks_for_free(request_id)
         self.evicted.pop(request_id, None)
         pending = self._pending.pop(request_id, None)
-        return blocks + pending.destination if pending else blocks
+        view = self.views.pop(request_id, [])
+        return [*blocks, *view, *(pending.destination if pending else ())]
 
     # --- tests ----------------------------------------------------------------------------
 
@@ -122,6 +132,8 @@ class CompressedAttentionManager(FullAttentionManager):
         held = [block for blocks in self.req_to_blocks.values() for block in blocks]
         for pending in self._pending.values():
             held += pending.destination
+        for view in self.views.values():
+            held += view
         return held
 
     def check_integrity(self) -> None:
@@ -129,8 +141,9 @@ class CompressedAttentionManager(FullAttentionManager):
         for block in self.held_blocks():
             assert block.is_null or block.ref_cnt > 0, f"block {block.block_id} is held and free"
         private = [b.block_id for p in self._pending.values() for b in p.destination]
+        private += [block.block_id for view in self.views.values() for block in view]
         assert len(private) == len(set(private)), "a destination block has two owners"
-        for request_id in (*self.evicted, *self._pending):
+        for request_id in (*self.evicted, *self._pending, *self.views):
             assert request_id in self.req_to_blocks, f"{request_id} left its books behind"
 
 

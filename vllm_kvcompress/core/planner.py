@@ -255,6 +255,19 @@ class Planner:
         tracked.compacted_at = tracked.position
         self._rearm(tracked)
 
+    def commit_view(self, tracked: TrackedRequest) -> None:
+        """Note that a view was taken; the request itself holds what it held."""
+        tracked.counted = True
+        tracked.state = State.DONE
+
+    def num_draft_tokens(self, request_id: str) -> int:
+        """Tokens the request may draft after the current step; 0 without a view."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.config is None:
+            return 0
+        has_view = tracked.state in (State.PLANNED, State.DONE)
+        return tracked.config.num_draft_tokens if has_view else 0
+
     def _rearm(self, tracked: TrackedRequest) -> None:
         assert tracked.config is not None
         if tracked.config.compresses_while_decoding:

@@ -7,6 +7,7 @@ beforehand, so nothing here waits for the device and async scheduling cannot mak
 
 import zlib
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,7 +15,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.budgets import forced_ranges
@@ -61,6 +62,10 @@ class CompressionMixin(Scheduler):
         self.stats = CompressionStats()
         self._classifier = RequestClassifier(self.vllm_config.model_config)
         self._planned: list[str] = []
+        self.num_draft_tokens = self.compression_config.num_draft_tokens
+        if self.num_draft_tokens:
+            # Drafts write keys behind the tokens that are scheduled: their slots must exist.
+            self.num_lookahead_tokens = self.num_draft_tokens
         logger.info(savings_line(self.compression_config, self.kv_cache_config, self.max_model_len))
 
     def _read_config(self) -> CompressionConfig:
@@ -125,6 +130,7 @@ class CompressionMixin(Scheduler):
             while_decoding=tracked.while_decoding,
             seed=prompt_checksum(request),
             groups=tuple(groups),
+            is_view=tracked.config.mode == "draft",
         )
 
     def _num_certain(self, request: Request) -> int:
@@ -140,11 +146,21 @@ class CompressionMixin(Scheduler):
             tracked = self.planner.requests.get(request_id)
             if tracked is None or tracked.state is not State.PLANNED:
                 continue  # finished, aborted or preempted since; its blocks are free already
+            if tracked.config is not None and tracked.config.mode == "draft":
+                self._commit_view(request_id, tracked)
+                continue
             before = pool.get_num_free_blocks()
             for manager in self._managers:
                 manager.commit(request_id)
             self._record(tracked, pool.get_num_free_blocks() - before)
             self.planner.commit(tracked)
+
+    def _commit_view(self, request_id: str, tracked: TrackedRequest) -> None:
+        for manager in self._managers:
+            manager.commit_view(request_id)
+        lost = [each.evicted if each else 0 for each in tracked.lengths]
+        self.stats.record_view(tracked.policy, tracked.position - sum(lost) // len(lost))
+        self.planner.commit_view(tracked)
 
     def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
         taken = sum(
@@ -163,6 +179,28 @@ class CompressionMixin(Scheduler):
             first=not tracked.counted,
         )
         tracked.counted = True
+
+    # --- drafts ---------------------------------------------------------------------------
+
+    def _clip_drafts(self, request_ids: Iterable[str]) -> None:
+        """Leave each request the drafts it asked for, and none without a view to draft over."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is not None and request.spec_token_ids:
+                limit = self.planner.num_draft_tokens(request_id)
+                if len(request.spec_token_ids) > limit:
+                    request.spec_token_ids = request.spec_token_ids[:limit]
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the step's drafts, as many as each request is allowed."""
+        super().update_draft_token_ids(draft_token_ids)
+        if self.num_draft_tokens:
+            self._clip_drafts(draft_token_ids.req_ids)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self.num_draft_tokens:  # placeholders of asynchronous scheduling
+            self._clip_drafts(scheduler_output.num_scheduled_tokens)
 
     # --- host overrides -------------------------------------------------------------------
 

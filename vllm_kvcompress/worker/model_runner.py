@@ -29,12 +29,14 @@ from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
 from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, cpu_layout
 from vllm_kvcompress.worker.model_state import CompressedModelState
 from vllm_kvcompress.worker.query_taps import QueryRecorder, watch_layer
 from vllm_kvcompress.worker.timer import CompactionTimer
+from vllm_kvcompress.worker.view_speculator import ViewSpeculator
 from vllm_kvcompress.worker.warm_up import warm_up
 
 logger = init_logger(f"vllm.{__name__}")
@@ -59,6 +61,10 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state = CompressedModelState(
             self.vllm_config, self.model, self.encoder_cache, self.device
         )
+        if self.model_state.config.mode == "draft":
+            # In the place of the speculator that vLLM built for the configuration we gave it:
+            # it has no name for one of ours.
+            self.speculator = ViewSpeculator(self.vllm_config, self.model, self.device)
         self._timer = CompactionTimer(self.device)
         state = self.model_state
         recorders: list[QueryRecorder] = [state.window, state.prompt_queries, state.ring]
@@ -99,6 +105,12 @@ class CompressionRunnerMixin(GPUModelRunner):
             [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes
         )
         state = self.model_state
+        if isinstance(self.speculator, ViewSpeculator):
+            assert state.lengths is not None
+            state.views = DraftViews(self._tables.tensors, self.block_tables.block_sizes)
+            self.speculator.bind(
+                kv_cache_config, self.attn_groups, self._tables, state.views, state.lengths
+            )
         layers = self._attention_layers()
         caches = [
             LayerCache(
@@ -251,7 +263,11 @@ class CompressionRunnerMixin(GPUModelRunner):
         )
         for plan in plans:
             self.model_state.forget_queries(plan.request_id)
-            self._rewrite_row(plan, rows[plan.request_id])
+            if plan.is_view:
+                assert self.model_state.views is not None
+                self.model_state.views.add(rows[plan.request_id], plan.groups)
+            else:
+                self._rewrite_row(plan, rows[plan.request_id])
 
     def _rewrite_row(self, plan: CompactionPlan, req_index: int) -> None:
         assert self.model_state.lengths is not None

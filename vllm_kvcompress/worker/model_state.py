@@ -18,6 +18,7 @@ from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.request_options import decode_window, parse_request, resolve_request
 from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_window import QueryWindow
@@ -41,6 +42,8 @@ class CompressedModelState(DefaultModelState):
         Tasks of new requests, as the scheduler decided them.
     lengths : CompressionState or None
         Evicted tokens per row; None until the KV cache exists.
+    views : DraftViews or None
+        What drafts read; None unless the mode is "draft".
     request_configs : dict[str, CompressionConfig]
         The setting each request that will be compressed runs under.
     """
@@ -61,6 +64,7 @@ class CompressedModelState(DefaultModelState):
         )
         self.tasks: dict[str, str] = {}
         self.lengths: CompressionState | None = None
+        self.views: DraftViews | None = None
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
         self._num_layer_groups = 0
@@ -75,7 +79,7 @@ class CompressedModelState(DefaultModelState):
         """
         super().add_request(req_index, new_req_data)
         assert self.lengths is not None
-        self.lengths.reset_row(req_index)
+        self._reset_row(req_index)
         self._rows[new_req_data.req_id] = req_index
         params = new_req_data.sampling_params
         options = parse_request(params.extra_args if params else None)
@@ -102,8 +106,14 @@ class CompressedModelState(DefaultModelState):
         self.forget_queries(req_id)
         self.request_configs.pop(req_id, None)
         row = self._rows.pop(req_id, None)
-        if row is not None and self.lengths is not None:
-            self.lengths.reset_row(row)
+        if row is not None:
+            self._reset_row(row)
+
+    def _reset_row(self, req_index: int) -> None:
+        if self.lengths is not None:
+            self.lengths.reset_row(req_index)
+        if self.views is not None:
+            self.views.reset_row(req_index)
 
     def forget_queries(self, req_id: str) -> None:
         """Drop what was collected of a request's prompt."""

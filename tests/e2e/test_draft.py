@@ -1,0 +1,165 @@
+"""Draft mode: the output is stock vLLM's, whatever the view; drafts save steps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.scenarios import churn
+
+pytestmark = pytest.mark.engine
+
+DRAFT = {"mode": "draft", "draft": {"tokens": 4}, "min_prompt_len": 128}
+SNAPKV = {"preset": "snapkv", "budget": {"ratio": 0.25}, **DRAFT}
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def mixed(prompts) -> list[list[int]]:
+    """Long prompts of unequal lengths, one of a single token, one too short for a view."""
+    return [prompts[0], prompts[1][:1], prompts[2][-700:], prompts[3][:90], prompts[4][:1000]]
+
+
+@pytest.fixture(scope="module")
+def stock(probe_model: str, mixed) -> list[list[int]]:
+    with opened(probe_model, None) as engine:
+        return engine.generate(mixed, NUM_TOKENS, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(probe_model: str, stock) -> Iterator[Engine]:
+    """After `stock`: only one engine may live at a time."""
+    with opened(probe_model, SNAPKV) as engine:
+        yield engine
+
+
+def test_greedy_tokens_are_those_of_stock_vllm(engine: Engine, mixed, stock) -> None:
+    """Prefills in chunks, drafting rows, a short prompt and a single token in the same steps."""
+    before = engine.num_steps
+    assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+    assert engine.scheduler.stats.views["snapkv"] == 3
+    assert engine.num_steps - before < NUM_TOKENS + 4, "the short prompt's own steps and no more"
+    assert_idle(engine)
+
+
+def test_drafts_save_steps(engine: Engine, mixed, stock) -> None:
+    before = engine.num_steps
+    assert engine.generate(mixed[:1], NUM_TOKENS, ignore_eos=True) == stock[:1]
+    assert engine.num_steps - before <= 2 + NUM_TOKENS // 2
+    assert_idle(engine)
+
+
+def test_a_request_says_how_many_tokens_to_draft(engine: Engine, mixed, stock) -> None:
+    steps = {}
+    for count in (0, 1, 4):
+        before = engine.num_steps
+        found = engine.generate(mixed[:1], NUM_TOKENS, {"kv_draft_tokens": count}, ignore_eos=True)
+        assert found == stock[:1]
+        steps[count] = engine.num_steps - before
+    assert steps[0] >= NUM_TOKENS > steps[1] > steps[4]
+    assert engine.scheduler.stats.uncompressed["opted_out"] == 1
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("budget", [0.03, 1.0])
+def test_any_budget_gives_the_same_tokens(engine: Engine, mixed, stock, budget: float) -> None:
+    xargs = {"kv_budget_ratio": budget}
+    assert engine.generate(mixed[2:3], NUM_TOKENS, xargs, ignore_eos=True) == stock[2:3]
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("preset", ["keydiff", "streaming_llm", "h2o", "random", "rkv"])
+def test_any_policy_chooses_the_view(engine: Engine, mixed, stock, preset: str) -> None:
+    found = engine.generate(mixed[:1], NUM_TOKENS, {"kv_compression": preset}, ignore_eos=True)
+    assert found == stock[:1]
+    assert engine.scheduler.stats.views[preset.replace("_rerotated", "")] == 1
+    assert_idle(engine)
+
+
+def test_the_prompt_stays_in_the_prefix_cache(engine: Engine, mixed, stock) -> None:
+    engine.generate(mixed[4:], NUM_TOKENS, ignore_eos=True)
+    assert engine.generate(mixed[4:], NUM_TOKENS, ignore_eos=True, name="again") == stock[4:]
+    again = [result for name, result in engine.results.items() if name.startswith("again")]
+    assert again[0].num_cached_tokens >= 900
+
+
+def test_stop_tokens_inside_accepted_drafts(engine: Engine, mixed, stock) -> None:
+    stop = stock[0][6]
+    found = engine.generate(mixed[:1], NUM_TOKENS, stop_token_ids=[stop], ignore_eos=True)[0]
+    assert found == stock[0][: stock[0].index(stop) + 1]
+    assert_idle(engine)
+
+
+def test_logprobs_are_those_of_the_target(engine: Engine, mixed) -> None:
+    from vllm import SamplingParams
+
+    found = []
+    for drafts in (0, 4):
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=8,
+            logprobs=2,
+            ignore_eos=True,
+            extra_args={"kv_draft_tokens": drafts},
+        )
+        output = engine.llm.generate({"prompt_token_ids": mixed[2]}, params, use_tqdm=False)[0]
+        found.append(
+            [{t: e.logprob for t, e in each.items()} for each in output.outputs[0].logprobs]
+        )
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_churn_leaves_nothing_behind(engine: Engine) -> None:
+    report = churn(engine, 20, seed=3)
+    assert (report.blocks_missing, report.evicted_left) == (0, 0)
+    assert report.aborted_in_decode > 0
+    assert_idle(engine)
+    assert not engine.runner.model_state.views.exists.any()
+
+
+# From here on, tests open engines of their own: the shared one must be closed by then.
+
+
+def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) -> None:
+    setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
+    with opened(probe_model, setting) as engine:
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+        assert engine.scheduler.stats.views["windowkv"] == 3
+        assert_idle(engine)
+
+
+def test_preempted_requests_give_the_same_tokens(probe_model: str, mixed, stock) -> None:
+    """Views are dropped with a preempted request and taken again."""
+    with opened(probe_model, SNAPKV, num_blocks=1 + 160, max_model_len=2048) as engine:
+        engine.add("0", mixed[0], NUM_TOKENS, ignore_eos=True)
+        while engine.live()["0"].num_output_tokens < 3:
+            engine.step()
+        request = engine.live()["0"]
+        engine.scheduler.running.remove(request)
+        engine.scheduler._preempt_request(request, 0.0)
+        engine.add("1", mixed[4], NUM_TOKENS, ignore_eos=True)
+        engine.drain()
+        found = [engine.results[name].token_ids for name in ("0", "1")]
+        assert found == [stock[0], stock[4]]
+        assert engine.num_preemptions > 0
+        assert engine.scheduler.stats.views["snapkv"] == 3
+        assert_idle(engine)
+
+
+def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) -> None:
+    with opened(probe_model, SNAPKV, async_scheduling=True) as engine:
+        assert engine.core.batch_queue is not None
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+        assert_idle(engine)
+
+
+def test_speculation_beside_draft_mode_is_refused(probe_model: str) -> None:
+    ngram: Any = {"method": "ngram", "num_speculative_tokens": 2}
+    with (
+        pytest.raises(Exception, match="the mode draft brings its own drafts"),
+        opened(probe_model, SNAPKV, speculative_config=ngram),
+    ):
+        pass

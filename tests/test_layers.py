@@ -104,8 +104,11 @@ HOT = [
 
 @pytest.mark.parametrize("path", HOT, ids=[path.stem for path in HOT])
 def test_hot_paths_do_not_wait_for_the_device(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if "# waits:" in lines[node.lineno - 1]:  # with the reason why it may
+                continue
             assert node.func.attr not in ("item", "tolist", "cpu", "synchronize"), (
                 f"{path.name}:{node.lineno} calls .{node.func.attr}()"
             )

@@ -127,9 +127,14 @@ def _validate_policy(config: CompressionConfig, source: str, prefix: str) -> Non
     except ValidationError as error:
         text = _sentence(error, policy_class, source, prefix=f"{prefix}policy.")
         raise ConfigError(text) from None
+    policy = config.build_policy()
+    if config.refreshes_views and not policy.runs_while_decoding:
+        raise ConfigError(
+            f"{source}: {prefix}draft: {config.policy.name} cannot score while decoding; leave "
+            "refresh_every and refresh_below out."
+        )
     if not config.compresses_while_decoding:
         return
-    policy = config.build_policy()
     if not policy.runs_while_decoding:
         raise ConfigError(
             f"{source}: {prefix}trigger: {config.policy.name} cannot compress while decoding; "

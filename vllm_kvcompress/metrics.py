@@ -42,7 +42,7 @@ class CompressionStats:
     tasks : dict[str, int]
         Requests whose setting depends on their task, by "task/who decided".
     views : dict[str, int]
-        Views taken for drafting, by policy.
+        Views taken for drafting, by "policy/trigger": "prompt" or "refresh".
     view_tokens : dict[str, int]
         Tokens in these views, averaged over layer groups, by policy.
     deferrals : int
@@ -100,9 +100,9 @@ class CompressionStats:
         _add(self.blocks_freed, policy, max(blocks_freed, 0))
         self.kept_ratios.append((policy, kept_ratio))
 
-    def record_view(self, policy: str, num_tokens: int) -> None:
+    def record_view(self, policy: str, num_tokens: int, trigger: str) -> None:
         """Count one view of so many tokens, averaged over layer groups."""
-        _add(self.views, policy, 1)
+        _add(self.views, f"{policy}/{trigger}", 1)
         _add(self.view_tokens, policy, num_tokens)
 
     def record_task(self, task: str, decided_by: str) -> None:
@@ -153,8 +153,9 @@ class PrometheusRecorder:
         )
         self.views = Counter(
             "vllm:kv_compression_views",
-            "Compressed views of a request's cache, taken for drafting.",
-            POLICY_LABELS,
+            "Compressed views of a request's cache taken for drafting, at the end of its prompt or "
+            "again while decoding.",
+            ("policy", "trigger"),
         )
         self.view_tokens = Counter(
             "vllm:kv_compression_view_tokens",
@@ -179,10 +180,10 @@ class PrometheusRecorder:
 
     def record(self, snapshot: dict[str, Any]) -> None:
         """Add one `CompressionStats.snapshot`."""
-        for name in ("requests", "blocks_freed", "views", "view_tokens"):
+        for name in ("requests", "blocks_freed", "view_tokens"):
             for policy, count in snapshot.get(name, {}).items():
                 getattr(self, name).labels(policy).inc(count)
-        for name in ("compactions", "tokens_evicted", "tasks"):
+        for name in ("compactions", "tokens_evicted", "tasks", "views"):
             for key, count in snapshot.get(name, {}).items():
                 getattr(self, name).labels(*key.rsplit("/", 1)).inc(count)
         for reason, count in snapshot.get("uncompressed", {}).items():

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_kvcompress.config import NONE, did_you_mean, parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.plans import RequestOptions
-from vllm_kvcompress.settings import BudgetConfig, CompressionConfig, DraftConfig
+from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
 REQUEST_KEYS = (
     "kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task", "kv_draft_tokens",
@@ -157,10 +157,9 @@ def resolve_request(
         assert task is not None, "the setting depends on the task, and none was chosen"
         config = config.by_task[task]
     update: dict[str, Any] = {}
-    if config is not server and server.mode == "draft":
-        update |= {"mode": server.mode, "draft": server.draft, "trigger": server.trigger}
+    config = _in_mode_of(server, config)
     if options.draft_tokens is not None:
-        update["draft"] = DraftConfig(tokens=options.draft_tokens)
+        update["draft"] = server.draft.model_copy(update={"tokens": options.draft_tokens})
     if options.budget_ratio is not None:
         update["budget"] = BudgetConfig(ratio=options.budget_ratio, floor=config.budget.floor)
     if options.budget_tokens is not None:
@@ -170,12 +169,21 @@ def resolve_request(
     return config.model_copy(update=update) if update else config
 
 
+def _in_mode_of(server: CompressionConfig, config: CompressionConfig) -> CompressionConfig:
+    """A preset that a request named, in the server's mode."""
+    if config is server or server.mode == "evict":
+        return config
+    fields = {"mode": server.mode, "draft": server.draft, "trigger": server.trigger}
+    return config.model_copy(update=fields)
+
+
 def decode_window(config: CompressionConfig) -> int:
     """Queries per request that must be kept while decoding; 0 if none."""
     variants = list(config.by_task.values()) or [config]
     return max(
         each.observation_window
-        if each.compresses_while_decoding and each.build_policy().queries.value != "none"
+        if (each.compresses_while_decoding or each.refreshes_views)
+        and each.build_policy().queries.value != "none"
         else 0
         for each in variants
     )
@@ -206,8 +214,8 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
     if options.task is not None and not config.tasks:
         name = options.preset or "this server's setting"
         raise ConfigError(f"kv_task: {name} does not depend on the task; leave it out.")
-    needed, kept = decode_window(config), decode_window(server)
-    if needed > kept and server.mode == "evict":
+    needed, kept = decode_window(_in_mode_of(server, config)), decode_window(server)
+    if needed > kept:
         raise ConfigError(
             f"kv_compression: {options.preset} reads {needed} queries while decoding and this "
             f"server keeps {kept}; start it with --kv-compression {options.preset}, or choose a "

@@ -126,10 +126,32 @@ class DraftConfig(_Model):
     Attributes
     ----------
     tokens : int, default 4
-        Tokens drafted per step; 0 drafts none.
+        Most tokens drafted per step; 0 drafts none.
+    adaptive : bool, default False
+        Let every request draft as many tokens as its last steps had accepted, and one more.
+    min_confidence : float, default 0
+        Stop a step's drafts at the first one to which the draft gives a lower probability. Costs
+        one wait for the device per draft step, if above 0.
+    sample : {"greedy", "probabilistic"}
+        Whether drafts of requests with a temperature are drawn from the draft's distribution, which
+        the verification then knows, or are its best tokens. Either is exact.
+    refresh_every : int or None
+        Take a new view after so many tokens; None never.
+    refresh_below : float or None
+        Take a new view when the running share of accepted drafts falls below this; None never.
     """
 
     tokens: int = Field(default=4, ge=0, le=16)
+    adaptive: bool = False
+    min_confidence: float = Field(default=0.0, ge=0, lt=1)
+    sample: Literal["greedy", "probabilistic"] = "greedy"
+    refresh_every: int | None = Field(default=None, ge=1)
+    refresh_below: float | None = Field(default=None, gt=0, lt=1)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether views are ever taken again."""
+        return self.refresh_every is not None or self.refresh_below is not None
 
 
 class PolicyConfig(BaseModel):
@@ -218,6 +240,11 @@ class CompressionConfig(_Model):
     def num_draft_tokens(self) -> int:
         """Tokens to draft per step over a compressed view; 0 in the mode "evict"."""
         return self.draft.tokens if self.mode == "draft" else 0
+
+    @property
+    def refreshes_views(self) -> bool:
+        """Whether views are taken again while decoding."""
+        return self.mode == "draft" and self.draft.refreshes
 
     @property
     def compresses_prompts(self) -> bool:

@@ -191,7 +191,11 @@ def _draft_carrier(given: Any, config: CompressionConfig) -> dict[str, Any]:
             "--speculative-config: the mode draft brings its own drafts; remove it, or choose "
             "--kv-compression-mode evict."
         )
-    return {"method": "ngram", "num_speculative_tokens": config.num_draft_tokens}
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": config.num_draft_tokens,
+        "draft_sample_method": config.draft.sample,
+    }
 
 
 def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_stock_vllm(engine: Engine, mixed, stock) -> 
     """Prefills in chunks, drafting rows, a short prompt and a single token in the same steps."""
     before = engine.num_steps
     assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
-    assert engine.scheduler.stats.views["snapkv"] == 3
+    assert engine.scheduler.stats.views["snapkv/prompt"] == 3
     assert engine.num_steps - before < NUM_TOKENS + 4, "the short prompt's own steps and no more"
     assert_idle(engine)
 
@@ -74,7 +74,7 @@ def test_any_budget_gives_the_same_tokens(engine: Engine, mixed, stock, budget: 
 def test_any_policy_chooses_the_view(engine: Engine, mixed, stock, preset: str) -> None:
     found = engine.generate(mixed[:1], NUM_TOKENS, {"kv_compression": preset}, ignore_eos=True)
     assert found == stock[:1]
-    assert engine.scheduler.stats.views[preset.replace("_rerotated", "")] == 1
+    assert engine.scheduler.stats.views[f"{preset}/prompt"] == 1
     assert_idle(engine)
 
 
@@ -112,6 +112,14 @@ def test_logprobs_are_those_of_the_target(engine: Engine, mixed) -> None:
         assert one == pytest.approx(other, abs=1e-4)
 
 
+def test_the_longest_draft_of_a_batch_is_made(engine: Engine, mixed, stock) -> None:
+    """Two requests that ask for one and for four drafts share a step."""
+    each = [{"kv_draft_tokens": 1}, {"kv_draft_tokens": 4}]
+    found = engine.generate([mixed[0], mixed[4]], NUM_TOKENS, each, ignore_eos=True)
+    assert found == [stock[0], stock[4]]
+    assert_idle(engine)
+
+
 def test_churn_leaves_nothing_behind(engine: Engine) -> None:
     report = churn(engine, 20, seed=3)
     assert (report.blocks_missing, report.evicted_left) == (0, 0)
@@ -127,7 +135,7 @@ def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) ->
     setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
     with opened(probe_model, setting) as engine:
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
-        assert engine.scheduler.stats.views["windowkv"] == 3
+        assert engine.scheduler.stats.views["windowkv/prompt"] == 3
         assert_idle(engine)
 
 
@@ -145,7 +153,24 @@ def test_preempted_requests_give_the_same_tokens(probe_model: str, mixed, stock)
         found = [engine.results[name].token_ids for name in ("0", "1")]
         assert found == [stock[0], stock[4]]
         assert engine.num_preemptions > 0
-        assert engine.scheduler.stats.views["snapkv"] == 3
+        assert engine.scheduler.stats.views["snapkv/prompt"] == 3
+        assert_idle(engine)
+
+
+ADAPTIVE = {"tokens": 6, "adaptive": True, "min_confidence": 0.6}
+REFRESHED = {"tokens": 4, "refresh_every": 8, "refresh_below": 0.5, "sample": "probabilistic"}
+
+
+@pytest.mark.parametrize("draft", [ADAPTIVE, REFRESHED], ids=["adaptive", "refreshed"])
+def test_variants_of_drafting_give_the_same_tokens(probe_model, mixed, stock, draft: dict) -> None:
+    setting = {**SNAPKV, "budget": {"ratio": 0.06}, "draft": draft}
+    with opened(probe_model, setting) as engine:
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+        refreshed = engine.scheduler.stats.views.get("snapkv/refresh", 0)
+        assert (refreshed >= 3) == ("refresh_every" in draft)
+        assert_idle(engine)
+        report = churn(engine, 12, seed=4)
+        assert (report.blocks_missing, report.evicted_left) == (0, 0)
         assert_idle(engine)
 
 

@@ -88,6 +88,9 @@ class CompressedAttentionManager(FullAttentionManager):
     def commit_view(self, request_id: str) -> None:
         """Keep the destinations beside the request's blocks, which stay as they are."""
         pending = self._pending.pop(request_id, None)
+        # What was read before this view may be handed out at once: drafts of later steps alone
+        # could write there, and they follow the copy on the device.
+        self.block_pool.free_blocks(reversed(self.views.pop(request_id, [])))
         if pending is not None:
             self.views[request_id] = pending.destination
 

@@ -14,6 +14,9 @@ alone triggers nothing while decoding.
 A request that is DUE while the pool has no room for its survivors is tried again every step. What
 the end of its prompt will compact does not change meanwhile; a compaction while decoding takes in
 the tokens that came since, because the queries that the policy reads are the most recent ones.
+
+In the mode "draft" a compaction takes a view and the request keeps what it holds: from PLANNED it
+goes to VIEWED, and back to PLANNED whenever a new view is due.
 """
 
 from dataclasses import dataclass, field
@@ -25,9 +28,13 @@ from vllm_kvcompress.budgets import (
     next_lengths,
     permanent_ranges,
 )
+from vllm_kvcompress.core.draft_history import DraftHistory
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
 from vllm_kvcompress.settings import CompressionConfig
+
+MIN_STEPS = 4
+"""Verifications before a view's share of accepted drafts counts."""
 
 
 class State(Enum):
@@ -37,6 +44,7 @@ class State(Enum):
     DUE = "due"
     PLANNED = "planned"
     DONE = "done"
+    VIEWED = "viewed"
     SKIPPED = "skipped"
 
 
@@ -73,6 +81,10 @@ class TrackedRequest:
         Sequence length of the compaction that is due or planned.
     lengths : list[GroupLengths or None]
         Its lengths, one entry per layer group.
+    drafts : DraftHistory or None
+        How drafts over its view fare; None without one.
+    viewed_at : int
+        Sequence length at which its view was taken.
     counted : bool
         Whether it has been compressed at least once, before a preemption too.
     """
@@ -87,6 +99,8 @@ class TrackedRequest:
     lengths: list[GroupLengths | None] = field(default_factory=list)
     state: State = State.ARMED
     skip_reason: str | None = None
+    drafts: DraftHistory | None = None
+    viewed_at: int = 0
     counted: bool = False
     was_under_budget: bool = False
 
@@ -147,6 +161,7 @@ class Planner:
         prompt_len = tracked.prompt_len
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
+        tracked.drafts = None
         tracked.state = State.ARMED
         lengths = compaction_lengths(prompt_len, config, self.num_layer_groups, self.block_size)
         if any(lengths):
@@ -221,6 +236,9 @@ class Planner:
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:
         """Record how many tokens' keys are certain after this step; True if a compaction is due."""
+        tracked = self.requests.get(request_id)
+        if tracked is not None and tracked.state is State.VIEWED:
+            return self._note_view(tracked, num_certain)
         tracked = self.waiting(request_id)
         if tracked is None or num_certain < tracked.next_at:
             return False
@@ -255,18 +273,59 @@ class Planner:
         tracked.compacted_at = tracked.position
         self._rearm(tracked)
 
+    # --- views ----------------------------------------------------------------------------
+
+    def _note_view(self, tracked: TrackedRequest, num_certain: int) -> bool:
+        """Whether a new view is due. It may be taken at any length, of the whole cache."""
+        assert tracked.config is not None and tracked.drafts is not None
+        draft, age = tracked.config.draft, num_certain - tracked.viewed_at
+        is_old = draft.refresh_every is not None and age >= draft.refresh_every
+        is_poor = (
+            draft.refresh_below is not None
+            and tracked.drafts.num_steps >= MIN_STEPS
+            and tracked.drafts.rate < draft.refresh_below
+        )
+        if not is_old and not is_poor:
+            return False
+        tracked.position = num_certain
+        tracked.lengths = self._lengths(tracked, tracked.config)
+        return any(tracked.lengths)
+
+    def start_view(self, tracked: TrackedRequest) -> None:
+        """Note that the current step takes a view, which the drafts behind it will read."""
+        assert tracked.config is not None
+        tracked.viewed_at = tracked.position
+        length = tracked.drafts.length if tracked.drafts is not None else 0
+        tracked.drafts = DraftHistory(tracked.config.num_draft_tokens, length)
+
     def commit_view(self, tracked: TrackedRequest) -> None:
         """Note that a view was taken; the request itself holds what it held."""
         tracked.counted = True
-        tracked.state = State.DONE
+        tracked.state = State.VIEWED
 
     def num_draft_tokens(self, request_id: str) -> int:
         """Tokens the request may draft after the current step; 0 without a view."""
         tracked = self.requests.get(request_id)
-        if tracked is None or tracked.config is None:
+        if tracked is None or tracked.config is None or tracked.drafts is None:
             return 0
-        has_view = tracked.state in (State.PLANNED, State.DONE)
-        return tracked.config.num_draft_tokens if has_view else 0
+        return tracked.drafts.length if tracked.config.draft.adaptive else tracked.drafts.limit
+
+    def num_draft_steps(self, request_id: str) -> int:
+        """Drafts worth making in this step, whose own verification may lengthen them by one."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.config is None or tracked.drafts is None:
+            return 0
+        drafts = tracked.drafts
+        adaptive = tracked.config.draft.adaptive
+        return min(drafts.length + 1, drafts.limit) if adaptive else drafts.limit
+
+    def observe_drafts(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
+        """Count one verification of a request's drafts."""
+        tracked = self.requests.get(request_id)
+        if tracked is not None and tracked.drafts is not None:
+            tracked.drafts.observe(num_drafts, num_accepted)
+
+    # --- after a compaction ---------------------------------------------------------------
 
     def _rearm(self, tracked: TrackedRequest) -> None:
         assert tracked.config is not None

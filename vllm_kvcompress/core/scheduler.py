@@ -100,6 +100,9 @@ class CompressionMixin(Scheduler):
             for new in output.scheduled_new_reqs
             if (tracked := self.planner.requests[new.req_id]).task is not None
         }
+        if self.num_draft_tokens:
+            steps = [self.planner.num_draft_steps(each) for each in output.num_scheduled_tokens]
+            output.kv_draft_steps = max(steps, default=0)  # type: ignore[attr-defined]
         if tasks:
             output.kv_compression_tasks = tasks  # type: ignore[attr-defined]
         return output
@@ -116,6 +119,8 @@ class CompressionMixin(Scheduler):
             self.stats.deferrals += 1
             return None
         tracked.state = State.PLANNED
+        if tracked.config.mode == "draft":
+            self.planner.start_view(tracked)
         self._planned.append(request_id)
         caches = self.planner.current_caches(tracked)
         window = tracked.config.observation_window
@@ -127,7 +132,7 @@ class CompressionMixin(Scheduler):
         return CompactionPlan(
             request_id=request_id,
             position=tracked.position,
-            while_decoding=tracked.while_decoding,
+            while_decoding=tracked.position > tracked.prompt_len,
             seed=prompt_checksum(request),
             groups=tuple(groups),
             is_view=tracked.config.mode == "draft",
@@ -159,7 +164,9 @@ class CompressionMixin(Scheduler):
         for manager in self._managers:
             manager.commit_view(request_id)
         lost = [each.evicted if each else 0 for each in tracked.lengths]
-        self.stats.record_view(tracked.policy, tracked.position - sum(lost) // len(lost))
+        held = tracked.position - sum(lost) // len(lost)
+        is_first = tracked.position == tracked.prompt_len
+        self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
         self.planner.commit_view(tracked)
 
     def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
@@ -190,6 +197,13 @@ class CompressionMixin(Scheduler):
                 limit = self.planner.num_draft_tokens(request_id)
                 if len(request.spec_token_ids) > limit:
                     request.spec_token_ids = request.spec_token_ids[:limit]
+
+    def _observe_drafts(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
+        """A verification yields one token more than it accepts; none for a request that is gone."""
+        for request_id, drafts in output.scheduled_spec_decode_tokens.items():
+            sampled = results.sampled_token_ids[results.req_id_to_index[request_id]]
+            if drafts and len(sampled):
+                self.planner.observe_drafts(request_id, len(drafts), len(sampled) - 1)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Take the step's drafts, as many as each request is allowed."""
@@ -254,6 +268,8 @@ class CompressionMixin(Scheduler):
     ) -> Any:
         """Take the worker's timings along."""
         self.stats.seconds += getattr(model_runner_output, "kv_compression_seconds", ())
+        if self.num_draft_tokens:
+            self._observe_drafts(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -125,21 +125,36 @@ class Replay:
         `seed` is what the scheduler
         makes of the prompt, for policies that draw random numbers.
         """
-        cache = DynamicCache(config=self.model.config)
-        rows = self._compressed(prompt, config, seed)
-        for layer, (keys, values) in enumerate(rows):
-            cache.update(keys[None].clone(), values[None].clone(), layer)
+        cache = self.view(prompt, config, seed)
         tokens = [prompt.first_token]
         while len(tokens) < max_tokens:
             position = len(prompt.token_ids) + len(tokens) - 1
-            output = self.model(
-                torch.tensor([tokens[-1:]]),
-                past_key_values=cache,
-                position_ids=torch.tensor([[position]]),
-                use_cache=True,
-            )
-            tokens.append(int(output.logits[0, -1].argmax()))
+            tokens.append(self.next_token(cache, tokens[-1], position))
         return tokens
+
+    @torch.inference_mode()
+    def view(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
+    ) -> DynamicCache:
+        """A cache of what `config` keeps of the prompt; None keeps all. The prompt stays as it is.
+
+        Per layer [1, KV, kept, D]; layers may keep different numbers of tokens.
+        """
+        cache = DynamicCache(config=self.model.config)
+        for layer, (keys, values) in enumerate(self._compressed(prompt, config, seed)):
+            cache.update(keys[None].clone(), values[None].clone(), layer)
+        return cache
+
+    @torch.inference_mode()
+    def next_token(self, cache: DynamicCache, token: int, position: int) -> int:
+        """The greedy token behind `token`, whose keys and values are appended to the cache."""
+        output = self.model(
+            torch.tensor([[token]]),
+            past_key_values=cache,
+            position_ids=torch.tensor([[position]]),
+            use_cache=True,
+        )
+        return int(output.logits[0, -1].argmax())
 
     def _compressed(
         self, prompt: Prefilled, config: CompressionConfig | None, seed: int

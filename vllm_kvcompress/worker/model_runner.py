@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -64,7 +65,9 @@ class CompressionRunnerMixin(GPUModelRunner):
         if self.model_state.config.mode == "draft":
             # In the place of the speculator that vLLM built for the configuration we gave it:
             # it has no name for one of ours.
-            self.speculator = ViewSpeculator(self.vllm_config, self.model, self.device)
+            self.speculator = ViewSpeculator(
+                self.vllm_config, self.model, self.model_state, self.device
+            )
         self._timer = CompactionTimer(self.device)
         state = self.model_state
         recorders: list[QueryRecorder] = [state.window, state.prompt_queries, state.ring]
@@ -108,9 +111,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         if isinstance(self.speculator, ViewSpeculator):
             assert state.lengths is not None
             state.views = DraftViews(self._tables.tensors, self.block_tables.block_sizes)
-            self.speculator.bind(
-                kv_cache_config, self.attn_groups, self._tables, state.views, state.lengths
-            )
+            self.speculator.bind(kv_cache_config, self.attn_groups, self._tables)
         layers = self._attention_layers()
         caches = [
             LayerCache(
@@ -237,6 +238,7 @@ class CompressionRunnerMixin(GPUModelRunner):
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Run the step, then compact what the scheduler planned for it."""
         self.model_state.tasks.update(getattr(scheduler_output, "kv_compression_tasks", {}))
+        self.model_state.num_draft_steps = getattr(scheduler_output, "kv_draft_steps", 0)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         self.model_state.window.end_batch()
         if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
@@ -278,6 +280,17 @@ class CompressionRunnerMixin(GPUModelRunner):
             self.block_tables.block_tables[group].stage_write(req_index, 0, row)
             self.block_tables.num_blocks.np[group, req_index] = len(row)
             self.model_state.lengths.add_evicted(group, req_index, group_plan.lengths.evicted)
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Tell a scheduler that waits for them how many drafts each request really has."""
+        drafts = super().take_draft_token_ids()
+        if drafts is not None and isinstance(self.speculator, ViewSpeculator):
+            counts = self.speculator.counts
+            drafts.draft_token_ids = [
+                tokens[: counts.get(request_id, 0)]
+                for request_id, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
+            ]
+        return drafts
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Send the compaction times with the step's output."""

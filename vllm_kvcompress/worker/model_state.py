@@ -44,6 +44,8 @@ class CompressedModelState(DefaultModelState):
         Evicted tokens per row; None until the KV cache exists.
     views : DraftViews or None
         What drafts read; None unless the mode is "draft".
+    num_draft_steps : int
+        Draft steps worth making behind the current step.
     request_configs : dict[str, CompressionConfig]
         The setting each request that will be compressed runs under.
     """
@@ -65,6 +67,7 @@ class CompressedModelState(DefaultModelState):
         self.tasks: dict[str, str] = {}
         self.lengths: CompressionState | None = None
         self.views: DraftViews | None = None
+        self.num_draft_steps = 0
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
         self._num_layer_groups = 0

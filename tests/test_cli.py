@@ -101,3 +101,50 @@ def test_a_refusal_from_the_command_line_is_one_sentence_too(probe_model: str) -
     )
     with pytest.raises(SystemExit, match="remove --disable-hybrid-kv-cache-manager"):
         args.create_engine_config()
+
+
+def test_draft_mode(probe_model: str) -> None:
+    found = setting(
+        probe_model,
+        "--kv-compression", "snapkv", "--kv-compression-mode", "draft", "--kv-draft-tokens", "3",
+        "--kv-compression-config.draft.adaptive=true",
+    )  # fmt: skip
+    assert found["mode"] == "draft"
+    assert (found["draft"]["tokens"], found["draft"]["adaptive"]) == (3, True)
+    args = engine_args(probe_model, "--kv-compression", "snapkv", "--kv-compression-mode", "draft")
+    config = args.create_engine_config()
+    assert config.num_speculative_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kv-compression-mode", "draft"], ["--kv-compression-mode", "--kv-compression PRESET"]),
+        (["--kv-draft-tokens", "2"], ["--kv-draft-tokens", "--kv-compression PRESET"]),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-mode", "draft"]
+            + ["--kv-draft-tokens", "0"],
+            ["draft.tokens", "at least one token"],
+        ),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-mode", "draft"]
+            + ["--kv-draft-tokens", "17"],
+            ["draft.tokens", "16"],
+        ),
+    ],
+)
+def test_draft_options_that_make_no_sense(probe_model: str, options, words) -> None:
+    with pytest.raises(SystemExit) as error:
+        engine_args(probe_model, *options)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_draft_mode_brings_its_own_speculation(probe_model: str) -> None:
+    args = engine_args(
+        probe_model,
+        "--kv-compression", "snapkv", "--kv-compression-mode", "draft",
+        "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}',
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="--speculative-config: the mode draft"):
+        args.create_engine_config()

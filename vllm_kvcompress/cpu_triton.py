@@ -58,6 +58,23 @@ def _cast_masks(builder_class: Any) -> None:
     builder_class._kvcompress_casts_masks = True
 
 
+def _add_log1p() -> None:
+    """Give the interpreter libdevice's log1p, which vLLM's rejection sampler calls.
+
+    Functions of libdevice are names for a compiler; interpreted, they return nothing at all.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    def log1p(x: Any, _semantic: Any = None) -> Any:
+        handle = x.handle
+        return tl.tensor(TensorHandle(np.log1p(handle.data), handle.dtype), x.type)
+
+    libdevice.log1p = log1p
+
+
 def _choose_interpreter() -> None:
     """Make ``triton.jit`` hand out interpreted functions, those of Triton's own library included.
 
@@ -99,3 +116,4 @@ def register() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
 
     _cast_masks(InterpreterBuilder)
+    _add_log1p()

@@ -278,3 +278,29 @@ def test_a_request_must_fit_the_server() -> None:
     check_fits_server(
         snapkv, parse_request({"kv_task": "aggregation", "kv_compression": "windowkv"})
     )
+
+
+def test_a_request_on_a_drafting_server() -> None:
+    server = parse_config({"preset": "snapkv", "mode": "draft", "draft": {"tokens": 4}})
+    own = resolve_request(server, parse_request({"kv_draft_tokens": 2}))
+    assert (own.num_draft_tokens, own.mode) == (2, "draft")
+    other = resolve_request(server, parse_request({"kv_compression": "rkv"}))
+    assert (other.policy.name, other.mode, other.num_draft_tokens) == ("rkv", "draft", 4)
+    assert other.trigger == "end_of_prompt", "whatever the preset does where tokens are evicted"
+    check_fits_server(server, parse_request({"kv_compression": "rkv"}))
+    assert resolve_request(server, parse_request({"kv_draft_tokens": 0})) is None
+    with pytest.raises(ConfigError, match="at most 4"):
+        check_fits_server(server, parse_request({"kv_draft_tokens": 5}))
+    evicting = parse_config("snapkv")
+    with pytest.raises(ConfigError, match="--kv-compression-mode draft"):
+        check_fits_server(evicting, parse_request({"kv_draft_tokens": 2}))
+    with pytest.raises(ConfigError, match="whole number"):
+        parse_request({"kv_draft_tokens": 1.5})
+
+
+def test_what_the_mode_draft_cannot_do() -> None:
+    draft = {"mode": "draft", "budget": {"ratio": 0.1}}
+    with pytest.raises(ConfigError, match="end of the prompt"):
+        parse_config({**draft, "preset": "rkv"})
+    with pytest.raises(ConfigError, match="refresh_every"):
+        parse_config({**draft, "preset": "h2o", "draft": {"refresh_every": 64}})

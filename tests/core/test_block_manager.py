@@ -175,3 +175,42 @@ def test_any_order_of_events_keeps_the_books(events) -> None:
     for name in list(books.req_to_blocks):
         books.free(name)
     assert books.block_pool.get_num_free_blocks() == 63
+
+
+def test_a_view_is_held_beside_the_requests_blocks() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    own = list(books.req_to_blocks["r"])
+    plan = plan_of(books, "r", 144, 32)
+    books.commit_view("r")
+    assert books.req_to_blocks["r"] == own and not books.evicted
+    assert [block.block_id for block in books.views["r"]] == list(plan.destination_blocks)
+    assert books.block_pool.get_num_free_blocks() == 32 - 12
+    books.check_integrity()
+    assert not books.commit("r"), "nothing is pending"
+
+
+def test_a_new_view_frees_the_old_one() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    plan_of(books, "r", 144, 32)
+    books.commit_view("r")
+    second = plan_of(books, "r", 144, 48)
+    assert books.block_pool.get_num_free_blocks() == 32 - 10 - 2 - 3
+    books.check_integrity()
+    books.commit_view("r")
+    assert [block.block_id for block in books.views["r"]] == list(second.destination_blocks)
+    assert books.block_pool.get_num_free_blocks() == 32 - 10 - 3
+
+
+def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    plan_of(books, "r", 144, 32)
+    books.commit_view("r")
+    plan_of(books, "r", 144, 16)
+    assert len(books.held_blocks()) == 10 + 2 + 1
+    books.block_pool.free_blocks(books.pop_blocks_for_free("r"))
+    assert books.block_pool.get_num_free_blocks() == 32
+    assert not books.views and not books.held_blocks()
+    books.check_integrity()

@@ -187,3 +187,79 @@ def test_policies_that_read_whole_prompts_take_no_cached_tokens() -> None:
     plan = planner("h2o")
     add(plan, 2000)
     assert plan.max_cached_tokens("r") == 0
+
+
+# --- views --------------------------------------------------------------------------------
+
+
+def drafting(**draft) -> Planner:
+    fields = {"mode": "draft", "draft": {"tokens": 4, **draft}, "budget": {"tokens": 512}}
+    return planner("keydiff", **fields)
+
+
+def take_view(plan: Planner, num_certain: int) -> None:
+    assert plan.note_progress("r", num_certain)
+    tracked = plan.requests["r"]
+    tracked.state = State.PLANNED
+    plan.start_view(tracked)
+    plan.commit_view(tracked)
+
+
+def test_a_request_drafts_from_its_view_on() -> None:
+    plan = drafting()
+    tracked = add(plan, 2000)
+    assert plan.num_draft_tokens("r") == plan.num_draft_steps("r") == 0
+    take_view(plan, 2000)
+    assert tracked.state is State.VIEWED and tracked.viewed_at == 2000
+    assert plan.num_draft_tokens("r") == plan.num_draft_steps("r") == 4
+    assert not plan.note_progress("r", 9000), "views are not taken again unless asked for"
+    assert plan.clip_chunk("r", 2000, 5, 2001) == 5, "drafts run on"
+    plan.restart("r")
+    assert tracked.state is State.ARMED and plan.num_draft_tokens("r") == 0
+
+
+def test_drafting_nothing_is_opting_out() -> None:
+    tracked = add(drafting(), 2000, {"kv_draft_tokens": 0})
+    assert tracked.skip_reason == SkipReason.OPTED_OUT
+
+
+def test_a_request_may_ask_for_fewer_drafts() -> None:
+    plan = drafting()
+    add(plan, 2000, {"kv_draft_tokens": 2})
+    take_view(plan, 2000)
+    assert plan.num_draft_tokens("r") == 2
+
+
+def test_adaptive_lengths_follow_acceptance() -> None:
+    plan = drafting(adaptive=True)
+    add(plan, 2000)
+    take_view(plan, 2000)
+    plan.observe_drafts("r", 4, 1)
+    assert (plan.num_draft_tokens("r"), plan.num_draft_steps("r")) == (2, 3)
+    plan.observe_drafts("nobody", 4, 1)
+
+
+def test_a_view_is_taken_again_after_so_many_tokens_of_the_whole_cache() -> None:
+    plan = drafting(refresh_every=100)
+    tracked = add(plan, 2000)
+    take_view(plan, 2000)
+    first = tracked.lengths
+    assert not plan.note_progress("r", 2099)
+    take_view(plan, 2103)
+    assert tracked.viewed_at == 2103
+    assert [each.region_len for each in tracked.lengths] == [2103 // 32 * 32] * 2
+    assert tracked.lengths[0].kept_len <= first[0].kept_len + 32, "the budget stays"
+    assert not plan.note_progress("r", 2202)
+    assert plan.note_progress("r", 2203)
+
+
+def test_a_view_is_taken_again_when_drafts_fare_badly() -> None:
+    plan = drafting(refresh_below=0.5)
+    add(plan, 2000)
+    take_view(plan, 2000)
+    for _ in range(3):
+        plan.observe_drafts("r", 4, 0)
+        assert not plan.note_progress("r", 2050), "too early to tell"
+    plan.observe_drafts("r", 4, 0)
+    take_view(plan, 2050)
+    assert not plan.note_progress("r", 2060), "the new view starts with a clean record"

@@ -39,9 +39,6 @@ NOT_MEASURED = "not measured"
 Times = tuple[float, float, float]
 """Milliseconds: median, 20th and 80th percentile."""
 
-PRESETS = {"windowkv": (GROUPS, 16), "snapkv": (0, 64), "keydiff": (0, 0)}
-"""Layers that are scored (0: all), and queries they are scored with."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -175,13 +172,16 @@ def _paged_bytes(s: Shape) -> int:
     return 2 * s.batch * kept * s.row + 2 * _queries(s, 1)
 
 
+# Bytes of scoring a whole prompt: layers that are scored, and queries they are scored with.
+PRESETS: dict[str, Callable[[Shape], int]] = {
+    "windowkv": lambda s: GROUPS * _window_bytes(s, 16),
+    "snapkv": lambda s: s.layers * _token_bytes(s, 64),
+    "keydiff": lambda s: s.layers * _token_bytes(s, 0),
+}
+
+
 def _prompt_bytes(s: Shape, preset: str) -> int:
-    scored, window = PRESETS[preset]
-    if preset == "windowkv":
-        scores = scored * _window_bytes(s, window)
-    else:
-        scores = s.layers * _token_bytes(s, window)
-    return scores + _select_bytes(s) + _compact_bytes(s)
+    return PRESETS[preset](s) + _select_bytes(s) + _compact_bytes(s)
 
 
 def _cache_memory(s: Shape) -> int:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from vllm_kvcompress.plans import GroupPlan
 
@@ -35,8 +34,11 @@ class DraftViews:
         self.block_tables, self.block_sizes = list(block_tables), list(block_sizes)
         num_groups, num_rows = len(self.block_tables), self.block_tables[0].shape[0]
         self.blocks = [torch.zeros_like(table) for table in self.block_tables]
-        self.kept = UvaBackedTensor((num_groups, num_rows), dtype=torch.int32)
-        self.dropped = UvaBackedTensor((num_groups, num_rows), dtype=torch.int32)
+        device = self.block_tables[0].device
+        self._kept_np = np.zeros((num_groups, num_rows), dtype=np.int32)
+        self._dropped_np = np.zeros((num_groups, num_rows), dtype=np.int32)
+        self._kept = torch.zeros(num_groups, num_rows, dtype=torch.int32, device=device)
+        self._dropped = torch.zeros_like(self._kept)
         self.exists = np.zeros(num_rows, dtype=bool)
         self._dirty = False
 
@@ -47,8 +49,8 @@ class DraftViews:
             evicted = plan.lengths.evicted if plan is not None else 0
             ids = torch.tensor(block_ids, dtype=torch.int32)
             self.blocks[group][req_index, : len(block_ids)] = ids.to(self.blocks[group].device)
-            self.kept.np[group, req_index] = len(block_ids)
-            self.dropped.np[group, req_index] = evicted // self.block_sizes[group]
+            self._kept_np[group, req_index] = len(block_ids)
+            self._dropped_np[group, req_index] = evicted // self.block_sizes[group]
         self.exists[req_index] = True
         self._dirty = True
 
@@ -59,23 +61,23 @@ class DraftViews:
     def begin(self) -> None:
         """Send what `add` changed to the device, before the step's first `table`."""
         if self._dirty:
-            self.kept.copy_to_uva()
-            self.dropped.copy_to_uva()
+            self._kept.copy_(torch.from_numpy(self._kept_np))
+            self._dropped.copy_(torch.from_numpy(self._dropped_np))
             self._dirty = False
 
     def table(self, group: int, rows: torch.Tensor) -> torch.Tensor:
         """Block table [d, P] int32 of the views of [d] int64 request rows."""
         own = self.block_tables[group][rows]
         columns = torch.arange(own.shape[1], device=own.device)
-        kept = self.kept.gpu[group][rows][:, None]
-        source = columns + self.dropped.gpu[group][rows][:, None]
+        kept = self._kept[group][rows][:, None]
+        source = columns + self._dropped[group][rows][:, None]
         tail = own.gather(1, source.clamp(max=own.shape[1] - 1).long())
         return torch.where(columns < kept, self.blocks[group][rows], tail)
 
     def num_dropped(self, group: int, rows: torch.Tensor) -> torch.Tensor:
         """[d] int32: tokens of the cache that views of these rows leave out."""
-        return self.dropped.gpu[group][rows] * self.block_sizes[group]
+        return self._dropped[group][rows] * self.block_sizes[group]
 
     def num_dropped_np(self, group: int, rows: np.ndarray) -> np.ndarray:
         """`num_dropped` on the host."""
-        return self.dropped.np[group, rows] * self.block_sizes[group]
+        return self._dropped_np[group, rows] * self.block_sizes[group]

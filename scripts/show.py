@@ -5,9 +5,10 @@
     python scripts/show.py pool      steps and preemptions in a pool that is too small
     python scripts/show.py churn     what 200 mixed requests leave behind
     python scripts/show.py prefix    prefix-cache hits after the first owner was compressed
+    python scripts/show.py draft     greedy tokens of draft mode against stock vLLM's, 50 prompts
 
-Each runs on CPU in float32 with the probe model. Every command exits with 1 if what it is there
-to show does not hold.
+Each runs on CPU in float32 with the probe model, `draft` with two random ones besides. Every
+command exits with 1 if what it is there to show does not hold.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import csv
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.evaluation.scenarios import SERVER, NeedleRow, churn, drain, needle_answers
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 
@@ -234,6 +237,45 @@ def show_prefix(args: argparse.Namespace) -> bool:
     return compressed == 2 and hit > 0.9 * len(prompt) and first.token_ids == again.token_ids
 
 
+# --- draft --------------------------------------------------------------------------------
+
+
+def draft_prompts(engine: Engine, name: str, count: int) -> list[list[int]]:
+    """Prompts of 200 to 700 tokens: needles for the probe model, else tokens in any order."""
+    lengths = [200 + 10 * number for number in range(count)]
+    if name != "probe":
+        return [distinct_tokens(length, seed=length) for length in lengths]
+    samples = [make_samples(1, length, engine.tokenize, seed=length)[0] for length in lengths]
+    return [engine.tokenize(sample.prompt) for sample in samples]
+
+
+def show_draft(args: argparse.Namespace) -> bool:
+    """Nothing but the number of steps may differ."""
+    good, draft = True, {"mode": "draft", "draft": {"tokens": 4}, "min_prompt_len": 128}
+    setting = {"preset": "snapkv", "observation_window": 16, "budget": {"ratio": 0.25}, **draft}
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"probe": MODEL}
+        for name in ("llama", "qwen3"):
+            models[name] = str(write_random_model(Path(folder) / name, name))
+        heading(f"{args.num_samples} prompts, {args.max_tokens} greedy tokens each")
+        for name, model in models.items():
+            found = []
+            extra = {} if name == "probe" else {"skip_tokenizer_init": True, "max_model_len": 2048}
+            for each in (None, setting):
+                engine = Engine(model, each, **extra)
+                prompts = draft_prompts(engine, name, args.num_samples)
+                tokens = engine.generate(prompts, args.max_tokens, ignore_eos=True)
+                found.append((tokens, engine.num_steps))
+                engine.close()
+            (stock, stock_steps), (drafted, steps) = found
+            pairs = zip(stock, drafted, strict=True)
+            equal = sum(a == b for x, y in pairs for a, b in zip(x, y, strict=True))
+            total = args.num_samples * args.max_tokens
+            good &= equal == total
+            print(f"{name:6} {equal} of {total} tokens equal, {stock_steps} steps -> {steps}")
+    return good
+
+
 def main() -> int:
     """Parse the command line and run one of the shows."""
     shows = {
@@ -242,12 +284,13 @@ def main() -> int:
         "pool": show_pool,
         "churn": show_churn,
         "prefix": show_prefix,
+        "draft": show_draft,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("show", choices=shows)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
     parser.add_argument("--num-samples", type=int, default=40)
-    parser.add_argument("--max-tokens", type=int, default=256, help="output tokens (pool)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="output tokens (pool, draft)")
     parser.add_argument("--out", help="CSV file (needle)")
     parser.add_argument("--setting", help="try this setting alone, as JSON (needle)")
     args = parser.parse_args()

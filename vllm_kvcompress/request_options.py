@@ -152,7 +152,7 @@ def resolve_request(
     """
     config = named_config(server, options)
     if config is None or (server.mode == "draft" and options.draft_tokens == 0):
-        return None
+        return None  # nothing to draft over, and nothing else to do
     if config.tasks:
         assert task is not None, "the setting depends on the task, and none was chosen"
         config = config.by_task[task]
@@ -171,7 +171,7 @@ def resolve_request(
 
 def _in_mode_of(server: CompressionConfig, config: CompressionConfig) -> CompressionConfig:
     """A preset that a request named, in the server's mode."""
-    if config is server or server.mode == "evict":
+    if config is server or not server.drafts:
         return config
     fields = {"mode": server.mode, "draft": server.draft, "trigger": server.trigger}
     return config.model_copy(update=fields)
@@ -199,9 +199,9 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
         is given where none matters, or more draft tokens than the server drafts.
     """
     drafts = options.draft_tokens
-    if drafts is not None and server.mode != "draft":
+    if drafts is not None and not server.drafts:
         raise ConfigError(
-            "kv_draft_tokens: this server evicts tokens and drafts none; start it with "
+            "kv_draft_tokens: this server drafts no tokens; start it with "
             "--kv-compression-mode draft, or leave it out."
         )
     if drafts is not None and drafts > server.draft.tokens:

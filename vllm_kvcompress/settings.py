@@ -135,6 +135,10 @@ class DraftConfig(_Model):
     sample : {"greedy", "probabilistic"}
         Whether drafts of requests with a temperature are drawn from the draft's distribution, which
         the verification then knows, or are its best tokens. Either is exact.
+    budget : BudgetConfig or None
+        In the mode "evict": draft over a view of this many tokens, fewer than the cache keeps, and
+        verify over what it keeps. None drafts nothing there. In the mode "draft" the setting's own
+        budget is the view's.
     refresh_every : int or None
         Take a new view after so many tokens; None never.
     refresh_below : float or None
@@ -145,6 +149,7 @@ class DraftConfig(_Model):
     adaptive: bool = False
     min_confidence: float = Field(default=0.0, ge=0, lt=1)
     sample: Literal["greedy", "probabilistic"] = "greedy"
+    budget: BudgetConfig | None = None
     refresh_every: int | None = Field(default=None, ge=1)
     refresh_below: float | None = Field(default=None, gt=0, lt=1)
 
@@ -224,10 +229,7 @@ class CompressionConfig(_Model):
         for start, end in self.pinned:
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
-        if self.mode == "draft" and self.draft.tokens == 0:
-            raise ValueError('draft.tokens: the mode "draft" drafts at least one token per step')
-        if self.mode == "draft" and self.trigger != "end_of_prompt":
-            raise ValueError('trigger: the mode "draft" takes its view at the end of the prompt')
+        self._check_drafts()
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
@@ -236,10 +238,31 @@ class CompressionConfig(_Model):
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
 
+    def _check_drafts(self) -> None:
+        draft = self.draft
+        if self.mode == "draft" and draft.budget is not None:
+            raise ValueError('draft.budget: in the mode "draft" set budget, which is the view\'s')
+        if not self.drafts:
+            return
+        if self.mode == "evict" and draft.refreshes:
+            raise ValueError(
+                "draft.refresh_every, draft.refresh_below: a cache that evicts has nothing to "
+                "refresh a view from"
+            )
+        if draft.tokens == 0:
+            raise ValueError("draft.tokens: draft at least one token per step")
+        if self.trigger != "end_of_prompt":
+            raise ValueError("trigger: views to draft over are taken at the end of the prompt")
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the model drafts over compressed views."""
+        return self.mode == "draft" or self.draft.budget is not None
+
     @property
     def num_draft_tokens(self) -> int:
-        """Tokens to draft per step over a compressed view; 0 in the mode "evict"."""
-        return self.draft.tokens if self.mode == "draft" else 0
+        """Most tokens to draft per step over a compressed view; 0 if none."""
+        return self.draft.tokens if self.drafts else 0
 
     @property
     def refreshes_views(self) -> bool:

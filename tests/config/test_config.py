@@ -292,7 +292,7 @@ def test_a_request_on_a_drafting_server() -> None:
     with pytest.raises(ConfigError, match="at most 4"):
         check_fits_server(server, parse_request({"kv_draft_tokens": 5}))
     evicting = parse_config("snapkv")
-    with pytest.raises(ConfigError, match="--kv-compression-mode draft"):
+    with pytest.raises(ConfigError, match="drafts no tokens"):
         check_fits_server(evicting, parse_request({"kv_draft_tokens": 2}))
     with pytest.raises(ConfigError, match="whole number"):
         parse_request({"kv_draft_tokens": 1.5})

@@ -157,6 +157,30 @@ def test_preempted_requests_give_the_same_tokens(probe_model: str, mixed, stock)
         assert_idle(engine)
 
 
+def test_drafting_over_a_cache_that_evicts(probe_model: str, mixed) -> None:
+    """Tokens are those of the evicting server without drafts, from fewer steps."""
+    evicting = {"preset": "snapkv", "budget": {"ratio": 0.5}, "min_prompt_len": 128}
+    evicting |= {"layer_groups": {"count": 2}, "layer_budget": {"shape": "pyramid", "beta": 4}}
+    with opened(probe_model, evicting) as engine:
+        expected = engine.generate(mixed, NUM_TOKENS, ignore_eos=True)
+        steps = engine.num_steps
+    both = {**evicting, "draft": {"tokens": 4, "budget": {"ratio": 0.12}}}
+    with opened(probe_model, both) as engine:
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == expected
+        assert engine.num_steps < steps
+        stats = engine.scheduler.stats
+        assert stats.compactions["snapkv/prompt"] == stats.views["snapkv/prompt"] == 3
+        assert_idle(engine)
+        before = engine.num_steps
+        none = {"kv_draft_tokens": 0}
+        assert engine.generate(mixed[:1], NUM_TOKENS, none, ignore_eos=True) == expected[:1]
+        assert engine.num_steps - before >= NUM_TOKENS
+        assert stats.compactions["snapkv/prompt"] == 4, "it is compressed all the same"
+        report = churn(engine, 12, seed=6)
+        assert (report.blocks_missing, report.evicted_left) == (0, 0)
+        assert_idle(engine)
+
+
 ADAPTIVE = {"tokens": 6, "adaptive": True, "min_confidence": 0.6}
 REFRESHED = {"tokens": 4, "refresh_every": 8, "refresh_below": 0.5, "sample": "probabilistic"}
 

@@ -77,6 +77,7 @@ def test_strides_and_what_each_draft_reads() -> None:
         for step in range(count)
     ]
     assert replay.seen == expected
+    assert scripted(ScriptedReplay(replay.wrong), 11).accepted == [2, 0, 4, 0], "ends on a token"
 
 
 def test_a_view_of_everything_is_no_view() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.errors import ConfigError
@@ -71,8 +73,8 @@ def made_pass(script: ModuleType, start: float, **fields: Any) -> Any:
 def made_meter(script: ModuleType, passes: list[Any], speculates: bool = True) -> Any:
     runner = SimpleNamespace(execute_model=None, sample_tokens=None)
     if speculates:
-        runner.speculator = SimpleNamespace(propose=None)
-    meter = script.Meter(SimpleNamespace(runner=runner), on_gpu=False, prompt_len=100)
+        runner.speculator = SimpleNamespace(propose=None, model=torch.nn.Identity())
+    meter = script.Meter(SimpleNamespace(runner=runner), False, 100, has_views=speculates)
     meter.passes = passes
     return meter
 
@@ -107,6 +109,41 @@ def test_times_without_speculation(script) -> None:
 def test_an_output_too_short_for_a_full_batch(script) -> None:
     with pytest.raises(BenchError, match="--output-len: no two steps decoded all 2"):
         made_meter(script, [made_pass(script, 0.0)]).times(2)
+
+
+def test_a_pass_and_its_draft_steps_are_noted(script) -> None:
+    """The target's own forward is no draft step; three inside `propose` are."""
+    model = torch.nn.Identity()
+    exists = np.array([True, False, True])
+    views = SimpleNamespace(
+        exists=exists, blocks=[0, 1], num_dropped_np=lambda group, rows: 10 * (group + rows)
+    )
+    runner = SimpleNamespace(
+        execute_model=lambda output: model(torch.zeros(1)),
+        sample_tokens=lambda: runner.speculator.propose(batch),
+        speculator=SimpleNamespace(
+            model=model,
+            propose=lambda batch: [model(torch.zeros(1)) for _ in range(3)],
+            state=SimpleNamespace(views=views),
+        ),
+    )
+    batch = SimpleNamespace(idx_mapping_np=np.array([2, 1, 0]), num_reqs=2)
+    request = SimpleNamespace(num_computed_tokens=105, num_prompt_tokens=100)
+    scheduler = SimpleNamespace(requests={"a": request})
+    meter = script.Meter(SimpleNamespace(runner=runner, scheduler=scheduler), False, 100, True)
+    for scheduled in (5, 6):
+        tokens = {"a": [1] * (scheduled - 1)}
+        output = SimpleNamespace(
+            num_scheduled_tokens={"a": scheduled}, scheduled_spec_decode_tokens=tokens
+        )
+        runner.execute_model(output)
+        assert len(runner.sample_tokens()) == 3
+    first, second = meter.passes
+    assert (first.decodes, second.decodes) == (True, False)
+    assert (first.rows, first.num_drafts, first.draft_steps) == (1, 4, 3)
+    assert first.start < first.draft_start < first.draft_end < first.end < second.start
+    # Of rows 2 and 1, row 2 has a view: 20 and 30 of 100 tokens dropped in its two groups.
+    assert first.view_share == pytest.approx(0.75)
 
 
 def test_order_turns(script) -> None:

@@ -5,6 +5,7 @@ first goes through every kernel, ragged batches and all; the second gathers rows
 engine tests hold against Hugging Face and kvpress.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ class World:
                 blocks = torch.tensor(self.blocks[name], device=DEVICE)
                 self.layout.write(cache, blocks, pad(keys, padding), pad(values, padding))
 
-    def plan(self, name: str, kept: list[int], pins: tuple = (), decoding: bool = False):
+    def plan(self, name: str, kept: list[int], pins: tuple = ()):
         """Keep so many tokens in each group; the region is all full blocks."""
         length = LENGTHS[name]
         region = length // BLOCK * BLOCK
@@ -106,7 +107,7 @@ class World:
                     source[split:],
                 )
             )
-        return CompactionPlan(name, length, decoding, 7, tuple(groups))
+        return CompactionPlan(name, length, False, 7, tuple(groups))
 
     def compactor(self, config: CompressionConfig) -> Compactor:
         queries = Sources(config)
@@ -159,8 +160,10 @@ def packed_world() -> World:
     return world
 
 
-def compact(world: World, settings: dict[str, dict], triton: bool, **plan: Any) -> dict:
-    """Compact all three requests, each under its setting, in one call."""
+def compact(
+    world: World, settings: dict[str, dict], triton: bool, decoding: str = "", **plan: Any
+) -> dict:
+    """Compact all three requests, each under its setting, in one call; some while decoding."""
     configs = {
         name: parse_config(
             {
@@ -174,7 +177,10 @@ def compact(world: World, settings: dict[str, dict], triton: bool, **plan: Any) 
         for name, setting in settings.items()
     }
     kept = {"a": [64, 96], "b": [32, 96], "c": [96, 64]}  # b leaves its second group alone
-    plans = [world.plan(name, kept[name], **plan) for name in LENGTHS]
+    plans = [
+        replace(world.plan(name, kept[name], **plan), while_decoding=name in decoding)
+        for name in LENGTHS
+    ]
     jobs = [CompactionJob(each, configs[each.request_id], row) for row, each in enumerate(plans)]
     compactor = world.compactor(configs["a"])
     if triton:
@@ -227,11 +233,35 @@ def test_requests_under_different_policies_in_one_step() -> None:
 def test_pins_go_to_the_front_while_decoding_too() -> None:
     settings = same_for_all({"name": "snapkv"})
     pins = ((40, 50), (70, 72))
-    one = compact(strided_world(), settings, triton=True, pins=pins, decoding=True)
-    check_equal(one, compact(packed_world(), settings, triton=False, pins=pins, decoding=True))
+    one = compact(strided_world(), settings, triton=True, pins=pins, decoding="abc")
+    check_equal(one, compact(packed_world(), settings, triton=False, pins=pins, decoding="abc"))
     keys, _, _ = rows_of("a", 0)
     first = torch.cat([keys[:, 0:4], keys[:, 40:50], keys[:, 70:72]], dim=1)
     assert torch.equal(one["a", 0][0][:, :16], first)
+
+
+def test_prompts_that_end_beside_requests_that_decode() -> None:
+    """Regression: the one kind brings no queries, the other does; they must not share a launch."""
+    settings = same_for_all({"name": "expected_attention"})
+    one = compact(strided_world(), settings, triton=True, decoding="b")
+    check_equal(one, compact(packed_world(), settings, triton=False, decoding="b"))
+
+
+def test_a_view_and_an_eviction_of_one_request() -> None:
+    """Regression: AdaKV's scores depend on how many tokens are kept."""
+    found = {}
+    for together in (True, False):
+        world = packed_world()
+        config = parse_config({"policy": {"name": "adakv"}, "budget": {"ratio": 0.5},
+                               "observation_window": WINDOW})  # fmt: skip
+        plans = [replace(world.plan("a", [32, 32]), is_view=True), world.plan("a", [96, 96])]
+        jobs = [CompactionJob(each, config, 0) for each in plans]
+        compactor = world.compactor(config)
+        for some in [jobs] if together else [[job] for job in jobs]:
+            compactor.run(some)
+        found[together] = [rows for plan in plans for rows in world.survivors([plan])["a", 0]]
+    for one, other in zip(found[True], found[False], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> None:

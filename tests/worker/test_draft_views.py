@@ -65,3 +65,14 @@ def test_a_new_view_replaces_the_old_and_a_reset_row_has_none() -> None:
     assert views.exists.tolist() == [False, False, True, False, False]
     views.reset_row(2)
     assert not views.exists.any()
+
+
+def test_a_view_over_a_row_that_lost_tokens_of_the_same_region() -> None:
+    """Of 8 blocks the row keeps 3 and the view 1: the tail is at column 3 of the row, 1 here."""
+    views = make_views()
+    views.add(4, [plan(8, (50,)), plan(8, (51,))], evicted_with_it=[5 * BLOCK, 0])
+    views.begin()
+    own = views.block_tables[0][4].tolist()
+    assert views.table(0, torch.tensor([4]))[0, :4].tolist() == [50, *own[3:6]]
+    assert views.num_dropped(0, torch.tensor([4])).tolist() == [2 * BLOCK]
+    assert views.num_dropped(1, torch.tensor([4])).tolist() == [7 * BLOCK]

@@ -47,20 +47,29 @@ class CompressedAttentionManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.evicted: dict[str, int] = {}
         self._pending: dict[str, _Pending] = {}
+        self._pending_views: dict[str, list[KVCacheBlock]] = {}
         self.views: dict[str, list[KVCacheBlock]] = {}
 
     # --- compaction -----------------------------------------------------------------------
 
     def plan(
-        self, request_id: str, lengths: GroupLengths, cache: GroupCache, forced: tuple[Span, ...]
+        self,
+        request_id: str,
+        lengths: GroupLengths,
+        cache: GroupCache,
+        forced: tuple[Span, ...],
+        is_view: bool = False,
     ) -> GroupPlan:
         """Take destination blocks and describe the copy. The caller has checked for room."""
-        assert request_id not in self._pending
+        assert request_id not in (self._pending_views if is_view else self._pending)
         blocks = self.req_to_blocks[request_id]
         num_source = lengths.region_len // self.block_size
         assert num_source <= len(blocks)
         destination = self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
-        self._pending[request_id] = _Pending(lengths, destination)
+        if is_view:
+            self._pending_views[request_id] = destination
+        else:
+            self._pending[request_id] = _Pending(lengths, destination)
         ids = [block.block_id for block in blocks]
         return GroupPlan(
             lengths=lengths,
@@ -87,12 +96,12 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def commit_view(self, request_id: str) -> None:
         """Keep the destinations beside the request's blocks, which stay as they are."""
-        pending = self._pending.pop(request_id, None)
         # What was read before this view may be handed out at once: drafts of later steps alone
         # could write there, and they follow the copy on the device.
         self.block_pool.free_blocks(reversed(self.views.pop(request_id, [])))
+        pending = self._pending_views.pop(request_id, None)
         if pending is not None:
-            self.views[request_id] = pending.destination
+            self.views[request_id] = pending
 
     # --- host overrides -------------------------------------------------------------------
 
@@ -125,8 +134,8 @@ class CompressedAttentionManager(FullAttentionManager):
         blocks = super().pop_blocks_for_free(request_id)
         self.evicted.pop(request_id, None)
         pending = self._pending.pop(request_id, None)
-        view = self.views.pop(request_id, [])
-        return [*blocks, *view, *(pending.destination if pending else ())]
+        views = self.views.pop(request_id, []) + self._pending_views.pop(request_id, [])
+        return [*blocks, *views, *(pending.destination if pending else ())]
 
     # --- tests ----------------------------------------------------------------------------
 
@@ -135,7 +144,7 @@ class CompressedAttentionManager(FullAttentionManager):
         held = [block for blocks in self.req_to_blocks.values() for block in blocks]
         for pending in self._pending.values():
             held += pending.destination
-        for view in self.views.values():
+        for view in (*self.views.values(), *self._pending_views.values()):
             held += view
         return held
 
@@ -144,9 +153,10 @@ class CompressedAttentionManager(FullAttentionManager):
         for block in self.held_blocks():
             assert block.is_null or block.ref_cnt > 0, f"block {block.block_id} is held and free"
         private = [b.block_id for p in self._pending.values() for b in p.destination]
-        private += [block.block_id for view in self.views.values() for block in view]
+        for views in (self.views, self._pending_views):
+            private += [block.block_id for view in views.values() for block in view]
         assert len(private) == len(set(private)), "a destination block has two owners"
-        for request_id in (*self.evicted, *self._pending, *self.views):
+        for request_id in (*self.evicted, *self._pending, *self._pending_views, *self.views):
             assert request_id in self.req_to_blocks, f"{request_id} left its books behind"
 
 

@@ -81,6 +81,8 @@ class TrackedRequest:
         Sequence length of the compaction that is due or planned.
     lengths : list[GroupLengths or None]
         Its lengths, one entry per layer group.
+    view_lengths : list[GroupLengths or None]
+        Those of the view that is taken with it, where a cache that evicts is drafted over.
     drafts : DraftHistory or None
         How drafts over its view fare; None without one.
     viewed_at : int
@@ -97,6 +99,7 @@ class TrackedRequest:
     next_at: int = 0
     position: int = 0
     lengths: list[GroupLengths | None] = field(default_factory=list)
+    view_lengths: list[GroupLengths | None] = field(default_factory=list)
     state: State = State.ARMED
     skip_reason: str | None = None
     drafts: DraftHistory | None = None
@@ -246,6 +249,7 @@ class Planner:
         if tracked.state is State.ARMED or tracked.while_decoding:
             tracked.position = num_certain if tracked.while_decoding else tracked.prompt_len
             tracked.lengths = self._lengths(tracked, tracked.config)
+            tracked.view_lengths = self._view_lengths(tracked, tracked.config)
             tracked.state = State.DUE
         if not any(tracked.lengths):
             tracked.was_under_budget = True
@@ -258,6 +262,18 @@ class Planner:
     ) -> list[GroupLengths | None]:
         caches = self.current_caches(tracked)
         return next_lengths(tracked.prompt_len, tracked.position, caches, config, self.block_size)
+
+    def _view_lengths(
+        self, tracked: TrackedRequest, config: CompressionConfig
+    ) -> list[GroupLengths | None]:
+        """A smaller budget over the same region; None where it would not be smaller."""
+        if config.mode == "draft" or not config.num_draft_tokens:
+            return [None] * len(tracked.lengths)
+        smaller = self._lengths(tracked, config.model_copy(update={"budget": config.draft.budget}))
+        return [
+            view if view and view.kept_len < (kept.kept_len if kept else view.region_len) else None
+            for view, kept in zip(smaller, tracked.lengths, strict=True)
+        ]
 
     def current_caches(self, tracked: TrackedRequest) -> list[GroupCache]:
         """What the groups hold at `tracked.position`, before its compaction."""

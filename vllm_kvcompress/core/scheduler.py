@@ -25,7 +25,7 @@ from vllm_kvcompress.core.planner import Planner, State, TrackedRequest
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
-from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
 from vllm_kvcompress.request_options import choose_task, parse_request
 from vllm_kvcompress.settings import CompressionConfig
 
@@ -91,7 +91,7 @@ class CompressionMixin(Scheduler):
         plans = [
             plan
             for request_id in output.num_scheduled_tokens
-            if (plan := self._plan_compaction(self.requests[request_id])) is not None
+            for plan in self._plan_compaction(self.requests[request_id])
         ]
         if plans:
             output.kv_compression_plans = plans  # type: ignore[attr-defined]
@@ -107,35 +107,56 @@ class CompressionMixin(Scheduler):
             output.kv_compression_tasks = tasks  # type: ignore[attr-defined]
         return output
 
-    def _plan_compaction(self, request: Request) -> CompactionPlan | None:
+    def _plan_compaction(self, request: Request) -> list[CompactionPlan]:
+        """What the step does to a request's cache: evict, take a view, or both from one region."""
         request_id = request.request_id
         if not self.planner.note_progress(request_id, self._num_certain(request)):
-            return None
+            return []
         tracked = self.planner.requests[request_id]
         assert tracked.config is not None
-        lengths = [tracked.lengths[group] for group in self._layer_group_of]
-        num_needed = sum(each.kept_len // self.planner.block_size for each in lengths if each)
+        is_draft = tracked.config.mode == "draft"
+        wanted = [(tracked.lengths, is_draft)]
+        if any(tracked.view_lengths):
+            wanted.append((tracked.view_lengths, True))
+        num_needed = sum(
+            each.kept_len // self.planner.block_size
+            for lengths, _ in wanted
+            for group in self._layer_group_of
+            if (each := lengths[group]) is not None
+        )
         if num_needed > self.kv_cache_manager.block_pool.get_num_free_blocks():
             self.stats.deferrals += 1
-            return None
+            return []
         tracked.state = State.PLANNED
-        if tracked.config.mode == "draft":
+        if len(wanted) > 1 or is_draft:
             self.planner.start_view(tracked)
         self._planned.append(request_id)
-        caches = self.planner.current_caches(tracked)
-        window = tracked.config.observation_window
-        groups = []
-        for manager, group, each in zip(self._managers, self._layer_group_of, lengths, strict=True):
-            cache = caches[group]
+        return [self._make_plan(request, tracked, lengths, is_view) for lengths, is_view in wanted]
+
+    def _make_plan(
+        self,
+        request: Request,
+        tracked: TrackedRequest,
+        lengths: list[GroupLengths | None],
+        is_view: bool,
+    ) -> CompactionPlan:
+        assert tracked.config is not None
+        caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
+        groups: list[GroupPlan | None] = []
+        for manager, number in zip(self._managers, self._layer_group_of, strict=True):
+            each, cache = lengths[number], caches[number]
+            if each is None:
+                groups.append(None)
+                continue
             forced = forced_ranges(cache, window)
-            groups.append(manager.plan(request_id, each, cache, forced) if each else None)
+            groups.append(manager.plan(request.request_id, each, cache, forced, is_view))
         return CompactionPlan(
-            request_id=request_id,
+            request_id=request.request_id,
             position=tracked.position,
             while_decoding=tracked.position > tracked.prompt_len,
             seed=prompt_checksum(request),
             groups=tuple(groups),
-            is_view=tracked.config.mode == "draft",
+            is_view=is_view,
         )
 
     def _num_certain(self, request: Request) -> int:
@@ -152,22 +173,26 @@ class CompressionMixin(Scheduler):
             if tracked is None or tracked.state is not State.PLANNED:
                 continue  # finished, aborted or preempted since; its blocks are free already
             if tracked.config is not None and tracked.config.mode == "draft":
-                self._commit_view(request_id, tracked)
+                self._commit_view(request_id, tracked, tracked.lengths)
+                self.planner.commit_view(tracked)
                 continue
+            if any(tracked.view_lengths):
+                self._commit_view(request_id, tracked, tracked.view_lengths)
             before = pool.get_num_free_blocks()
             for manager in self._managers:
                 manager.commit(request_id)
             self._record(tracked, pool.get_num_free_blocks() - before)
             self.planner.commit(tracked)
 
-    def _commit_view(self, request_id: str, tracked: TrackedRequest) -> None:
+    def _commit_view(
+        self, request_id: str, tracked: TrackedRequest, lengths: list[GroupLengths | None]
+    ) -> None:
         for manager in self._managers:
             manager.commit_view(request_id)
-        lost = [each.evicted if each else 0 for each in tracked.lengths]
+        lost = [each.evicted if each else 0 for each in lengths]
         held = tracked.position - sum(lost) // len(lost)
         is_first = tracked.position == tracked.prompt_len
         self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
-        self.planner.commit_view(tracked)
 
     def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
         taken = sum(

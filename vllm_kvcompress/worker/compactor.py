@@ -122,7 +122,7 @@ class Compactor:
         numbers = dict.fromkeys(layer.group for layer in self.layers)
         groups = {number: GroupBatch.of(jobs, number, self.device) for number in numbers}
         scores: dict[int, list[torch.Tensor]] = {}
-        shared: dict[tuple[str, int, int], torch.Tensor] = {}
+        shared: dict[tuple, torch.Tensor] = {}
         for layer in self.layers:
             group = groups[layer.group]
             if group is not None:
@@ -141,13 +141,14 @@ class Compactor:
         policy: Policy,
         group: GroupBatch,
         layer: LayerCache,
-        shared: dict[tuple[str, int, int], torch.Tensor],
+        shared: dict[tuple, torch.Tensor],
     ) -> list[torch.Tensor]:
         """Scores [num_kv_heads, n] of every request, its leader's where layers share them."""
         sharing = layer_groups(self.num_layers, group.jobs[0].config.layer_groups)
-        # Groups that hold different numbers of tokens cannot share scores any more.
+        # Groups that hold different numbers of tokens cannot share scores any more, nor can an
+        # eviction and a view of one request: scores may depend on how many tokens are kept.
         places = [
-            (job.plan.request_id, sharing[layer.index], length)
+            ((job.plan.request_id, job.plan.is_view), sharing[layer.index], length)
             for job, length in zip(group.jobs, group.lengths, strict=True)
         ]
         if not policy.shares_scores or any(place not in shared for place in places):
@@ -239,8 +240,9 @@ def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
     alike: dict[tuple, list[CompactionJob]] = {}
     for job in jobs:
         config = job.config
+        # At the end of a prompt some policies read a summary, while decoding the ring's queries.
         key = (config.policy, config.observation_window, config.layer_groups)
-        alike.setdefault((repr(key),), []).append(job)
+        alike.setdefault((repr(key), job.plan.while_decoding), []).append(job)
     for same in alike.values():
         batch: list[CompactionJob] = []
         for job in same:

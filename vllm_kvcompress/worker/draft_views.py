@@ -42,11 +42,22 @@ class DraftViews:
         self.exists = np.zeros(num_rows, dtype=bool)
         self._dirty = False
 
-    def add(self, req_index: int, groups: Sequence[GroupPlan | None]) -> None:
-        """Give a row the view that a plan has filled; a group without a plan is read whole."""
+    def add(
+        self,
+        req_index: int,
+        groups: Sequence[GroupPlan | None],
+        evicted_with_it: Sequence[int] | None = None,
+    ) -> None:
+        """Give a row the view that a plan has filled; a group without a plan is read whole.
+
+        `evicted_with_it` are the tokens that each group's own row loses of the same region in the
+        same step: the view's tail begins that much earlier in it.
+        """
         for group, plan in enumerate(groups):
             block_ids = plan.destination_blocks if plan is not None else ()
             evicted = plan.lengths.evicted if plan is not None else 0
+            if plan is not None and evicted_with_it is not None:
+                evicted -= evicted_with_it[group]
             ids = torch.tensor(block_ids, dtype=torch.int32)
             self.blocks[group][req_index, : len(block_ids)] = ids.to(self.blocks[group].device)
             self._kept_np[group, req_index] = len(block_ids)

@@ -62,7 +62,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state = CompressedModelState(
             self.vllm_config, self.model, self.encoder_cache, self.device
         )
-        if self.model_state.config.mode == "draft":
+        if self.model_state.config.drafts:
             # In the place of the speculator that vLLM built for the configuration we gave it:
             # it has no name for one of ours.
             self.speculator = ViewSpeculator(
@@ -263,13 +263,19 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.compactor.run(
             [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
         )
+        evicted = {
+            plan.request_id: [each.lengths.evicted if each else 0 for each in plan.groups]
+            for plan in plans
+            if not plan.is_view
+        }
         for plan in plans:
+            row = rows[plan.request_id]
             self.model_state.forget_queries(plan.request_id)
             if plan.is_view:
                 assert self.model_state.views is not None
-                self.model_state.views.add(rows[plan.request_id], plan.groups)
+                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id))
             else:
-                self._rewrite_row(plan, rows[plan.request_id])
+                self._rewrite_row(plan, row)
 
     def _rewrite_row(self, plan: CompactionPlan, req_index: int) -> None:
         assert self.model_state.lengths is not None

@@ -95,6 +95,9 @@ class CompactionPlan:
     is_view : bool
         Whether the destination blocks become a view that drafts read, beside the request's own
         blocks, instead of taking their place.
+    is_linked : bool
+        Whether the view is made of the request's own blocks: there are no destinations, and the
+        worker chooses ``kept_len / block_size`` source blocks.
     """
 
     request_id: str
@@ -103,6 +106,7 @@ class CompactionPlan:
     seed: int
     groups: tuple[GroupPlan | None, ...]
     is_view: bool = False
+    is_linked: bool = False
 
 
 @dataclass(frozen=True)

@@ -131,8 +131,31 @@ def test_churn_leaves_nothing_behind(engine: Engine) -> None:
 # From here on, tests open engines of their own: the shared one must be closed by then.
 
 
-def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) -> None:
+def test_views_of_whole_blocks_copy_nothing(probe_model: str, mixed, stock) -> None:
+    """WindowKV's windows are blocks here: no block is held beyond those of an undrafted request."""
     setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
+    with opened(probe_model, setting) as engine:
+        held = {}
+        for drafts in (0, 4):
+            engine.add(
+                str(drafts), mixed[0], NUM_TOKENS, {"kv_draft_tokens": drafts}, ignore_eos=True
+            )
+            while len(engine.results[str(drafts)].token_ids) < 2:
+                engine.step()
+            held[drafts] = engine.num_usable_blocks - engine.pool.get_num_free_blocks()
+            engine.scheduler.check_integrity()
+            engine.drain()
+        assert held[0] <= held[4] <= held[0] + 4, "at most a block of lookahead per group"
+        assert engine.results["0"].token_ids == engine.results["4"].token_ids == stock[0]
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+        assert engine.scheduler.stats.views["windowkv/prompt"] == 4
+        assert_idle(engine)
+
+
+def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) -> None:
+    """Windows of half a block: survivors are copied, a different number in each group."""
+    setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
+    setting["policy"] = {"name": "windowkv", "window_size": 16}
     with opened(probe_model, setting) as engine:
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert engine.scheduler.stats.views["windowkv/prompt"] == 3

@@ -264,6 +264,36 @@ def test_a_view_and_an_eviction_of_one_request() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "torch"])
+def test_linked_views_are_the_best_whole_blocks(triton: bool) -> None:
+    """By hand: mean attention per block over heads, sinks' and pins' blocks first, in order."""
+    world = strided_world() if triton else packed_world()
+    config = parse_config({"policy": {"name": "windowkv", "window_size": BLOCK},
+                           "budget": {"ratio": 0.5}, "observation_window": WINDOW,
+                           "layer_groups": {"count": 2}})  # fmt: skip
+    plans = [world.plan(name, [64, 64], pins=((70, 75),)) for name in ("a", "c")]
+    compactor = world.compactor(config)
+    if triton:
+        compactor.select_tokens = select_tokens.select_tokens
+    jobs = [CompactionJob(replace(each, is_view=True, is_linked=True), config, 0) for each in plans]
+    chosen = compactor.choose_blocks(jobs)
+    assert chosen.keys() == {(name, group) for name in ("a", "c") for group in range(2)}
+    for (name, group), blocks in chosen.items():
+        keys, _, queries = rows_of(name, 2 * group)
+        length = LENGTHS[name]
+        scores = torch.zeros(length, dtype=torch.float64)
+        for head in range(HEADS):
+            for i in range(length - WINDOW, length):
+                logits = keys[head // 2, : i + 1].double() @ queries[head, i].double() * DIM**-0.5
+                scores[: i + 1] += logits.softmax(0).cpu()
+        review = scores[: length - WINDOW]
+        num_blocks = length // BLOCK
+        means = [float(part.mean()) for part in review.split(BLOCK)][:num_blocks]
+        order = sorted(range(num_blocks), key=lambda b: (b not in (0, 2), -means[b]))
+        expected = [world.blocks[name][b] for b in sorted(order[:2])]
+        assert blocks.tolist() == expected, (name, group)
+
+
 def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> None:
     settings = same_for_all({"name": "windowkv"})
     expected = compact(strided_world(), settings, triton=True)

@@ -80,6 +80,16 @@ class CompressedAttentionManager(FullAttentionManager):
             tail_blocks=tuple(ids[num_source:]),
         )
 
+    def link(
+        self, request_id: str, lengths: GroupLengths, cache: GroupCache, forced: tuple[Span, ...]
+    ) -> GroupPlan:
+        """Describe a view that is made of the request's own blocks and takes none."""
+        ids = [block.block_id for block in self.req_to_blocks[request_id]]
+        num_source = lengths.region_len // self.block_size
+        return GroupPlan(
+            lengths, cache, forced, tuple(ids[:num_source]), (), tuple(ids[num_source:])
+        )
+
     def commit(self, request_id: str) -> bool:
         """Swap the request's blocks and free the region. False if nothing was pending."""
         pending = self._pending.pop(request_id, None)

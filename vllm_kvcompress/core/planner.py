@@ -307,6 +307,19 @@ class Planner:
         tracked.lengths = self._lengths(tracked, tracked.config)
         return any(tracked.lengths)
 
+    def links_blocks(self, tracked: TrackedRequest) -> bool:
+        """Whether the request's view is made of its own blocks, chosen whole.
+
+        The policy must choose alike for all heads of a block table, and in whole blocks.
+        """
+        config = tracked.config
+        assert config is not None
+        return (
+            config.mode == "draft"
+            and config.layer_groups == self.config.layer_groups
+            and config.build_policy().granularity % self.block_size == 0
+        )
+
     def start_view(self, tracked: TrackedRequest) -> None:
         """Note that the current step takes a view, which the drafts behind it will read."""
         assert tracked.config is not None

@@ -118,11 +118,12 @@ class CompressionMixin(Scheduler):
         wanted = [(tracked.lengths, is_draft)]
         if any(tracked.view_lengths):
             wanted.append((tracked.view_lengths, True))
+        is_linked = is_draft and self.planner.links_blocks(tracked)
         num_needed = sum(
             each.kept_len // self.planner.block_size
             for lengths, _ in wanted
             for group in self._layer_group_of
-            if (each := lengths[group]) is not None
+            if (each := lengths[group]) is not None and not is_linked
         )
         if num_needed > self.kv_cache_manager.block_pool.get_num_free_blocks():
             self.stats.deferrals += 1
@@ -131,7 +132,10 @@ class CompressionMixin(Scheduler):
         if len(wanted) > 1 or is_draft:
             self.planner.start_view(tracked)
         self._planned.append(request_id)
-        return [self._make_plan(request, tracked, lengths, is_view) for lengths, is_view in wanted]
+        return [
+            self._make_plan(request, tracked, lengths, is_view, is_linked)
+            for lengths, is_view in wanted
+        ]
 
     def _make_plan(
         self,
@@ -139,6 +143,7 @@ class CompressionMixin(Scheduler):
         tracked: TrackedRequest,
         lengths: list[GroupLengths | None],
         is_view: bool,
+        is_linked: bool,
     ) -> CompactionPlan:
         assert tracked.config is not None
         caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
@@ -148,8 +153,8 @@ class CompressionMixin(Scheduler):
             if each is None:
                 groups.append(None)
                 continue
-            forced = forced_ranges(cache, window)
-            groups.append(manager.plan(request.request_id, each, cache, forced, is_view))
+            what = (request.request_id, each, cache, forced_ranges(cache, window))
+            groups.append(manager.link(*what) if is_linked else manager.plan(*what, is_view))
         return CompactionPlan(
             request_id=request.request_id,
             position=tracked.position,
@@ -157,6 +162,7 @@ class CompressionMixin(Scheduler):
             seed=prompt_checksum(request),
             groups=tuple(groups),
             is_view=is_view,
+            is_linked=is_linked,
         )
 
     def _num_certain(self, request: Request) -> int:

@@ -62,6 +62,14 @@ class Policy(BaseModel, ABC):
         return False
 
     @property
+    def granularity(self) -> int:
+        """Neighbouring tokens that live or die together in all heads of a layer group; else 1.
+
+        Where that is whole blocks, a view to draft over needs no copies.
+        """
+        return 1
+
+    @property
     def rerotates_keys(self) -> bool:
         """Whether surviving keys are turned to neighbouring positions (needs rotary)."""
         return False

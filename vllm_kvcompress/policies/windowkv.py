@@ -44,6 +44,11 @@ class WindowKV(Policy):
         """See `share_indices`."""
         return self.share_indices
 
+    @property
+    def granularity(self) -> int:
+        """A window, where the layers of a group share one ranking."""
+        return self.window_size if self.share_indices else 1
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Give every token the score of its window."""
         assert inputs.queries is not None

@@ -116,6 +116,47 @@ class Compactor:
         for batch in _batches(jobs):
             self._run_batch(batch)
 
+    @torch.inference_mode()
+    def choose_blocks(self, jobs: Sequence[CompactionJob]) -> dict[tuple[str, int], torch.Tensor]:
+        """Source blocks that make up linked views, by request and KV cache group.
+
+        All heads and layers of a group have the same scores, in windows of whole blocks. A block
+        with a token that stays anyway comes first.
+
+        Returns
+        -------
+        dict
+            [kept blocks] int32 each, in the order of the request's own row.
+        """
+        chosen: dict[tuple[str, int], torch.Tensor] = {}
+        for batch in _batches(jobs):
+            policy: Policy = batch[0].config.build_policy()
+            shared: dict[tuple, torch.Tensor] = {}
+            leaders = {layer.group: layer for layer in reversed(self.layers)}
+            for number, layer in sorted(leaders.items(), key=lambda each: each[1].index):
+                group = GroupBatch.of(batch, number, self.device)
+                if group is None:
+                    continue
+                scores = self._scores(policy, group, layer, shared)
+                for request, (job, plan) in enumerate(zip(group.jobs, group.plans, strict=True)):
+                    blocks = self._best_blocks(group, request, plan, scores[request])
+                    chosen[job.plan.request_id, number] = blocks
+        return chosen
+
+    def _best_blocks(
+        self, group: GroupBatch, request: int, plan: GroupPlan, scores: torch.Tensor
+    ) -> torch.Tensor:
+        num_blocks, region = len(plan.source_blocks), plan.lengths.region_len
+        size = region // num_blocks
+        num_keep = plan.lengths.kept_len // size
+        means = scores[0, :region].reshape(num_blocks, size).mean(dim=1)
+        forced = group.forced[request, :region].view(num_blocks, size).any(dim=1)
+        counts = torch.tensor([[num_blocks], [num_keep]], dtype=torch.int32).to(self.device)
+        best = self.select_tokens(
+            means[None, None, None], forced[None], counts[0], counts[1], num_keep
+        )
+        return group.block_table[request][best[0, 0, 0]]
+
     def _run_batch(self, jobs: list[CompactionJob]) -> None:
         """Score all layers, in model order; then choose and copy, one KV cache group at a time."""
         policy: Policy = jobs[0].config.build_policy()

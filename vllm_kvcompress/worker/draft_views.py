@@ -1,8 +1,9 @@
 """Compressed views of requests' caches: what draft steps read in the place of all blocks.
 
-A view is a block table row of its own. Its first blocks hold survivors of a region of the prompt
-(private blocks a compaction filled); behind them come the request's own blocks from the region's
-end on, shared with the target, where drafts write their keys and the verification overwrites them.
+A view is a block table row of its own. Its first blocks hold survivors of a region of the prompt:
+private blocks that a compaction filled, or some of the request's own. Behind them come the
+request's blocks from the region's end on, shared with the target, where drafts write their keys
+and the verification overwrites them.
 
     column c of the view  =  view block c                       c < kept[group, row]
                              own block c + dropped[group, row]  otherwise
@@ -11,7 +12,7 @@ end on, shared with the target, where drafts write their keys and the verificati
 Dimensions: G KV cache groups, S request rows, d rows that draft, P columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,20 +48,25 @@ class DraftViews:
         req_index: int,
         groups: Sequence[GroupPlan | None],
         evicted_with_it: Sequence[int] | None = None,
+        linked: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         """Give a row the view that a plan has filled; a group without a plan is read whole.
 
         `evicted_with_it` are the tokens that each group's own row loses of the same region in the
-        same step: the view's tail begins that much earlier in it.
+        same step: the view's tail begins that much earlier in it. `linked` has the blocks [kept
+        blocks] int32 of groups whose views are made of the request's own.
         """
         for group, plan in enumerate(groups):
-            block_ids = plan.destination_blocks if plan is not None else ()
+            if linked is not None and group in linked:
+                ids = linked[group]
+            else:
+                block_ids = plan.destination_blocks if plan is not None else ()
+                ids = torch.tensor(block_ids, dtype=torch.int32).to(self.blocks[group].device)
             evicted = plan.lengths.evicted if plan is not None else 0
             if plan is not None and evicted_with_it is not None:
                 evicted -= evicted_with_it[group]
-            ids = torch.tensor(block_ids, dtype=torch.int32)
-            self.blocks[group][req_index, : len(block_ids)] = ids.to(self.blocks[group].device)
-            self._kept_np[group, req_index] = len(block_ids)
+            self.blocks[group][req_index, : len(ids)] = ids
+            self._kept_np[group, req_index] = len(ids)
             self._dropped_np[group, req_index] = evicted // self.block_sizes[group]
         self.exists[req_index] = True
         self._dirty = True

@@ -112,8 +112,24 @@ class CompressionRunnerMixin(GPUModelRunner):
             assert state.lengths is not None
             state.views = DraftViews(self._tables.tensors, self.block_tables.block_sizes)
             self.speculator.bind(kv_cache_config, self.attn_groups, self._tables)
+        caches = self._layer_caches()
+        self._check_parts(caches)
+        tp_group = get_tp_group()
+        # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
+        num_kv_heads = self.model_config.get_total_num_kv_heads()
+        self.compactor = Compactor(
+            layers=sorted(caches, key=lambda cache: cache.index),
+            num_layers=self._num_layers(),
+            sources=QuerySources(state.window, state.prompt_queries, state.ring),
+            device=self.device,
+            all_reduce=tp_group.all_reduce,
+            num_ranks=tp_group.world_size,
+            first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
+        )
+
+    def _layer_caches(self) -> list[LayerCache]:
         layers = self._attention_layers()
-        caches = [
+        return [
             LayerCache(
                 name=name,
                 index=extract_layer_index(name),
@@ -129,19 +145,6 @@ class CompressionRunnerMixin(GPUModelRunner):
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names
         ]
-        self._check_parts(caches)
-        tp_group = get_tp_group()
-        # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
-        num_kv_heads = self.model_config.get_total_num_kv_heads()
-        self.compactor = Compactor(
-            layers=sorted(caches, key=lambda cache: cache.index),
-            num_layers=self._num_layers(),
-            sources=QuerySources(state.window, state.prompt_queries, state.ring),
-            device=self.device,
-            all_reduce=tp_group.all_reduce,
-            num_ranks=tp_group.world_size,
-            first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
-        )
 
     def _check_parts(self, layers: list[LayerCache]) -> None:
         """Refuse models around whose layers a policy would not find what it needs.
@@ -260,9 +263,9 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
-        self.compactor.run(
-            [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
-        )
+        jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
+        self.compactor.run([job for job in jobs if not job.plan.is_linked])
+        blocks = self.compactor.choose_blocks([job for job in jobs if job.plan.is_linked])
         evicted = {
             plan.request_id: [each.lengths.evicted if each else 0 for each in plan.groups]
             for plan in plans
@@ -273,7 +276,10 @@ class CompressionRunnerMixin(GPUModelRunner):
             self.model_state.forget_queries(plan.request_id)
             if plan.is_view:
                 assert self.model_state.views is not None
-                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id))
+                linked = {
+                    group: ids for (name, group), ids in blocks.items() if name == plan.request_id
+                }
+                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), linked)
             else:
                 self._rewrite_row(plan, row)
 

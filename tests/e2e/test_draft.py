@@ -1,12 +1,13 @@
 """Draft mode: the output is stock vLLM's, whatever the view; drafts save steps."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
-from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
@@ -110,6 +111,30 @@ def test_logprobs_are_those_of_the_target(engine: Engine, mixed) -> None:
         )
     for one, other in zip(*found, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_structured_output_is_that_without_drafts(engine: Engine, mixed) -> None:
+    """vLLM's grammar checks drafts before they are verified; a plain request shares the batch."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    found = []
+    for drafts in (0, 4):
+        engine.add(f"plain-{drafts}", mixed[4], NUM_TOKENS, ignore_eos=True)
+        name = f"structured-{drafts}"
+        engine.results[name] = Result()
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=16,
+            structured_outputs=StructuredOutputsParams(regex="( [0-9]){5,12}"),
+            extra_args={"kv_draft_tokens": drafts},
+        )
+        engine.engine.add_request(name, {"prompt_token_ids": mixed[0]}, params)
+        engine.drain()
+        found.append(engine.results[name].token_ids)
+    assert found[0] == found[1]
+    assert re.fullmatch("( [0-9])+", engine.decode(found[0])), engine.decode(found[0])
+    assert_idle(engine)
 
 
 def test_the_longest_draft_of_a_batch_is_made(engine: Engine, mixed, stock) -> None:

@@ -153,6 +153,14 @@ class DraftConfig(_Model):
     refresh_every: int | None = Field(default=None, ge=1)
     refresh_below: float | None = Field(default=None, gt=0, lt=1)
 
+    @model_validator(mode="after")
+    def _stays_exact(self) -> "DraftConfig":
+        # Asynchronous scheduling verifies all k drafts, those that were left out too. An old token
+        # there is as good as any where it counts as certain, but not as a draw from a distribution.
+        if self.min_confidence > 0 and self.sample == "probabilistic":
+            raise ValueError('min_confidence: goes with the sample "greedy" only')
+        return self
+
     @property
     def refreshes(self) -> bool:
         """Whether views are ever taken again."""

@@ -302,5 +302,13 @@ def test_what_the_mode_draft_cannot_do() -> None:
     draft = {"mode": "draft", "budget": {"ratio": 0.1}}
     with pytest.raises(ConfigError, match="end of the prompt"):
         parse_config({**draft, "preset": "rkv"})
+    unsure = {"min_confidence": 0.5, "sample": "probabilistic"}
+    with pytest.raises(ConfigError, match="min_confidence"):
+        parse_config({**draft, "preset": "snapkv", "draft": unsure})
+    with pytest.raises(ConfigError, match="budget"):
+        parse_config({**draft, "preset": "snapkv", "draft": {"budget": {"ratio": 0.1}}})
+    both = {"budget": {"ratio": 0.05}, "refresh_every": 64}
+    with pytest.raises(ConfigError, match="refresh"):
+        parse_config({"preset": "snapkv", "draft": both})
     with pytest.raises(ConfigError, match="refresh_every"):
         parse_config({**draft, "preset": "h2o", "draft": {"refresh_every": 64}})

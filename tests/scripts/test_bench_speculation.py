@@ -17,7 +17,9 @@ import torch
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.serving_client import BenchError
+from vllm_kvcompress.evaluation.speculation_engine import VARIANTS, Meter, Pass, check_counts
 from vllm_kvcompress.evaluation.speculation_model import Speculation
+from vllm_kvcompress.evaluation.speculation_report import conclude, make_table, target_line
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_speculation.py"
@@ -46,8 +48,8 @@ def counts(drafts: int, accepted: int) -> dict[str, float]:
 
 def test_counters_that_agree_with_steps(script) -> None:
     # 7 steps of 5 tokens: 35, of which 31 fit; all 28 accepted drafts are counted.
-    script.check_counts(counts(7, 28), decode_tokens=31, request_steps=7, batch=1, drafts=4)
-    script.check_counts(counts(0, 0), decode_tokens=31, request_steps=31, batch=1, drafts=4)
+    check_counts(counts(7, 28), decode_tokens=31, request_steps=7, batch=1, drafts=4)
+    check_counts(counts(0, 0), decode_tokens=31, request_steps=31, batch=1, drafts=4)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_counters_that_agree_with_steps(script) -> None:
 )
 def test_counters_that_do_not(script, drafts: int, accepted: int) -> None:
     with pytest.raises(BenchError, match="31 tokens in 7 steps"):
-        script.check_counts(counts(drafts, accepted), 31, 7, batch=1, drafts=4)
+        check_counts(counts(drafts, accepted), 31, 7, batch=1, drafts=4)
 
 
 # --- times --------------------------------------------------------------------------------
@@ -67,14 +69,14 @@ def made_pass(script: ModuleType, start: float, **fields: Any) -> Any:
     """A pass of 2 s, drafts of 3 s in 4 steps behind it, of two rows that decode."""
     made = {"rows": 2, "num_drafts": 8, "decodes": True, "draft_steps": 4, "view_share": 0.3}
     made |= {"draft_start": start + 2, "draft_end": start + 5, "end": start + 5.5}
-    return script.Pass(start, **{**made, **fields})
+    return Pass(start, **{**made, **fields})
 
 
 def made_meter(script: ModuleType, passes: list[Any], speculates: bool = True) -> Any:
     runner = SimpleNamespace(execute_model=None, sample_tokens=None)
     if speculates:
         runner.speculator = SimpleNamespace(propose=None, model=torch.nn.Identity())
-    meter = script.Meter(SimpleNamespace(runner=runner), False, 100, has_views=speculates)
+    meter = Meter(SimpleNamespace(runner=runner), False, 100, has_views=speculates)
     meter.passes = passes
     return meter
 
@@ -130,7 +132,7 @@ def test_a_pass_and_its_draft_steps_are_noted(script) -> None:
     batch = SimpleNamespace(idx_mapping_np=np.array([2, 1, 0]), num_reqs=2)
     request = SimpleNamespace(num_computed_tokens=105, num_prompt_tokens=100)
     scheduler = SimpleNamespace(requests={"a": request})
-    meter = script.Meter(SimpleNamespace(runner=runner, scheduler=scheduler), False, 100, True)
+    meter = Meter(SimpleNamespace(runner=runner, scheduler=scheduler), False, 100, True)
     for scheduled in (5, 6):
         tokens = {"a": [1] * (scheduled - 1)}
         output = SimpleNamespace(
@@ -172,7 +174,7 @@ def made_values() -> dict[tuple[int, str, str], list[float]]:
 def test_speed_ups(script) -> None:
     args = options(script, "--batch", "1")
     shape = script.shape_of(args)
-    none, ngram, draft = script.conclude(args, shape, made_values())
+    none, ngram, draft = conclude(script.sizes_of(args), shape, made_values())
     assert "speed_up" not in none
     assert ngram["speed_up"] == {"median": 1.25, "low": 1.0, "high": 1.5}
     assert (ngram["by_steps"], ngram["by_bytes"]) == (1.5, 1.5)
@@ -182,13 +184,13 @@ def test_speed_ups(script) -> None:
     case = Speculation(shape, 1, 1000, 0.3, 4, tail=16)
     assert draft["by_bytes"] == pytest.approx(case.speed_up(4.0))
     assert draft["length_for_2x"] == pytest.approx(4.0)
-    assert "length of 4.00" in script.target_line(draft, 4)
-    assert "more than the 3 there can be" in script.target_line(draft, 2)
+    assert "length of 4.00" in target_line(draft, 4)
+    assert "more than the 3 there can be" in target_line(draft, 2)
 
 
 def test_times_judged_at_a_given_length(script) -> None:
     args = options(script, "--batch", "1", "--accepted", "3", "--accepted-ngram", "2")
-    _, ngram, draft = script.conclude(args, script.shape_of(args), made_values())
+    _, ngram, draft = conclude(script.sizes_of(args), script.shape_of(args), made_values())
     assert ngram["by_steps"] == 2.0
     assert draft["by_steps"] == pytest.approx(1.5)
     assert draft["speed_up"]["median"] == 1.6, "what was measured stays"
@@ -198,10 +200,10 @@ def test_table(script) -> None:
     from rich.console import Console
 
     args = options(script, "--batch", "1", "--accepted", "3")
-    entries = script.conclude(args, script.shape_of(args), made_values())
+    entries = conclude(script.sizes_of(args), script.shape_of(args), made_values())
     with open(os.devnull, "w") as nowhere:
         console = Console(width=170, file=nowhere, record=True)
-        console.print(script.make_table(entries, "title"))
+        console.print(make_table(entries, "title"))
     text = console.export_text()
     assert "1.60 [1.20, 2.00]" in text and "1.50 (at 3)" in text and "32 of 32" in text
 
@@ -230,7 +232,7 @@ def test_sizes_of_a_gpu(script) -> None:
 
 def test_each_variant_has_the_same_pool(script) -> None:
     args = options(script, "--engine-args", '{"max_num_batched_tokens": 512}')
-    found = {v: script.engine_options(args, v, Path("m")) for v in script.VARIANTS}
+    found = {v: script.engine_options(args, v, Path("m")) for v in VARIANTS}
     assert len({each["engine"]["kv_cache_memory_bytes"] for each in found.values()}) == 1
     assert {each["engine"]["max_num_batched_tokens"] for each in found.values()} == {512}
     assert "speculative_config" in found["ngram"]["engine"]

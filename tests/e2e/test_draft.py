@@ -246,6 +246,37 @@ def test_variants_of_drafting_give_the_same_tokens(probe_model, mixed, stock, dr
         assert_idle(engine)
 
 
+def test_a_pool_without_room_for_a_view(probe_model: str, prompts) -> None:
+    """The request decodes without drafts, as stock vLLM would, and is counted; nothing is lost.
+
+    Its prompt ends in a chunk of one token; the second one runs in a pool with room.
+    """
+    prompt = (prompts[0] + prompts[1])[:1025]
+    found = {}
+    for num_blocks in (1 + 36, 1 + 60):
+        with opened(probe_model, SNAPKV, num_blocks=num_blocks, max_model_len=1100) as engine:
+            found[num_blocks] = engine.generate([prompt], NUM_TOKENS, ignore_eos=True)
+            stats, has_room = engine.scheduler.stats, num_blocks > 50
+            assert stats.views.get("snapkv/prompt", 0) == has_room
+            assert stats.uncompressed.get("no_room", 0) == (not has_room)
+            assert (stats.deferrals > 0) == (not has_room)
+            assert (engine.num_steps >= NUM_TOKENS) == (not has_room)
+            assert_idle(engine)
+    assert found[1 + 36] == found[1 + 60]
+
+
+def test_an_eviction_does_not_wait_for_a_view(probe_model: str, prompts) -> None:
+    """Room for 8 survivors' blocks, not for a view besides: evicted, and never drafted."""
+    setting = {"preset": "snapkv", "budget": {"ratio": 0.25}, "min_prompt_len": 128}
+    setting["draft"] = {"tokens": 4, "budget": {"tokens": 128}}
+    with opened(probe_model, setting, num_blocks=1 + 43, max_model_len=1100) as engine:
+        engine.generate([prompts[0][:1020]], NUM_TOKENS, ignore_eos=True)
+        stats = engine.scheduler.stats
+        assert stats.compactions["snapkv/prompt"] == 1 and not stats.deferrals
+        assert not stats.views
+        assert_idle(engine)
+
+
 def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) -> None:
     with opened(probe_model, SNAPKV, async_scheduling=True) as engine:
         assert engine.core.batch_queue is not None

@@ -39,6 +39,12 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     )
     if config.tasks:
         what += f", task {config.task}"
+    if config.mode == "draft":
+        return (
+            f"{what}, mode draft: nothing is evicted; prompts from {config.min_prompt_len} tokens "
+            f"get a view of that budget, {config.num_draft_tokens} tokens are drafted over it per "
+            "step and verified over the whole cache"
+        )
     if config.compresses_prompts:
         what += (
             f", prompts from {config.min_prompt_len} tokens: a request of max_model_len keeps "
@@ -47,4 +53,6 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         )
     if config.compresses_while_decoding:
         what += f", back to its budget every {config.interval} generated tokens"
+    if config.drafts:
+        what += f", {config.num_draft_tokens} tokens drafted per step over a smaller view"
     return what

@@ -119,13 +119,12 @@ class CompressionMixin(Scheduler):
         if any(tracked.view_lengths):
             wanted.append((tracked.view_lengths, True))
         is_linked = is_draft and self.planner.links_blocks(tracked)
-        num_needed = sum(
-            each.kept_len // self.planner.block_size
-            for lengths, _ in wanted
-            for group in self._layer_group_of
-            if (each := lengths[group]) is not None and not is_linked
-        )
-        if num_needed > self.kv_cache_manager.block_pool.get_num_free_blocks():
+        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        if len(wanted) > 1 and sum(self._num_needed(each) for each, _ in wanted) > num_free:
+            # An eviction gives memory back and must not wait for a view, which takes some.
+            wanted.pop()
+            tracked.view_lengths = []
+        if not is_linked and self._num_needed(wanted[0][0]) > num_free:
             self.stats.deferrals += 1
             return []
         tracked.state = State.PLANNED
@@ -136,6 +135,11 @@ class CompressionMixin(Scheduler):
             self._make_plan(request, tracked, lengths, is_view, is_linked)
             for lengths, is_view in wanted
         ]
+
+    def _num_needed(self, lengths: list[GroupLengths | None]) -> int:
+        """Destination blocks of all KV cache groups."""
+        found = [lengths[group] for group in self._layer_group_of]
+        return sum(each.kept_len // self.planner.block_size for each in found if each)
 
     def _make_plan(
         self,

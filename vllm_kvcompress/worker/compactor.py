@@ -149,7 +149,7 @@ class Compactor:
         num_blocks, region = len(plan.source_blocks), plan.lengths.region_len
         size = region // num_blocks
         num_keep = plan.lengths.kept_len // size
-        means = scores[0, :region].reshape(num_blocks, size).mean(dim=1)
+        means = scores[0, :region].float().reshape(num_blocks, size).mean(dim=1)
         forced = group.forced[request, :region].view(num_blocks, size).any(dim=1)
         counts = torch.tensor([[num_blocks], [num_keep]], dtype=torch.int32).to(self.device)
         best = self.select_tokens(
@@ -256,7 +256,7 @@ class Compactor:
             for each in scores
             for row, region in zip(each, regions, strict=True)
         ]
-        stacked = torch.stack(rows).unflatten(0, (len(layers), len(regions)))
+        stacked = torch.stack(rows).float().unflatten(0, (len(layers), len(regions)))
         indices = self.select_tokens(
             stacked, group.forced[:, :longest], group.region_len, group.kept_len, max_keep
         )

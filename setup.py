@@ -70,6 +70,7 @@ setup(
             "random = vllm_kvcompress.policies.random:Random",
             "rkv = vllm_kvcompress.policies.rkv:RKV",
             "snapkv = vllm_kvcompress.policies.snapkv:SnapKV",
+            "spindlekv = vllm_kvcompress.policies.spindlekv:SpindleKV",
             "streaming_llm = vllm_kvcompress.policies.streaming_llm:StreamingLLM",
             "tova = vllm_kvcompress.policies.tova:TOVA",
             "windowkv = vllm_kvcompress.policies.windowkv:WindowKV",

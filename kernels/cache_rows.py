@@ -12,7 +12,10 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize, pad
 
 from vllm_kvcompress.kernels import lag_contrast
-from vllm_kvcompress.kernels.window_attention import window_attention_scores
+from vllm_kvcompress.kernels.window_attention import (
+    window_attention_scores,
+    window_head_scores,
+)
 
 
 class CacheRows(ABC):
@@ -54,6 +57,10 @@ class CacheRows(ABC):
 
         The mean is over the query heads of a KV head. (SnapKV, arXiv 2404.14469, before pooling)
         """
+
+    @abstractmethod
+    def head_attention(self, num_queries: int) -> torch.Tensor:
+        """[H, n] float32: as `attention`, for every query head alone. (SpindleKV, 2507.06517)"""
 
     @abstractmethod
     def window_attention(self, window_size: int) -> torch.Tensor:
@@ -109,9 +116,15 @@ class DenseRows(CacheRows):
 
     def attention(self, num_queries: int) -> torch.Tensor:
         """See the base class."""
+        return window_attention_scores(self._last(num_queries), self.keys, self.scale)
+
+    def head_attention(self, num_queries: int) -> torch.Tensor:
+        """See the base class."""
+        return window_head_scores(self._last(num_queries), self.keys, self.scale)
+
+    def _last(self, num_queries: int) -> torch.Tensor:
         assert self.queries is not None
-        last = self.queries[:, self.queries.shape[1] - num_queries :]
-        return window_attention_scores(last, self.keys, self.scale)
+        return self.queries[:, self.queries.shape[1] - num_queries :]
 
     def window_attention(self, window_size: int) -> torch.Tensor:
         """See the base class."""

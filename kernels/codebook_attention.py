@@ -6,12 +6,15 @@
 
 Entries are unit vectors, i and j entry numbers, a and b lengths; keys are turned by RoPE at the
 token's own position, as the paper reconstructs them (SpindleKV, arXiv 2507.06517), here in the
-registers of the program that reads them: K and V are never written. With `lse` the result can be
-merged with attention over the rest of the cache.
+registers of the program that reads them: K and V are never written. Requests may have a *tail* of
+ordinary tokens behind the codes, over which the sums go too. With `lse` the result can be merged
+with attention over anything else.
 
 One launch gives every split of every request and KV head to a program, which keeps a running
-maximum; a small second launch adds up the splits. Lengths are applied to logits and weights and
-not to vectors. Angles are float32 products of position and frequency, as models compute theirs.
+maximum, another does so for the tails (`codebook_tail`), and a small last one adds up all splits
+(`split_merge`). Where a request has no tokens in a split, the program writes one -inf per head.
+Lengths are applied to logits and weights and not to vectors. Angles are float32 products of
+position and frequency, as models compute theirs.
 
 Per token a program reads 12 bytes of codes, runs of neighbouring int16 that a warp reads together,
 and two entries, 16 bytes at a time (8 for 8-bit values, which are shuffled for the tensor cores on
@@ -27,21 +30,17 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels.common import LOG2E, check_window, split_length, token_slots
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook_tail import TailPages, attend_tail, check_tail, tail_splits
+from vllm_kvcompress.kernels.common import (
+    LOG2E,
+    check_window,
+    load_channels,
+    split_length,
+    token_slots,
+)
 from vllm_kvcompress.kernels.pages import Pages
-
-
-def codes_per_row(width: int) -> int:
-    """T: tokens whose codes one slot row of `width` int16 takes, a power of two with 6 T <= W.
-
-    Raises
-    ------
-    ValueError
-        If not even one token fits.
-    """
-    if width < 6:
-        raise ValueError(f"a row of {width} int16 is too short for the 6 of one token")
-    return 1 << ((width // 6).bit_length() - 1)
+from vllm_kvcompress.kernels.split_merge import merge_splits, softmax_step, store_split
 
 
 @dataclass(frozen=True)
@@ -117,14 +116,7 @@ def _cos_sin(angle):
     return cos, tl.where((turn & 2) == 2, -sin, sin)
 
 
-@triton.jit
-def _load_channels(rows, stride, channels, valid, limit):
-    """[ROWS, CHANNELS] elements of rows that start at some pointers, zero where not valid."""
-    at = rows[:, None] + channels[None, :] * stride
-    return tl.load(at, mask=valid[:, None] & (channels < limit)[None, :], other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["stride_entry_table", "stride_code_table", "num_splits"])
 def _split_kernel(
     query_ptr,  # [R, H, D]
     key_ptr,  # [B, KV, N, D]
@@ -159,31 +151,35 @@ def _split_kernel(
     head = tl.program_id(1)
     request = tl.program_id(2).to(tl.int64)
     num_tokens = tl.load(num_tokens_ptr + request)
+    group = tl.arange(0, BLOCK_M)
+    place = (request * num_heads + head * G + group) * num_splits + split
+    start = split * split_len
+    if start >= num_tokens:
+        tl.store(lse_ptr + place, float("-inf"), mask=group < G)
+        return
     num_entries = tl.load(num_entries_ptr + request)
     entry_table = entry_table_ptr + request * stride_entry_table
     code_table = code_table_ptr + request * stride_code_table
     key_head = key_ptr + head.to(tl.int64) * stride_kh
     value_head = value_ptr + head.to(tl.int64) * stride_vh
     code_head = code_ptr + head.to(tl.int64) * stride_ch
-    group = tl.arange(0, BLOCK_M)
     pairs = tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     inv_freq = tl.load(inv_freq_ptr + pairs, mask=pairs < HALF, other=0.0)
     query_rows = query_ptr + request * stride_qr + (head * G + group) * stride_qh
     if NEOX:
-        query_a = _load_channels(query_rows, 1, pairs, group < G, HALF)
-        query_b = _load_channels(query_rows + HALF, 1, pairs, group < G, HALF)
+        query_a = load_channels(query_rows, 1, pairs, group < G, HALF)
+        query_b = load_channels(query_rows + HALF, 1, pairs, group < G, HALF)
     else:
-        query_a = _load_channels(query_rows, 2, pairs, group < G, HALF)
-        query_b = _load_channels(query_rows + 1, 2, pairs, group < G, HALF)
+        query_a = load_channels(query_rows, 2, pairs, group < G, HALF)
+        query_b = load_channels(query_rows + 1, 2, pairs, group < G, HALF)
     if BLOCK_REST > 0:
         rest = tl.arange(0, BLOCK_REST)
-        query_rest = _load_channels(query_rows + 2 * HALF, 1, rest, group < G, D - 2 * HALF)
+        query_rest = load_channels(query_rows + 2 * HALF, 1, rest, group < G, D - 2 * HALF)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start = split * split_len
     for first in range(start, tl.minimum(start + split_len, num_tokens), BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         valid = tokens < num_tokens
@@ -199,10 +195,10 @@ def _split_kernel(
         blocks, offsets = token_slots(entry_table, key_index, num_entries, N)
         rows = key_head + blocks * stride_kb + offsets * stride_kn
         if NEOX:
-            a = _load_channels(rows, stride_kd, pairs, valid, HALF)
-            b = _load_channels(rows + HALF * stride_kd, stride_kd, pairs, valid, HALF)
+            a = load_channels(rows, stride_kd, pairs, valid, HALF)
+            b = load_channels(rows + HALF * stride_kd, stride_kd, pairs, valid, HALF)
         else:
-            both = _load_channels(rows, stride_kd, tl.arange(0, 2 * BLOCK_H), valid, 2 * HALF)
+            both = load_channels(rows, stride_kd, tl.arange(0, 2 * BLOCK_H), valid, 2 * HALF)
             a, b = tl.split(tl.reshape(both, [BLOCK_N, BLOCK_H, 2]))
         a, b = a.to(tl.float32), b.to(tl.float32)
         cos, sin = _cos_sin(position.to(tl.float32)[:, None] * inv_freq[None, :])
@@ -211,86 +207,49 @@ def _split_kernel(
         logits = tl.dot(query_a, tl.trans(turned_a), input_precision="ieee")
         logits = tl.dot(query_b, tl.trans(turned_b), logits, input_precision="ieee")
         if BLOCK_REST > 0:
-            still = _load_channels(
-                rows + 2 * HALF * stride_kd, stride_kd, rest, valid, D - 2 * HALF
-            )
+            still = load_channels(rows + 2 * HALF * stride_kd, stride_kd, rest, valid, D - 2 * HALF)
             logits = tl.dot(
                 query_rest, tl.trans(still.to(query_a.dtype)), logits, input_precision="ieee"
             )
         logits = logits * (key_length * scale_log2)[None, :]
         logits = tl.where(valid[None, :], logits, float("-inf"))
 
-        top = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - top[:, None])
-        shrink = tl.exp2(highest - top)
-        total = total * shrink + tl.sum(weights, 1)
-        highest = top
+        weights, shrink, highest, total = softmax_step(logits, highest, total)
         blocks, offsets = token_slots(entry_table, value_index, num_entries, N)
         rows = value_head + blocks * stride_vb + offsets * stride_vn
-        values = _load_channels(rows, stride_vd, dims, valid, D).to(query_a.dtype)
+        values = load_channels(rows, stride_vd, dims, valid, D).to(query_a.dtype)
         weights = (weights * value_length[None, :]).to(query_a.dtype)
         out = tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
 
-    place = (request * num_heads + head * G + group) * num_splits + split
-    filled = (group < G) & (start < num_tokens)
-    divisor = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, tl.log2(divisor) + highest, float("-inf"))
-    tl.store(lse_ptr + place, lse, mask=group < G)
-    out = out * (value_scale / divisor)[:, None]
-    tl.store(
-        part_ptr + place[:, None] * D + dims[None, :],
-        out,
-        mask=filled[:, None] & (dims < D)[None, :],
-    )
+    store_split(
+        part_ptr, lse_ptr, place, group < G, out, highest, total, value_scale, dims, D
+    )  # fmt: skip
 
 
-@triton.jit
-def _merge_kernel(
-    part_ptr,  # [R, H, S, D] float32
-    lse_ptr,  # [R, H, S] float32, log2
-    out_ptr,  # [R, H, D]
-    out_lse_ptr,  # [R, H] float32, natural logarithm
-    num_splits, D,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,  # splits at a time
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """All splits of one query head of one request; parts of splits without tokens are not read."""
-    place = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, BLOCK_S)
-    dims = tl.arange(0, BLOCK_D)
-    lse_row = lse_ptr + place * num_splits
-    lse = tl.load(lse_row + splits, mask=splits < num_splits, other=float("-inf"))
-    top = tl.max(lse, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse - base), 0)
-    out = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, num_splits, BLOCK):
-        some = first + tl.arange(0, BLOCK)
-        weight = tl.load(lse_row + some, mask=some < num_splits, other=float("-inf"))
-        parts = tl.load(
-            part_ptr + (place * num_splits + some)[:, None] * D + dims[None, :],
-            mask=(weight > float("-inf"))[:, None] & (dims < D)[None, :],
-            other=0.0,
-        )
-        out += tl.sum(tl.exp2(weight - base)[:, None] * parts, 0)
-    divisor = tl.where(total > 0, total, 1.0)
-    out = (out / divisor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place * D + dims, out, mask=dims < D)
-    natural = (tl.log2(divisor) + base) * 0.6931471805599453
-    tl.store(out_lse_ptr + place, tl.where(total > 0, natural, float("-inf")))
-
-
-def check_codebook(queries: torch.Tensor, book: CodebookPages, inv_freq: torch.Tensor) -> None:
+def check_codebook(
+    queries: torch.Tensor,
+    book: CodebookPages,
+    inv_freq: torch.Tensor,
+    tail: TailPages | None,
+) -> None:
     """Refuse what `codebook_attention` does not take.
 
     Raises
     ------
     ValueError
-        If queries, books, codes and frequencies do not fit.
+        If queries, books, codes, frequencies and tails do not fit.
     """
     entries = book.entries
     check_window(queries[:, None], entries.num_requests, entries.num_kv_heads, entries.head_dim)
+    rows = entries.num_requests
+    for name, numbers in (("entries", entries.num_tokens), ("tokens", book.num_tokens)):
+        if numbers.shape != (rows,) or not numbers.is_contiguous():
+            raise ValueError(
+                f"numbers of {name} {tuple(numbers.shape)} are not one for each of {rows} requests,"
+                " side by side"
+            )
+    if book.code_table.shape[0] != rows:
+        raise ValueError(f"a code table of {book.code_table.shape[0]} rows for {rows} requests")
     if book.codes.dtype != torch.int16 or book.codes.shape[:3] != entries.keys.shape[:3]:
         raise ValueError(
             f"codes {tuple(book.codes.shape)} {book.codes.dtype} are no int16 view of a cache of"
@@ -301,6 +260,8 @@ def check_codebook(queries: torch.Tensor, book: CodebookPages, inv_freq: torch.T
             f"{inv_freq.numel()} frequencies of {inv_freq.dtype} do not fit head_dim"
             f" {entries.head_dim}: float32, one for two channels"
         )
+    if tail is not None:
+        check_tail(tail, entries.num_requests, entries.num_kv_heads, entries.head_dim)
 
 
 def codebook_attention(
@@ -309,21 +270,27 @@ def codebook_attention(
     inv_freq: torch.Tensor,
     is_neox: bool,
     scale: float,
+    tail: TailPages | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from one query per request to all its tokens that are stored as codes.
+    """Attend from one query per request to its tokens that are stored as codes, and to its tail.
+
+    A request with several query tokens is as many requests here, each with its own length of tail.
 
     Parameters
     ----------
     queries : torch.Tensor
-        [R, H, D] float32, float16 or bfloat16, after RoPE. Elements of a row must be neighbours.
+        [R, H, D] float32, float16 or bfloat16, after RoPE; R may be 0. Elements of a row must be
+        neighbours.
     book : CodebookPages
-        Where the R requests' entries (before RoPE) and codes are.
+        Where the R requests' entries (before RoPE) and codes are; a request may have none.
     inv_freq : torch.Tensor
         [rotary_dim / 2] float32, radians per position; further channels are not turned.
     is_neox : bool
         Whether pairs are channels (i, i + rotary_dim / 2); else (2 i, 2 i + 1).
     scale : float
         Softmax scale of the layer, usually D ** -0.5.
+    tail : TailPages, optional
+        Where the R requests' ordinary tokens (keys after RoPE) are; a request may have none.
 
     Returns
     -------
@@ -334,44 +301,59 @@ def codebook_attention(
     Raises
     ------
     ValueError
-        If queries, books, codes and frequencies do not fit.
+        If queries, books, codes, frequencies and tails do not fit.
     """
-    check_codebook(queries, book, inv_freq)
+    check_codebook(queries, book, inv_freq, tail)
     if queries.stride(2) != 1:
         raise ValueError("elements of a query must be neighbours in memory")
+    num_requests, num_heads, dim = queries.shape
+    if not num_requests:
+        return torch.empty_like(queries), queries.new_empty(0, num_heads, dtype=torch.float32)
+    programs = num_requests * book.entries.num_kv_heads
+    tile = FLOAT32_TILE if queries.dtype == torch.float32 else TILE
+    split_len = split_length(book.max_tokens, programs, tile)
+    code_splits = triton.cdiv(book.max_tokens, split_len)
+    num_splits = code_splits + (tail_splits(tail, queries.dtype)[0] if tail is not None else 0)
+    part_lse = queries.new_empty(num_requests, num_heads, num_splits, dtype=torch.float32)
+    part = part_lse.new_empty(*part_lse.shape, dim)
+    if code_splits:
+        _attend_codes(queries, book, inv_freq, is_neox, scale, part, part_lse, split_len)
+    if tail is not None:
+        attend_tail(queries, tail, scale, part, part_lse, code_splits)
+    return merge_splits(part, part_lse, queries.dtype)
+
+
+def _attend_codes(
+    queries: torch.Tensor,
+    book: CodebookPages,
+    inv_freq: torch.Tensor,
+    is_neox: bool,
+    scale: float,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    split_len: int,
+) -> None:
+    """Write parts and lse of the codes' splits of `split_len` tokens, from split 0 on."""
     entries, half = book.entries, inv_freq.numel()
     num_requests, num_heads, dim = queries.shape
-    num_kv_heads = entries.num_kv_heads
-    group = num_heads // num_kv_heads
-    block_d = max(triton.next_power_of_2(dim), 16)
+    group, rest = num_heads // entries.num_kv_heads, dim - 2 * half
     wide = queries.dtype == torch.float32
-    tile = FLOAT32_TILE if wide else TILE
-    split_len = split_length(book.max_tokens, num_requests * num_kv_heads, tile)
-    num_splits = max(triton.cdiv(book.max_tokens, split_len), 1)
-    rest = dim - 2 * half
-    out = torch.empty(num_requests, num_heads, dim, dtype=queries.dtype, device=queries.device)
-    lse = torch.empty(num_requests, num_heads, dtype=torch.float32, device=queries.device)
-    part_lse = lse.new_empty(num_requests, num_heads, num_splits)
-    part = lse.new_empty(num_requests, num_heads, num_splits, dim)
-    _split_kernel[(num_splits, num_kv_heads, num_requests)](
+    code_splits = triton.cdiv(book.max_tokens, split_len)
+    _split_kernel[(code_splits, entries.num_kv_heads, num_requests)](
         queries, entries.keys, entries.values, entries.block_table, entries.num_tokens,
         book.codes, book.code_table, book.num_tokens, inv_freq, part, part_lse,
         scale * entries.key_scale * LOG2E, entries.value_scale, num_heads, dim,
         *queries.stride()[:2], *entries.keys.stride(), *entries.values.stride(),
         *book.codes.stride(), entries.block_table.stride(0), book.code_table.stride(0),
-        split_len, num_splits,
+        split_len, part.shape[2],
         G=group, N=entries.block_size, T=book.codes_per_row, HALF=half, NEOX=is_neox,
-        BLOCK_M=max(triton.next_power_of_2(group), 16), BLOCK_N=tile, BLOCK_D=block_d,
+        BLOCK_M=max(triton.next_power_of_2(group), 16),
+        BLOCK_N=FLOAT32_TILE if wide else TILE,
+        BLOCK_D=max(triton.next_power_of_2(dim), 16),
         BLOCK_H=max(triton.next_power_of_2(half), 16),
         BLOCK_REST=max(triton.next_power_of_2(rest), 16) if rest else 0,
         num_warps=8 if wide else 4,
     )  # fmt: skip
-    _merge_kernel[(num_requests * num_heads,)](
-        part, part_lse, out, lse, num_splits, dim,
-        BLOCK_S=triton.next_power_of_2(num_splits), BLOCK=16, BLOCK_D=block_d,
-        num_warps=max(block_d // 128, 1),
-    )  # fmt: skip
-    return out, lse
 
 
 TILE = 32

@@ -18,6 +18,13 @@ def token_slots(table_row, tokens, limit, N: tl.constexpr):
     return blocks.to(tl.int64), tokens % N
 
 
+@triton.jit
+def load_channels(rows, stride, channels, valid, limit):
+    """[ROWS, CHANNELS] elements of rows that start at some pointers, zero where not valid."""
+    at = rows[:, None] + channels[None, :] * stride
+    return tl.load(at, mask=valid[:, None] & (channels < limit)[None, :], other=0.0)
+
+
 def split_length(num_tokens: int, num_programs: int, tile: int) -> int:
     """Tokens one program takes, a multiple of `tile`, so that a launch fills the device.
 

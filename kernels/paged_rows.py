@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvcompress.kernels.cache_rows import CacheRows, window_means
+from vllm_kvcompress.kernels.head_scores import head_scores
 from vllm_kvcompress.kernels.key_scores import key_similarity, lag_scores
 from vllm_kvcompress.kernels.pages import Pages
 from vllm_kvcompress.kernels.window_scores import takes_window_size, token_scores, window_scores
@@ -43,10 +44,16 @@ class PagedBatch:
 
     def attention(self, num_queries: int) -> torch.Tensor:
         """[R, KV, max_tokens]: see `CacheRows.attention`."""
-        assert self.queries is not None
-        last = self.queries[:, self.queries.shape[1] - num_queries :]
+        last = self._last(num_queries)
         return self._once(
             ("attention", num_queries), lambda: token_scores(last, self.pages, self.scale)
+        )
+
+    def head_attention(self, num_queries: int) -> torch.Tensor:
+        """[R, H, max_tokens]: see `CacheRows.head_attention`."""
+        last = self._last(num_queries)
+        return self._once(
+            ("head_attention", num_queries), lambda: head_scores(last, self.pages, self.scale)
         )
 
     def window_attention(self, window_size: int) -> torch.Tensor:
@@ -68,6 +75,10 @@ class PagedBatch:
             ("lag_contrast", num_sinks, lag_size),
             lambda: lag_scores(self.pages, num_sinks, lag_size),
         )
+
+    def _last(self, num_queries: int) -> torch.Tensor:
+        assert self.queries is not None
+        return self.queries[:, self.queries.shape[1] - num_queries :]
 
     def _once(self, name: tuple, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
         if name not in self._done:
@@ -126,6 +137,10 @@ class PagedRows(CacheRows):
     def attention(self, num_queries: int) -> torch.Tensor:
         """See the base class."""
         return self.batch.attention(num_queries)[self.request, :, : self.length]
+
+    def head_attention(self, num_queries: int) -> torch.Tensor:
+        """See the base class."""
+        return self.batch.head_attention(num_queries)[self.request, :, : self.length]
 
     def window_attention(self, window_size: int) -> torch.Tensor:
         """See the base class."""

@@ -7,7 +7,7 @@
 (SnapKV, arXiv 2404.14469, before pooling; WindowKV's t_j, arXiv 2503.17922, up to a constant.)
 Dimensions: H query heads, KV key-value heads, g = H / KV, w window, n tokens, D head_dim.
 
-L and A come one KV head at a time, so that [H, w, n] never exists at once. Arguments of all three
+L and A come one KV head at a time, so that [H, w, n] never exists at once. Arguments of all
 functions are the same:
 
 queries : torch.Tensor
@@ -70,3 +70,9 @@ def window_attention_scores(
     """
     heads = window_attention(queries, keys, scale)
     return torch.stack([attention.flatten(0, 1).mean(dim=0) for attention in heads])
+
+
+def window_head_scores(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Mean attention per key for every query head alone, [H, n] float32. Raises likewise."""
+    heads = window_attention(queries, keys, scale)
+    return torch.cat([attention.mean(dim=1) for attention in heads])

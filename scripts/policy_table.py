@@ -30,6 +30,7 @@ from vllm_kvcompress.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
+from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.request_options import parse_request, resolve_request
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
@@ -37,6 +38,7 @@ from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 RATIOS = (0.5, 0.25, 0.12, 0.06)
 COLUMNS = ["prompt_tokens", "preset", "ratio", "kept_tokens", "right", "total"]
 NUM_LAYERS, BLOCK_SIZE = 4, 32
+CODES_PER_ROW = codes_per_row(64 * 4)  # of the probe model's heads in float32
 NUM_ANSWER_TOKENS = 8
 
 
@@ -100,11 +102,14 @@ def windowkv_table(args: argparse.Namespace) -> list[Variant]:
 
 
 def kept_tokens(config: CompressionConfig | None, num_tokens: int) -> int:
-    """What really stays, averaged over layers: floors, forced tokens and whole blocks included."""
+    """Slots that stay, averaged over layers: floors, forced tokens and whole blocks included.
+
+    A token takes one; entries and codes of a codebook stand for more tokens than they take slots.
+    """
     if config is None:
         return num_tokens
     groups = layer_groups(NUM_LAYERS, config.layer_groups)
-    lengths = compaction_lengths(num_tokens, config, max(groups) + 1, BLOCK_SIZE)
+    lengths = compaction_lengths(num_tokens, config, max(groups) + 1, BLOCK_SIZE, CODES_PER_ROW)
     evicted = [lengths[group].evicted if lengths[group] else 0 for group in groups]  # type: ignore[union-attr]
     return round(num_tokens - sum(evicted) / NUM_LAYERS)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvcompress.checks import check_config, check_layer, check_setting
@@ -88,7 +89,14 @@ REFUSALS = [
     ),
     (None, {"kv_transfer_config": object()}, ["--kv-transfer-config"]),
     (None, {"ec_transfer_config": object()}, ["--ec-transfer-config"]),
-    (None, {"speculative_config": SimpleNamespace(method="eagle")}, ["method eagle", "ngram"]),
+    *(
+        (
+            None,
+            {"speculative_config": SimpleNamespace(method=method)},
+            [f"method {method}", "ngram or draft_model", "--speculative-config"],
+        )
+        for method in ("eagle", "eagle3", "medusa", "mtp", "ngram_gpu", "suffix")
+    ),
     (None, {"use_v2_model_runner": False}, ["model runner V2", "VLLM_USE_V2_MODEL_RUNNER"]),
 ]
 
@@ -123,6 +131,64 @@ def test_refusals(config, part: str | None, changes: dict, words: list[str]) -> 
 
 def test_ngram_drafts_are_welcome(config) -> None:
     check_config(Overlay(config, {"speculative_config": SimpleNamespace(method="ngram")}))
+
+
+@pytest.fixture(scope="module")
+def with_draft_model(probe_model: str) -> Any:
+    """A real vLLM configuration with the probe model as its own draft model."""
+    install_hooks()
+    drafts: Any = {"method": "draft_model", "model": probe_model, "num_speculative_tokens": 3}
+    args = EngineArgs(model=probe_model, dtype="float32", speculative_config=drafts)
+    return args.create_engine_config()
+
+
+def test_a_draft_model_is_welcome(with_draft_model) -> None:
+    assert with_draft_model.speculative_config.method == "draft_model"
+    check_config(with_draft_model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"draft_model_config": {"is_hybrid": True}}, ["the draft model", "hybrid"]),
+        ({"draft_model_config": {"use_mla": True}}, ["the draft model", "MLA"]),
+        (
+            {"draft_model_config": {"hf_text_config": SimpleNamespace(sliding_window=512)}},
+            ["the draft model", "sliding-window"],
+        ),
+        ({"kv_cache_dtype": "fp8"}, ["(fp8)", "remove kv_cache_dtype"]),
+        (
+            {"draft_tensor_parallel_size": 2},
+            ["draft_tensor_parallel_size 2", "--tensor-parallel-size 1"],
+        ),
+        ({"enable_adaptive_verification": True}, ["remove enable_adaptive_verification"]),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_draft_models_that_do_not_fit(with_draft_model, changes: dict, words: list[str]) -> None:
+    given = with_draft_model.speculative_config
+    changes = {
+        name: Overlay(getattr(given, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    changed = Overlay(with_draft_model, {"speculative_config": Overlay(given, changes)})
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_config(changed)
+    message = str(caught.value)
+    assert message.startswith("--kv-compression: --speculative-config: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_the_mode_draft_takes_no_draft_model(probe_model: str) -> None:
+    install_hooks()
+    drafts: Any = {"method": "draft_model", "model": probe_model, "num_speculative_tokens": 3}
+    setting = {"kv_compression": {"preset": "snapkv", "mode": "draft"}}
+    args = EngineArgs(
+        model=probe_model, dtype="float32", additional_config=setting, speculative_config=drafts
+    )
+    with pytest.raises(ConfigError, match="--speculative-config: the mode draft brings its own"):
+        args.create_engine_config()
 
 
 def test_settings_that_do_not_fit_the_model(config) -> None:
@@ -180,3 +246,73 @@ def test_layers_that_compaction_would_break(given, words: str) -> None:
 def test_ordinary_layers_pass() -> None:
     check_layer("l", layer(alibi_slopes=None, logits_soft_cap=0, sinks=None))
     check_layer("l", layer("CPU_ATTN"))
+
+
+def test_typical_acceptance_and_a_watermark_exclude_each_other(config, monkeypatch) -> None:
+    typical = {"preset": "snapkv", "mode": "draft", "draft": {"acceptance": "typical"}}
+    check_setting(parse_config(typical), config)
+    monkeypatch.setattr(config, "watermark_config", WatermarkConfig(key=1))
+    with pytest.raises(ConfigError, match=r"draft\.acceptance.*rejection.*--watermark-config"):
+        check_setting(parse_config(typical), config)
+    check_setting(parse_config({**typical, "draft": {}}), config)
+
+
+def rotary(config: Any, kind: str | None) -> Any:
+    """The configuration with another rotary embedding, or none."""
+    text = vars(config.model_config.hf_text_config) | {
+        "rope_parameters": kind and {"rope_type": kind, "rope_theta": 1e4}
+    }
+    model = Overlay(config.model_config, {"hf_text_config": SimpleNamespace(**text)})
+    return Overlay(config, {"model_config": model})
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", None])
+def test_codebooks_need_plain_rotary_embeddings(config, kind: str | None) -> None:
+    """Keys are coded before RoPE, which must be undone by position and frequency alone."""
+    changed = rotary(config, kind)
+    with pytest.raises(ConfigError, match="^codebook: .*rotary.*leave codebook out"):
+        check_setting(parse_config("spindlekv"), changed)
+    with pytest.raises(ConfigError, match="^codebook: "):
+        tasks = {"localization": {}, "aggregation": {"codebook": {"shallow": 0.5}}}
+        check_setting(parse_config({"preset": "snapkv", "tasks": tasks}), changed)
+    check_setting(parse_config("spindlekv-evict"), changed)
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_codebooks_of_models_with_plain_rotary_embeddings(config, kind: str) -> None:
+    check_setting(parse_config("spindlekv"), rotary(config, kind))
+
+
+def test_a_codebook_must_fit_the_models_layer_groups(config) -> None:
+    """The probe model has 4 layers."""
+    for book, groups, words in (
+        ({"groups": [4]}, {"size": 1}, r"codebook\.groups: .*layer group 4; allowed are 0 to 3"),
+        ({"groups": [2]}, {"count": 2}, r"codebook\.groups: .*layer group 2; allowed are 0 to 1"),
+        (
+            {"shallow": 0.5, "entries": [0.5] * 3},
+            {"size": 1},
+            r"codebook\.entries: .*3 numbers and 2 coded",
+        ),
+    ):
+        setting = {"preset": "spindlekv", "codebook": book, "layer_groups": groups}
+        with pytest.raises(ConfigError, match=words):
+            check_setting(parse_config(setting), config)
+    fits = {"preset": "spindlekv", "codebook": {"groups": [3], "entries": [0.5]}}
+    check_setting(parse_config(fits), config)
+    with pytest.raises(ConfigError, match="layer group 4"):
+        args = {**fits, "codebook": {"groups": [4]}}
+        EngineArgs(
+            model=config.model_config.model, additional_config={"kv_compression": args}
+        ).create_engine_config()
+
+
+def test_drafts_and_data_parallel_experts_exclude_each_other(config) -> None:
+    drafts = parse_config({"preset": "snapkv", "mode": "draft"})
+    parallel = Overlay(config.parallel_config, {"data_parallel_size": 2})
+    experts = Overlay(config.model_config, {"is_moe": True})
+    check_setting(drafts, Overlay(config, {"parallel_config": parallel}))
+    check_setting(drafts, Overlay(config, {"model_config": experts}))
+    both = Overlay(config, {"parallel_config": parallel, "model_config": experts})
+    check_setting(parse_config("snapkv"), both)
+    with pytest.raises(ConfigError, match=r"mode: .*experts.*--data-parallel-size"):
+        check_setting(drafts, both)

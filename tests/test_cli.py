@@ -108,9 +108,12 @@ def test_draft_mode(probe_model: str) -> None:
         probe_model,
         "--kv-compression", "snapkv", "--kv-compression-mode", "draft", "--kv-draft-tokens", "3",
         "--kv-compression-config.draft.adaptive=true",
+        "--kv-compression-config.draft.acceptance=typical",
+        "--kv-compression-config.draft.typical_delta=0.2",
     )  # fmt: skip
     assert found["mode"] == "draft"
     assert (found["draft"]["tokens"], found["draft"]["adaptive"]) == (3, True)
+    assert (found["draft"]["acceptance"], found["draft"]["typical_delta"]) == ("typical", 0.2)
     args = engine_args(probe_model, "--kv-compression", "snapkv", "--kv-compression-mode", "draft")
     config = args.create_engine_config()
     assert config.num_speculative_tokens == 4

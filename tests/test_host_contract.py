@@ -81,6 +81,78 @@ OVERRIDES = [
             "seeds",
         ),
     ),
+    (
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler.__init__",
+        ("self", "sampler", "spec_config", "device"),
+    ),
+    (
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler._verify",
+        (
+            "self",
+            "logits",
+            "draft_logits",
+            "draft_sampled",
+            "pos",
+            "cu_num_logits",
+            "idx_mapping",
+            "idx_mapping_np",
+            "expanded_idx_mapping",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+            "verify_draft_sampled",
+        ),
+    ),
+    # Not overridden, called with these: the logits that vLLM's own samplers see, and its noise.
+    (
+        "vllm.v1.worker.gpu.sample.sampler:Sampler.apply_sampling_params",
+        (
+            "self",
+            "logits",
+            "expanded_idx_mapping",
+            "idx_mapping",
+            "idx_mapping_np",
+            "pos",
+            "input_ids",
+            "expanded_local_pos",
+            "seq_lens_upper_bound_np",
+        ),
+    ),
+    (
+        "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
+        (
+            "logits",
+            "expanded_idx_mapping",
+            "temperature",
+            "seed",
+            "pos",
+            "apply_temperature",
+            "is_drafting",
+        ),
+    ),
+    (
+        "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.init_cudagraph_manager",
+        ("self", "cudagraph_mode"),
+    ),
+    ("vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator.capture", ("self",)),
+    # Not overridden, called with these: CUDA graphs of draft steps.
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.__init__",
+        ("self", "vllm_config", "device", "cudagraph_mode", "decode_query_len"),
+    ),
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture",
+        ("self", "create_forward_fn", "progress_bar_desc"),
+    ),
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch",
+        ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"),
+    ),
+    ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.run_fullgraph", ("self", "desc")),
+    ("vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.needs_capture", ("self",)),
+    (
+        "vllm.v1.worker.gpu.cudagraph_utils:CreateForwardFn.__call__",
+        ("self", "desc", "warmup"),
+    ),
     ("vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids", ("self", "draft_token_ids")),
     ("vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule", ("self", "scheduler_output")),
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.take_draft_token_ids", ("self",)),
@@ -118,9 +190,19 @@ FIELDS = {
         "num_computed_tokens_np",
         "positions",
     },
+    "vllm.v1.worker.gpu.cudagraph_utils:BatchExecutionDescriptor": {
+        "cg_mode",
+        "num_tokens",
+        "num_reqs",
+        "uniform_token_count",
+    },
     "vllm.v1.core.sched.output:NewRequestData": {"req_id", "prompt_token_ids", "sampling_params"},
     "vllm.v1.metrics.stats:SchedulerStats": {"kv_connector_stats"},
-    "vllm.v1.core.sched.output:SchedulerOutput": {"num_scheduled_tokens", "scheduled_new_reqs"},
+    "vllm.v1.core.sched.output:SchedulerOutput": {
+        "num_scheduled_tokens",
+        "scheduled_new_reqs",
+        "scheduled_spec_decode_tokens",
+    },
 }
 
 
@@ -169,10 +251,50 @@ def test_the_tokenizer_can_be_had_in_the_scheduler() -> None:
     assert next(iter(inspect.signature(loader).parameters)) == "model_config"
 
 
+def test_what_is_read_of_draft_models_and_drafts() -> None:
+    """Which layers are a draft model's; what is under way with asynchronous scheduling."""
+    layer = resolve("vllm.model_executor.layers.attention_layer_base:AttentionLayerBase")
+    assert layer.is_draft_layer is False
+    speculator = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model"
+    assert "is_draft_layer = True" in inspect.getsource(resolve(speculator))
+    ahead = "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule"
+    assert "num_output_placeholders += (" in inspect.getsource(resolve(ahead))
+    config = resolve("vllm.config.speculative:SpeculativeConfig")
+    names = {field.name for field in dataclasses.fields(config)}
+    assert names >= {
+        "method",
+        "draft_model_config",
+        "kv_cache_dtype",
+        "draft_tensor_parallel_size",
+        "enable_adaptive_verification",
+    }
+
+
 def test_batch_state_can_be_replaced() -> None:
     """We turn `decode_graph_eligible` off for steps whose queries are needed."""
     state = resolve("vllm.v1.worker.gpu.model_runner:BatchReqState")
     assert "decode_graph_eligible" in state._fields and hasattr(state, "_replace")
+
+
+def test_draft_steps_can_be_captured() -> None:
+    """Metadata is built for capture by a flag; vLLM's profiling drops a speculator's managers."""
+    build = resolve("vllm.v1.worker.gpu.attn_utils:build_attn_metadata")
+    asked = {"for_cudagraph_capture", "seq_lens_cpu_upper_bound", "positions", "is_prefilling"}
+    assert asked | {"max_query_len", "max_seq_len", "req_idx"} <= set(
+        inspect.signature(build).parameters
+    )
+    profile = resolve("vllm.v1.worker.gpu.cudagraph_utils:profile_cudagraph_memory")
+    assert "vars(speculator)" in inspect.getsource(profile)
+    runner = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+    assert "self.speculator.capture()" in inspect.getsource(resolve(f"{runner}.capture_model"))
+    initialize = inspect.getsource(resolve(f"{runner}.initialize_kv_cache"))
+    assert "self.speculator.init_cudagraph_manager(cudagraph_mode)" in initialize
+    assert resolve("vllm.v1.worker.gpu.cudagraph_utils:AttentionState")._fields == (
+        "attn_metadata",
+        "slot_mappings",
+    )
+    for name, value in (("NULL_BLOCK_ID", 0), ("PAD_SLOT_ID", -1)):
+        assert resolve(f"vllm.v1.attention.backends.utils:{name}") == value
 
 
 def test_the_installed_vllm_is_a_tested_one() -> None:
@@ -202,8 +324,10 @@ def test_overrides_stay_short() -> None:
     from vllm_kvcompress.core.scheduler import CompressionMixin
     from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
     from vllm_kvcompress.worker.model_state import CompressedModelState
+    from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 
-    for owner in (CompressionMixin, CompressionRunnerMixin, CompressedModelState):
+    owners = (CompressionMixin, CompressionRunnerMixin, CompressedModelState)
+    for owner in (*owners, TypicalAcceptanceSampler):
         for name, member in vars(owner).items():
             if inspect.isfunction(member):
                 lines = len(inspect.getsource(member).splitlines())

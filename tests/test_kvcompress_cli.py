@@ -12,6 +12,7 @@ import yaml
 
 from vllm_kvcompress import __version__, cli
 from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli_common import PIPE_WIDTH
 from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.registry import load_policy_class, policy_names
@@ -66,7 +67,7 @@ def test_no_command_needs_vllm(probe_model: str) -> None:
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for option, words in (
         ("--version", [f"kvcompress {__version__}"]),
-        ("--help", ["policies", "validate", "plan"]),
+        ("--help", ["policies", "validate", "plan", "codebook"]),
     ):
         with pytest.raises(SystemExit) as caught:
             main([option])
@@ -126,7 +127,7 @@ def test_the_table_cuts_no_name_off(run: Run) -> None:
     status, out, _ = run("policies")
     assert status == 0
     assert "…" not in out
-    assert all(len(line) <= cli.PIPE_WIDTH for line in out.splitlines())
+    assert all(len(line) <= PIPE_WIDTH for line in out.splitlines())
     for name in [*policy_names(), *preset_names()]:
         assert f" {name} *" in out
     for parameter in load_policy_class("windowkv").model_fields:
@@ -265,7 +266,7 @@ def test_plan_for_people(run: Run, probe_model: str) -> None:
     assert "4 layers, KV heads 2 x 64, bfloat16, 16 tokens per block" in out
     assert "layer group" in out and "total" in out
     assert "Requests at once in 1.0 GiB" in out
-    assert all(len(line) <= cli.PIPE_WIDTH for line in out.splitlines())
+    assert all(len(line) <= PIPE_WIDTH for line in out.splitlines())
     without = plan(run, probe_model)[1]
     assert "Requests at once" not in without and "12.0% of the cache stays" in without
 

@@ -7,6 +7,7 @@ anything but the arguments. Ratios exist only in the configuration and end here.
 import math
 from collections.abc import Iterable, Sequence
 
+from vllm_kvcompress.codebook_lengths import book_lengths, coded_groups, extended_lengths
 from vllm_kvcompress.layer_budgets import SHAPES
 from vllm_kvcompress.plans import GroupCache, GroupLengths, Span
 from vllm_kvcompress.settings import CompressionConfig, LayerBudgetConfig, LayerGroupsConfig
@@ -99,9 +100,11 @@ def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:
     """What a group holds once a compaction is done.
 
     Permanent tokens of the region come first among the survivors, in order; what lies behind the
-    region moves down by what was evicted.
+    region moves down by what was evicted. Nothing is evicted any more from behind a codebook.
     """
     region, evicted = lengths.region_len, lengths.evicted
+    if lengths.book is not None:
+        return GroupCache(cache.num_tokens - evicted, (), lengths.book)
     inside = sum(min(end, region) - start for start, end in cache.permanent if start < region)
     behind = [
         (max(start, region) - evicted, end - evicted)
@@ -112,13 +115,18 @@ def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:
 
 
 def compaction_lengths(
-    prompt_len: int, config: CompressionConfig, num_groups: int, block_size: int
+    prompt_len: int,
+    config: CompressionConfig,
+    num_groups: int,
+    block_size: int,
+    codes_per_row: int | None = None,
 ) -> list[GroupLengths | None]:
     """Lengths of every layer group when a prompt ends; all None means "leave it alone"."""
     if prompt_len < config.min_prompt_len or not config.compresses_prompts:
         return [None] * num_groups
     cache = GroupCache(prompt_len, permanent_ranges(prompt_len, config))
-    return next_lengths(prompt_len, prompt_len, [cache] * num_groups, config, block_size)
+    caches = [cache] * num_groups
+    return next_lengths(prompt_len, prompt_len, caches, config, block_size, codes_per_row)
 
 
 def next_lengths(
@@ -127,6 +135,7 @@ def next_lengths(
     caches: Sequence[GroupCache],
     config: CompressionConfig,
     block_size: int,
+    codes_per_row: int | None = None,
 ) -> list[GroupLengths | None]:
     """Lengths of a compaction of a sequence of `position` tokens, `prompt_len` of them prompt.
 
@@ -140,14 +149,32 @@ def next_lengths(
         The request's setting.
     block_size : int
         Tokens per block.
+    codes_per_row : int or None
+        Tokens whose codes a slot takes; needed where the setting has a codebook.
     """
     budgets = group_budgets(position, target_tokens(prompt_len, config), config, len(caches))
-    return [
-        group_lengths(
-            cache.num_tokens,
-            min(budget, cache.num_tokens),
-            forced_ranges(cache, config.observation_window),
-            block_size,
-        )
-        for cache, budget in zip(caches, budgets, strict=True)
-    ]
+    shares = coded_groups(config.codebook, len(caches))
+    # Where generated tokens trigger nothing but the extension of codebooks, other groups stay.
+    evicts = (
+        position == prompt_len or config.compresses_while_decoding or not config.extends_codebooks
+    )
+    found: list[GroupLengths | None] = []
+    for group, (cache, budget) in enumerate(zip(caches, budgets, strict=True)):
+        forced, kept = forced_ranges(cache, config.observation_window), None
+        if cache.book is not None:
+            if config.extends_codebooks and position > prompt_len:
+                assert codes_per_row is not None
+                kept = extended_lengths(cache, shares[group], block_size, codes_per_row)
+        elif evicts:
+            budget = min(budget, cache.num_tokens)
+            kept = group_lengths(cache.num_tokens, budget, forced, block_size)
+            if group in shares and position == prompt_len:
+                assert codes_per_row is not None, "a codebook's size depends on the cache's rows"
+                coded = book_lengths(
+                    cache.num_tokens, budget, forced, shares[group], block_size, codes_per_row
+                )
+                # Where entries and codes take as much as the tokens, these stay what they are.
+                if coded is not None and (kept is None or coded.kept_len < kept.kept_len):
+                    kept = coded
+        found.append(kept)
+    return found

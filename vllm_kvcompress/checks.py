@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_kvcompress.budgets import group_budgets, layer_groups
+from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.settings import CompressionConfig
 
@@ -60,7 +61,10 @@ def _runner_type(config: Any) -> str | None:
 
 
 def _model_kind(config: Any) -> str | None:
-    model = config.model_config
+    return _unsupported_kind(config.model_config)
+
+
+def _unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
         "a model with multi-head latent attention (MLA)": model.use_mla,
@@ -75,12 +79,16 @@ def _model_kind(config: Any) -> str | None:
 
 
 def _layer_types(config: Any) -> str | None:
-    text = config.model_config.hf_text_config
+    return _partial_attention(config.model_config)
+
+
+def _partial_attention(model: Any) -> str | None:
+    text = model.hf_text_config
     types = set(getattr(text, "layer_types", None) or ())
     window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     if (window and not types) or types - {"full_attention"}:
         return (
-            f"{config.model_config.model} has sliding-window or other partial-attention layers: "
+            f"{model.model} has sliding-window or other partial-attention layers: "
             "choose a model whose layers all attend to everything"
         )
     return None
@@ -113,10 +121,39 @@ def _speculation(config: Any) -> str | None:
     speculative = config.speculative_config
     if speculative is None or speculative.method == "ngram":
         return None
+    if speculative.method == "draft_model":
+        return _draft_model(config, speculative)
     return (
         f"speculative decoding with the method {speculative.method} over a compressed cache is not "
-        "supported: set the method to ngram or remove --speculative-config"
+        "supported: set the method to ngram or draft_model, or remove --speculative-config"
     )
+
+
+def _draft_model(config: Any, speculative: Any) -> str | None:
+    """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
+    model = speculative.draft_model_config
+    reason = _unsupported_kind(model) or _partial_attention(model)
+    if reason is not None:
+        return f"--speculative-config: the draft model {reason}"
+    dtype = speculative.kv_cache_dtype
+    if dtype not in (None, "auto", config.cache_config.cache_dtype):
+        return (
+            f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
+            "supported: remove kv_cache_dtype from it"
+        )
+    size = config.parallel_config.tensor_parallel_size
+    if speculative.draft_tensor_parallel_size not in (None, size):
+        return (
+            f"--speculative-config: draft_tensor_parallel_size "
+            f"{speculative.draft_tensor_parallel_size} beside --tensor-parallel-size {size} is not "
+            "supported: remove draft_tensor_parallel_size from it"
+        )
+    if speculative.enable_adaptive_verification:
+        return (
+            "--speculative-config: drafts that the worker drops without the scheduler's knowledge "
+            "are not supported: remove enable_adaptive_verification from it"
+        )
+    return None
 
 
 def _cache(config: Any) -> str | None:
@@ -205,6 +242,22 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         group_budgets(2**20, 2**18, variant, num_groups)
+        if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
+            raise ConfigError(
+                f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
+                "it; leave codebook out."
+            )
+    if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
+        raise ConfigError(
+            f"mode: {model.model} has experts, which all data-parallel ranks run together, and "
+            "ranks without drafts would leave the others waiting; leave out draft mode, or "
+            "--data-parallel-size."
+        )
+    if setting.drafts and setting.draft.typical_thresholds and vllm_config.watermark_config:
+        raise ConfigError(
+            "draft.acceptance: tokens that typical acceptance samples carry no watermark; set "
+            "rejection, or remove --watermark-config."
+        )
 
 
 def check_layer(name: str, layer: Any) -> None:

@@ -1,25 +1,24 @@
 """The command `kvcompress`: which policies there are, whether a setting is valid, what it saves.
 
 Importing this file imports neither torch nor vLLM. Policies need torch, so `policies`, `validate`
-and `plan` import it when they look at one; none of them needs vLLM or a model's weights.
+and `plan` import it when they look at one; none of them needs vLLM or a model's weights. `codebook`
+needs both, and transformers: see ``cli_codebook.py``.
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from vllm_kvcompress import __version__
+from vllm_kvcompress.cli_codebook import add_codebook_options, run_codebook
+from vllm_kvcompress.cli_common import at_least, complain, make_table, say, show
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
@@ -38,42 +37,7 @@ from vllm_kvcompress.sizing import (
 
 _ERRORS = (ConfigError, UnsupportedModelError, OSError, UnicodeError)
 
-PIPE_WIDTH = 120  # of tables that go to a file or another program
 LIST_WIDTH = 100  # at least, of the table of policies: words would be broken
-
-
-def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, markup=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPE_WIDTH
-    return console
-
-
-def _say(text: str) -> None:
-    """Print lines as they are: no wrapping, no markup."""
-    _console().print(text, soft_wrap=True)
-
-
-def _complain(kind: str, text: str) -> None:
-    _console(stderr=True).print(f"kvcompress: {kind}: {text}", soft_wrap=True)
-
-
-def _table(*columns: str, folds: Sequence[int] = (), right: Sequence[int] = ()) -> Table:
-    """An empty table; cells of the columns in `folds` may take several lines."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, title in enumerate(columns):
-        side: Literal["left", "right"] = "right" if index in right else "left"
-        table.add_column(title, justify=side, no_wrap=index not in folds, overflow="fold")
-    return table
-
-
-def _show(table: Table, least: int | None = None) -> None:
-    """Print a table, wider than the terminal rather than with cells cut off."""
-    console = _console()
-    if least is None:
-        least = table.__rich_measure__(console, console.options.update(max_width=10_000)).maximum
-    console.width = max(console.width, least)
-    console.print(table)
 
 
 # --- policies -----------------------------------------------------------------------------
@@ -153,16 +117,18 @@ def _policy_row(policy: dict[str, Any]) -> list[str]:
 def _run_policies(args: argparse.Namespace) -> int:
     policies = installed_policies()
     if args.json:
-        _say(json.dumps(policies, indent=2))
+        say(json.dumps(policies, indent=2))
         return 0
     for source in sorted({policy["distribution"] for policy in policies}):
-        table = _table("policy", "what it does", "needs", "decoding", "parameters", folds=(1, 2, 4))
+        table = make_table(
+            "policy", "what it does", "needs", "decoding", "parameters", folds=(1, 2, 4)
+        )
         for policy in policies:
             if policy["distribution"] == source:
                 table.add_row(*_policy_row(policy), style="red" if policy["error"] else None)
-        _say(f"From {source}")
-        _show(table, LIST_WIDTH)
-    _say("* also a preset. decoding: can also compress every interval of generated tokens.")
+        say(f"From {source}")
+        show(table, LIST_WIDTH)
+    say("* also a preset. decoding: can also compress every interval of generated tokens.")
     return 0
 
 
@@ -183,11 +149,11 @@ def _run_validate(args: argparse.Namespace) -> int:
         try:
             config = parse_config(setting)
         except _ERRORS as error:
-            _complain("error", str(error))
+            complain("error", str(error))
             status = 1
             continue
         text = "# no compression\n" if config is None else resolved_yaml(config)
-        _say(("---\n" if number else "") + f"# {setting}\n" + text.rstrip())
+        say(("---\n" if number else "") + f"# {setting}\n" + text.rstrip())
     return status
 
 
@@ -219,11 +185,11 @@ def _run_plan(args: argparse.Namespace) -> int:
     fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory else None
     plan = _Plan(args, variants[task], geometry, usage, fit)
     for warning in _warnings(plan):
-        _complain("warning", warning)
+        complain("warning", warning)
     if len(set(usages.values())) > 1:
-        _complain("warning", f"requests of the task {task} keep most and are shown.")
+        complain("warning", f"requests of the task {task} keep most and are shown.")
     if args.json:
-        _say(json.dumps(_plan_json(plan), indent=2))
+        say(json.dumps(_plan_json(plan), indent=2))
     else:
         _print_plan(plan)
     return 0
@@ -273,13 +239,13 @@ def _print_plan(plan: _Plan) -> None:
     args, config, geometry, usage, fit = plan
     each = " per worker" if args.tensor_parallel_size > 1 else ""
     heads = f"{geometry.kv_heads_per_worker(args.tensor_parallel_size)} x {geometry.head_dim}"
-    _say(
+    say(
         f"{args.model}: {geometry.num_layers} layers, KV heads {heads}{each}, {geometry.dtype}, "
         f"{args.block_size} tokens per block\n"
         f"{args.kv_compression}: policy {config.policy.name}, prompt of {args.prompt_len:,} tokens"
     )
     titles = ("layer group", "layers", "tokens", "kept", "blocks", "kept", "memory", "kept")
-    table = _table(*titles, right=range(2, 8))
+    table = make_table(*titles, right=range(2, 8))
 
     def sizes(before: int, after: int) -> list[str]:
         return [f"{before:,}", f"{after:,}", usage.size(before), usage.size(after)]
@@ -292,17 +258,17 @@ def _print_plan(plan: _Plan) -> None:
         table.add_row(str(group.layer_group), layers, *tokens, *blocks)
     table.add_section()
     table.add_row("total", "", "", "", *sizes(usage.blocks_before, usage.blocks_after))
-    _show(table)
+    show(table)
     if usage.compacted_at is not None:
         later = usage.compacted_at - args.prompt_len
-        _say(
+        say(
             f"{usage.blocks_after / usage.blocks_before:.1%} of the cache stays, from "
             + (f"{later:,} output tokens on" if later else "the end of the prompt on")
             + f". At most {usage.size(usage.blocks_peak)} are held,\nfor the one step that copies "
             "the survivors before the old blocks are free."
         )
     if fit is not None:
-        _say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
+        say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
         _print_capacity(fit, args.output_len)
 
 
@@ -313,24 +279,14 @@ def _print_capacity(fit: Capacity, output_len: int) -> None:
         f"decoding: kept tokens{output}": (fit.stock_decoding, fit.decoding),
         "decoding, prompts admitted one after another": (fit.stock_decoding, fit.one_by_one),
     }
-    table = _table("", "without", "with compression", right=(1, 2))
+    table = make_table("", "without", "with compression", right=(1, 2))
     for title, counts in rows.items():
         table.add_row(title, *(f"{count:,}" for count in counts))
-    _show(table)
-    _say("Prompts are admitted whole. Prefix-cache hits and --max-num-seqs are ignored.")
+    show(table)
+    say("Prompts are admitted whole. Prefix-cache hits and --max-num-seqs are ignored.")
 
 
 # --- the command line ---------------------------------------------------------------------
-
-
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise argparse.ArgumentTypeError(f"must be {smallest} or more, got {value}")
-        return value
-
-    return whole_number
 
 
 def _size(text: str) -> int:
@@ -341,7 +297,7 @@ def _size(text: str) -> int:
 
 
 def _add_plan_options(option: Callable[..., Any]) -> None:
-    number: dict[str, Any] = {"metavar": "N", "type": _at_least(1)}
+    number: dict[str, Any] = {"metavar": "N", "type": at_least(1)}
     option("--prompt-len", required=True, **number, help="tokens of the prompt")
     known = f"{', '.join(preset_names())}, or the path of a YAML file"
     option("--kv-compression", required=True, metavar="PRESET|FILE.yaml", help=known)
@@ -350,7 +306,7 @@ def _add_plan_options(option: Callable[..., Any]) -> None:
     fields = """fields laid over the setting: '{"budget": {"ratio": 0.25}}'"""
     option("--kv-compression-config", default="{}", metavar="JSON", help=fields)
     generated = "output tokens (default %(default)s)"
-    option("--output-len", default=0, metavar="N", type=_at_least(0), help=generated)
+    option("--output-len", default=0, metavar="N", type=at_least(0), help=generated)
     server = "as the server's (default %(default)s)"
     option("--block-size", default=16, **number, help=server)
     option("--tensor-parallel-size", default=1, **number, help=server)
@@ -361,7 +317,7 @@ def _add_plan_options(option: Callable[..., Any]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of `kvcompress` and its three commands."""
+    """Options of `kvcompress` and its commands."""
     parser = argparse.ArgumentParser(
         prog="kvcompress", description="Look at KV-cache compression settings without a server."
     )
@@ -379,6 +335,8 @@ def make_parser() -> argparse.ArgumentParser:
     option("files", nargs="+", metavar="FILE", help="a .yaml file, or the name of a preset")
     text = "work out what a prompt keeps per layer group, and how many requests fit"
     _add_plan_options(add("plan", _run_plan, text))
+    text = "measure on a model which layers a codebook pays for, and how large it must be"
+    add_codebook_options(add("codebook", run_codebook, text))
     return parser
 
 
@@ -388,9 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except _ERRORS as error:
-        _complain("error", str(error))
+        complain("error", str(error))
     except ImportError as error:
-        _complain("error", f"a policy's module cannot be imported: {error}.")
+        complain("error", f"a policy's module cannot be imported: {error}.")
     return 1
 
 

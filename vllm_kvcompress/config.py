@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -74,17 +74,28 @@ def _model_at(model: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] |
     for step in loc[:-1]:
         field = model.model_fields.get(str(step))
         annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kinds = get_args(annotation) or (annotation,)  # of "X or None", too
+        found = [each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)]
+        if len(found) != 1:
             return None
-        model = annotation
+        model = found[0]
     return model
+
+
+def _steps(problem: Any) -> tuple[Any, ...]:
+    """Fields and places in lists on the way to a problem; pydantic names kinds of values, too."""
+    kinds = ("function-", "constrained-", "tuple[")
+    return tuple(step for step in problem["loc"] if not str(step).startswith(kinds))
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], source: str, prefix: str = "") -> str:
     """First problem of a validation error, as one sentence that names file and field."""
     problems = error.errors(include_url=False)
-    first = problems[0]
-    loc = tuple(step for step in first["loc"] if not str(step).startswith("function-"))
+    loc = _steps(problems[0])
+    # Of a field that may be a number or a list, what is wrong in the list says more.
+    alike = (each for each in problems if _steps(each)[: len(loc)] == loc)
+    first = max(alike, key=lambda each: len(_steps(each)))
+    loc = _steps(first)
     field = (prefix + ".".join(str(step) for step in loc)).rstrip(".")
     where = f"{source}: {field}" if field else source
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -75,6 +75,27 @@ def _add_log1p() -> None:
     libdevice.log1p = log1p
 
 
+class _LoopIndex(int):
+    """What a loop of a kernel counts with: a number that takes a type, as when compiled."""
+
+    def to(self, dtype: Any) -> int:
+        return int(self)
+
+
+def _type_loop_indices(interpreter: Any) -> None:
+    """Let kernels call ``.to`` on the index of a ``tl.range``, as vLLM's top-k and top-p do."""
+    patch = interpreter._patch_lang_core
+
+    def patch_lang_core(lang: Any, scope: Any) -> None:
+        patch(lang, scope)
+        plain = lang.range
+        scope.set_attr(
+            lang, "range", lambda *args, **kwargs: map(_LoopIndex, plain(*args, **kwargs))
+        )
+
+    interpreter._patch_lang_core = patch_lang_core
+
+
 def _choose_interpreter() -> None:
     """Make ``triton.jit`` hand out interpreted functions, those of Triton's own library included.
 
@@ -113,7 +134,8 @@ def register() -> None:
         return  # a Triton that really compiles for CPU, or an earlier call of ours
     _hide_from_inductor()
     backends["cpu"] = Backend(compiler=None, driver=_InterpreterDriver)
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime import interpreter
 
-    _cast_masks(InterpreterBuilder)
+    _cast_masks(interpreter.InterpreterBuilder)
+    _type_loop_indices(interpreter)
     _add_log1p()

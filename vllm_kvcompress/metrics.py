@@ -4,6 +4,7 @@ The scheduler process counts into `CompressionStats`. A snapshot of what is new 
 vLLM's scheduler statistics to the API server, whose `PrometheusRecorder` adds it to Prometheus.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -15,6 +16,13 @@ STATS_KEY = "vllm_kvcompress"
 
 POLICY_LABELS = ("policy",)
 KEPT_RATIO_BUCKETS = (0.03, 0.06, 0.12, 0.18, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+CODEBOOK_MEASURES = ("vectors", "entries", "forced", "forced_distance")
+CODEBOOK_TEXTS = (
+    "Keys and values of tokens that were coded by a codebook, one per layer and KV head.",
+    "Entries that codebooks got for them.",
+    "Of these keys and values, those without an entry above the threshold in a full codebook.",
+    "Sum of 1 - cosine between these and the nearest entry, which stands for them.",
+)
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -45,6 +53,9 @@ class CompressionStats:
         Views taken for drafting, by "policy/trigger": "prompt" or "refresh".
     view_tokens : dict[str, int]
         Tokens in these views, averaged over layer groups, by policy.
+    codebooks : dict[str, float]
+        Of "key" and "value" vectors, by "kind/what": coded "vectors", "entries" added, "forced"
+        ones, and their "forced_distance".
     deferrals : int
         Steps in which a due compaction found no room for its survivors.
     kept_ratios : list[tuple[str, float]]
@@ -62,6 +73,7 @@ class CompressionStats:
     tasks: dict[str, int] = field(default_factory=dict)
     views: dict[str, int] = field(default_factory=dict)
     view_tokens: dict[str, int] = field(default_factory=dict)
+    codebooks: dict[str, float] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: list[tuple[str, float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -104,6 +116,17 @@ class CompressionStats:
         """Count one view of so many tokens, averaged over layer groups."""
         _add(self.views, f"{policy}/{trigger}", 1)
         _add(self.view_tokens, policy, num_tokens)
+
+    def record_codebooks(self, measures: Sequence[Sequence[float]]) -> None:
+        """Count what codebooks were made of: of keys and of values, in order, four numbers.
+
+        Vectors coded, entries added, vectors without an entry that is similar enough, and the sum
+        of 1 - cosine to the entry over these.
+        """
+        for kind, numbers in zip(("key", "value"), measures, strict=False):
+            for what, number in zip(CODEBOOK_MEASURES, numbers, strict=True):
+                place = f"{kind}/{what}"
+                self.codebooks[place] = self.codebooks.get(place, 0.0) + number
 
     def record_task(self, task: str, decided_by: str) -> None:
         """Count one request whose setting depends on its task."""
@@ -162,6 +185,10 @@ class PrometheusRecorder:
             "Tokens in views when they were taken, averaged over layer groups.",
             POLICY_LABELS,
         )
+        self.codebooks = {
+            what: Counter(f"vllm:kv_compression_codebook_{what}", text, ("kind",))
+            for what, text in zip(CODEBOOK_MEASURES, CODEBOOK_TEXTS, strict=True)
+        }
         self.deferrals = Counter(
             "vllm:kv_compression_deferrals",
             "Steps in which a due compaction found no free blocks for its survivors.",
@@ -186,6 +213,9 @@ class PrometheusRecorder:
         for name in ("compactions", "tokens_evicted", "tasks", "views"):
             for key, count in snapshot.get(name, {}).items():
                 getattr(self, name).labels(*key.rsplit("/", 1)).inc(count)
+        for place, number in snapshot.get("codebooks", {}).items():
+            kind, what = place.split("/")
+            self.codebooks[what].labels(kind).inc(number)
         for reason, count in snapshot.get("uncompressed", {}).items():
             self.uncompressed.labels(reason).inc(count)
         self.deferrals.inc(snapshot.get("deferrals", 0))

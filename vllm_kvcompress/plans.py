@@ -9,22 +9,75 @@ Notation used throughout the project, for one request and one layer group:
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 Span = tuple[int, int]
 """A half-open range of positions [start, end)."""
 
 
 @dataclass(frozen=True)
+class BookLengths:
+    """Sizes of one request's codebook in one layer group.
+
+    Coded tokens take no slots of their own. Their request's blocks begin with `num_entries` slots
+    of entries, then come `num_code_rows` slots of codes, then the tokens that are not coded.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Coded tokens.
+    num_entries : int
+        Slots for entries, used or not, a multiple of the block size.
+    num_code_rows : int
+        Slots for codes, a multiple of the block size.
+    """
+
+    num_tokens: int
+    num_entries: int
+    num_code_rows: int
+
+    @property
+    def num_slots(self) -> int:
+        """Slots before the first token that is not coded."""
+        return self.num_entries + self.num_code_rows
+
+
+@dataclass(frozen=True)
 class GroupLengths:
-    """Lengths of one layer group's compaction, in tokens. See the module docstring."""
+    """Lengths of one layer group's compaction, in slots. See the module docstring.
+
+    Attributes
+    ----------
+    region_len, kept_len : int
+        R and K.
+    book : BookLengths or None
+        What the K slots hold where survivors are coded: ``book.num_slots`` is K then.
+    coded_before : int
+        Tokens of the region that are coded already.
+    held_before : int
+        Slots of the region that these take.
+    """
 
     region_len: int
     kept_len: int
+    book: BookLengths | None = None
+    coded_before: int = 0
+    held_before: int = 0
 
     @property
     def evicted(self) -> int:
-        """Tokens the group loses."""
+        """Slots the group gives up, by which all later indices move."""
         return self.region_len - self.kept_len
+
+    @property
+    def num_survivors(self) -> int:
+        """Tokens that are in the cache afterwards, of those the region held."""
+        return self.kept_len if self.book is None else self.book.num_tokens
+
+    @property
+    def tokens_evicted(self) -> int:
+        """Tokens that are lost."""
+        return self.region_len - self.held_before + self.coded_before - self.num_survivors
 
 
 @dataclass(frozen=True)
@@ -34,13 +87,26 @@ class GroupCache:
     Attributes
     ----------
     num_tokens : int
-        Tokens in the cache.
+        Slots in use; where a codebook leads them, ``book.num_slots`` and the tokens behind it.
     permanent : tuple[Span, ...]
         Tokens that no compaction evicts (sinks and pins), disjoint and ascending.
+    book : BookLengths or None
+        The codebook that the slots begin with.
     """
 
     num_tokens: int
     permanent: tuple[Span, ...]
+    book: BookLengths | None = None
+
+
+class PlanKind(Enum):
+    """``TOKENS``: survivors as they are. ``CODES``: survivors as entries of a new codebook.
+    ``MORE_CODES``: the codebook that is there, and codes of all full blocks behind it.
+    """
+
+    TOKENS = "tokens"
+    CODES = "codes"
+    MORE_CODES = "more codes"
 
 
 @dataclass(frozen=True)
@@ -58,7 +124,8 @@ class GroupPlan:
     source_blocks : tuple[int, ...]
         The ``region_len / block_size`` blocks that hold the region; never written.
     destination_blocks : tuple[int, ...]
-        The ``kept_len / block_size`` private blocks that receive the survivors.
+        The ``kept_len / block_size`` private blocks that receive the survivors, or their codebook:
+        entries first, then codes.
     tail_blocks : tuple[int, ...]
         The request's blocks behind the region; they are re-linked, not copied.
     """
@@ -69,6 +136,13 @@ class GroupPlan:
     source_blocks: tuple[int, ...]
     destination_blocks: tuple[int, ...]
     tail_blocks: tuple[int, ...]
+
+    @property
+    def kind(self) -> PlanKind:
+        """What the destination blocks will hold."""
+        if self.lengths.book is None:
+            return PlanKind.TOKENS
+        return PlanKind.MORE_CODES if self.lengths.coded_before else PlanKind.CODES
 
     @property
     def block_row(self) -> tuple[int, ...]:

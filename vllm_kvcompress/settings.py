@@ -3,18 +3,24 @@
 Everything here is frozen and valid once built.
 """
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_kvcompress.codebook_settings import CodebookConfig
 from vllm_kvcompress.registry import load_policy_class
 
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Task = Literal["localization", "aggregation"]
 
-EXCLUSIVE_FIELDS = {"budget": {"ratio", "tokens"}, "layer_groups": {"count", "size"}}
+EXCLUSIVE_FIELDS = {
+    "budget": {"ratio", "tokens"},
+    "layer_groups": {"count", "size"},
+    "codebook": {"shallow", "groups"},
+}
 """Fields of which only one may be set; setting one by an override drops the other."""
 
 
@@ -143,6 +149,16 @@ class DraftConfig(_Model):
         Take a new view after so many tokens; None never.
     refresh_below : float or None
         Take a new view when the running share of accepted drafts falls below this; None never.
+    acceptance : {"rejection", "typical"}
+        Which drafts stand in requests with a temperature. "rejection" keeps the target's
+        distribution. "typical" is lossy: a draft stands if the target finds it likely enough
+        (arXiv 2401.10774, section 2.3.1), so the output depends on the view. Requests with the
+        temperature 0 are verified exactly with either.
+    typical_epsilon : float or None
+        typical: a draft of a probability above this always stands; 0.09 if not given.
+    typical_delta : float or None
+        typical: a draft also stands above this times exp(-entropy of the target's distribution);
+        the square root of epsilon if not given.
     """
 
     tokens: int = Field(default=4, ge=0, le=16)
@@ -152,6 +168,17 @@ class DraftConfig(_Model):
     budget: BudgetConfig | None = None
     refresh_every: int | None = Field(default=None, ge=1)
     refresh_below: float | None = Field(default=None, gt=0, lt=1)
+    acceptance: Literal["rejection", "typical"] = "rejection"
+    # Below 1: the target's most probable token has at least exp(-entropy), so it always stands.
+    typical_epsilon: float | None = Field(default=None, gt=0, lt=1)
+    typical_delta: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _thresholds_matter(self) -> "DraftConfig":
+        for name in ("typical_epsilon", "typical_delta"):
+            if self.acceptance != "typical" and getattr(self, name) is not None:
+                raise ValueError(f'{name}: goes with the acceptance "typical" only')
+        return self
 
     @model_validator(mode="after")
     def _stays_exact(self) -> "DraftConfig":
@@ -165,6 +192,15 @@ class DraftConfig(_Model):
     def refreshes(self) -> bool:
         """Whether views are ever taken again."""
         return self.refresh_every is not None or self.refresh_below is not None
+
+    @property
+    def typical_thresholds(self) -> tuple[float, float] | None:
+        """Epsilon and delta of typical acceptance; None where it is not in use."""
+        if self.acceptance != "typical":
+            return None
+        epsilon = 0.09 if self.typical_epsilon is None else self.typical_epsilon
+        delta = math.sqrt(epsilon) if self.typical_delta is None else self.typical_delta
+        return epsilon, delta
 
 
 class PolicyConfig(BaseModel):
@@ -191,6 +227,8 @@ class CompressionConfig(_Model):
         Which tokens survive.
     budget, layer_groups, layer_budget
         How many, and how they are spread over the layers.
+    codebook : CodebookConfig or None
+        Layer groups whose survivors are stored as entries of a codebook; None codes nothing.
     num_sink_tokens : int, default 4
         First tokens of the prompt, never evicted.
     observation_window : int, default 16
@@ -199,7 +237,8 @@ class CompressionConfig(_Model):
         When a request is compressed: once its prompt is done, every `interval` generated tokens,
         or both.
     interval : int, default 128
-        Generated tokens between compactions; unused with the trigger "end_of_prompt".
+        Generated tokens between compactions; with the trigger "end_of_prompt", between extensions
+        of a codebook.
     min_prompt_len : int, default 512
         Shorter prompts are left alone when they end; while decoding, only the budget counts.
     pinned : list of [start, end)
@@ -207,7 +246,8 @@ class CompressionConfig(_Model):
     mode : {"evict", "draft"}
         What becomes of tokens that do not survive: "evict" gives their memory back; "draft" keeps
         them, and lets the model draft tokens over the survivors alone, which the whole cache then
-        verifies: the output is that of the uncompressed model.
+        verifies: the output is that of the uncompressed model (with the `draft.acceptance`
+        "typical": only at the temperature 0).
     draft : DraftConfig
         Of the mode "draft".
     task : {"auto", "localization", "aggregation"}
@@ -221,6 +261,7 @@ class CompressionConfig(_Model):
     budget: BudgetConfig
     layer_groups: LayerGroupsConfig = LayerGroupsConfig(count=1)
     layer_budget: LayerBudgetConfig = LayerBudgetConfig()
+    codebook: CodebookConfig | None = None
     num_sink_tokens: int = Field(default=4, ge=0)
     observation_window: int = Field(default=16, ge=1)
     trigger: Literal["end_of_prompt", "interval", "both"] = "end_of_prompt"
@@ -238,6 +279,8 @@ class CompressionConfig(_Model):
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
         self._check_drafts()
+        if self.codebook is not None and not self.compresses_prompts:
+            raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
@@ -252,6 +295,11 @@ class CompressionConfig(_Model):
             raise ValueError('draft.budget: in the mode "draft" set budget, which is the view\'s')
         if not self.drafts:
             return
+        if self.codebook is not None:
+            raise ValueError(
+                "codebook: no draft is made over one; set mode evict without draft.budget, or "
+                "leave out codebook"
+            )
         if self.mode == "evict" and draft.refreshes:
             raise ValueError(
                 "draft.refresh_every, draft.refresh_below: a cache that evicts has nothing to "
@@ -286,6 +334,11 @@ class CompressionConfig(_Model):
     def compresses_while_decoding(self) -> bool:
         """Whether generated tokens trigger compactions."""
         return self.trigger in ("interval", "both")
+
+    @property
+    def extends_codebooks(self) -> bool:
+        """Whether generated tokens are coded too."""
+        return self.codebook is not None and self.codebook.extend
 
     @cached_property
     def by_task(self) -> dict[str, "CompressionConfig"]:

@@ -8,7 +8,7 @@ out as vLLM 0.32 lays out a hybrid model: a block of the pool holds `block_size`
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm_kvcompress.budgets import (
     permanent_ranges,
 )
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.settings import CompressionConfig
 
@@ -206,7 +207,8 @@ class GroupUsage:
     layer_group, first_layer, num_layers, num_tables : int
         Its number, its layers, and the block tables they are spread over.
     tokens_before, tokens_after : int
-        Tokens cached per layer before and after the first compaction.
+        Slots in use per layer before and after the first compaction: one per token, fewer where a
+        codebook stands for tokens.
     blocks_before, blocks_after : int
         Blocks of the pool, all tables.
     """
@@ -272,22 +274,28 @@ class _Compaction:
 
 
 def _compactions(
-    prompt_len: int, output_len: int, config: CompressionConfig, num_groups: int, block_size: int
+    prompt_len: int,
+    output_len: int,
+    config: CompressionConfig,
+    num_groups: int,
+    block_size: int,
+    codes: int,
 ) -> Iterator[_Compaction]:
     """Every compaction of a request, in order, as the planner will decide them."""
     position = prompt_len
     before = [GroupCache(prompt_len, permanent_ranges(prompt_len, config))] * num_groups
-    lengths = compaction_lengths(prompt_len, config, num_groups, block_size)
+    lengths = compaction_lengths(prompt_len, config, num_groups, block_size, codes)
+    runs_on = config.compresses_while_decoding or config.extends_codebooks
     while True:
         pairs = list(zip(before, lengths, strict=True))
         after = [after_compaction(cache, each) if each else cache for cache, each in pairs]
         if any(lengths):
             yield _Compaction(position, before, after, lengths)
         position += config.interval
-        if not config.compresses_while_decoding or position > prompt_len + output_len:
+        if not runs_on or position > prompt_len + output_len:
             return
-        before = [GroupCache(c.num_tokens + config.interval, c.permanent) for c in after]
-        lengths = next_lengths(prompt_len, position, before, config, block_size)
+        before = [replace(c, num_tokens=c.num_tokens + config.interval) for c in after]
+        lengths = next_lengths(prompt_len, position, before, config, block_size, codes)
 
 
 def request_usage(
@@ -307,7 +315,8 @@ def request_usage(
         return sum(n * -(-each // block_size) for n, each in zip(tables, tokens, strict=True))
 
     end = prompt_len + output_len
-    done = list(_compactions(prompt_len, output_len, config, len(tables), block_size))
+    codes = codes_per_row(geometry.head_dim * DTYPE_BYTES[geometry.dtype])
+    done = list(_compactions(prompt_len, output_len, config, len(tables), block_size, codes))
     peaks, grown = [blocks([end if not done else prompt_len] * len(tables))], []
     for index, each in enumerate(done):
         held = blocks(cache.num_tokens for cache in each.before)

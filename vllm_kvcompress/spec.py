@@ -4,9 +4,12 @@ Layers with different numbers refuse to merge, so vLLM's hybrid allocator gives 
 its own block table over the one shared pool.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, iter_layer_specs
+
+from vllm_kvcompress.kernels.code_rows import codes_per_row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +18,17 @@ class CompressedAttentionSpec(FullAttentionSpec):
 
     Attributes
     ----------
-    layer_group : int
-        Number of the layer group, from 0.
+    layer_group : int or None
+        Number of the layer group, from 0. None for layers that are never compacted, those of a
+        draft model: they have blocks of their own.
     """
 
-    layer_group: int = 0
+    layer_group: int | None = 0
 
     @classmethod
-    def from_full(cls, spec: FullAttentionSpec, layer_group: int) -> "CompressedAttentionSpec":
+    def from_full(
+        cls, spec: FullAttentionSpec, layer_group: int | None
+    ) -> "CompressedAttentionSpec":
         """Copy every field of a plain full-attention spec."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec)}
         return cls(**values, layer_group=layer_group)
@@ -30,7 +36,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list["CompressedAttentionSpec"]) -> "CompressedAttentionSpec":  # type: ignore[override]
         """Merge specs of one layer group; specs of different groups raise AssertionError."""
-        groups = {getattr(spec, "layer_group", None) for spec in specs}
+        groups = {getattr(spec, "layer_group", "without number") for spec in specs}
         if len(groups) != 1:
             raise AssertionError(f"Layers of layer groups {sorted(map(str, groups))} do not merge.")
         merged = super().merge(specs)
@@ -42,3 +48,39 @@ class CompressedAttentionSpec(FullAttentionSpec):
             isinstance(spec, CompressedAttentionSpec) and spec.layer_group == self.layer_group
             for spec in kv_cache_specs.values()
         )
+
+
+@dataclass(frozen=True)
+class GroupMap:
+    """How vLLM's KV cache groups and our layer groups belong together.
+
+    Attributes
+    ----------
+    layer_groups : tuple[int or None, ...]
+        Layer group of every KV cache group; None for one that is never compacted.
+    num_layer_groups : int
+        Layer groups that are compacted.
+    block_size : int
+        Their tokens per block. A draft model's may be another.
+    codes_per_row : int
+        Tokens whose codes one of their slots takes.
+    """
+
+    layer_groups: tuple[int | None, ...]
+    num_layer_groups: int
+    block_size: int
+    codes_per_row: int
+
+    @classmethod
+    def of(cls, specs: Iterable[KVCacheSpec]) -> "GroupMap":
+        """Read the specs of all KV cache groups, in order."""
+        # Where pages differ in size, vLLM may wrap a group's specs into one.
+        layers = [next(iter(iter_layer_specs(spec))) for spec in specs]
+        numbers = tuple(layer.layer_group for layer in layers)
+        compacted = [layer for layer in layers if layer.layer_group is not None]
+        sizes = {layer.block_size for layer in compacted}
+        assert len(sizes) == 1, f"layer groups with blocks of {sorted(sizes)} tokens"
+        codes = {codes_per_row(each.head_size * each.dtype.itemsize) for each in compacted}
+        assert len(codes) == 1, "layers of one model whose caches have rows of different lengths"
+        count = max(number for number in numbers if number is not None) + 1
+        return cls(numbers, count, sizes.pop(), codes.pop())

@@ -107,7 +107,8 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             choices=("evict", "draft"),
             default=None,
             help="evict: give the memory of evicted tokens back. draft: keep all tokens, draft "
-            "over the survivors and verify over the whole cache (lossless).",
+            "over the survivors and verify over the whole cache (lossless, unless "
+            "draft.acceptance is typical).",
         )
         group.add_argument(
             "--kv-draft-tokens",

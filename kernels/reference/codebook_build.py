@@ -54,12 +54,18 @@ def _cover(graph: torch.Tensor, max_entries: int) -> tuple[list[int], torch.Tens
     """Places of the entries, and [n] int32 entry numbers, -1 where the book was full."""
     left = torch.ones(len(graph), dtype=torch.bool, device=graph.device)
     numbers = torch.full_like(left, -1, dtype=torch.int32)
-    chosen: list[int] = []
+    degree, chosen = graph.sum(dim=0, dtype=torch.int32), list[int]()
     while len(chosen) < max_entries and left.any():
-        degree = torch.where(left, (graph & left).sum(dim=1), 0)
-        place = int((degree == degree.max()).nonzero()[0])
+        most = degree.max()
+        if most == 1:  # those that are left have only themselves
+            alone = left.nonzero()[: max_entries - len(chosen), 0]
+            numbers[alone] = len(chosen) + torch.arange(len(alone)).to(numbers)
+            return chosen + alone.tolist(), numbers
+        place = int((degree == most).nonzero()[0])
         covered = graph[place] & left
         numbers[covered] = len(chosen)
         left &= ~covered
+        lost = graph[covered].sum(dim=0, dtype=torch.int32)
+        degree = torch.where(left, degree - lost, 0)
         chosen.append(place)
     return chosen, numbers

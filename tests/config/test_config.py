@@ -312,3 +312,28 @@ def test_what_the_mode_draft_cannot_do() -> None:
         parse_config({"preset": "snapkv", "draft": both})
     with pytest.raises(ConfigError, match="refresh_every"):
         parse_config({**draft, "preset": "h2o", "draft": {"refresh_every": 64}})
+
+
+def test_typical_acceptance_is_an_opt_in() -> None:
+    fields = {"preset": "snapkv", "mode": "draft"}
+    assert parse_config(fields).draft.typical_thresholds is None
+
+    def thresholds(**draft: float) -> tuple[float, float]:
+        config = parse_config({**fields, "draft": {"acceptance": "typical", **draft}})
+        assert parse_config(config.to_dict()) == config, "as it travels to the workers"
+        return config.draft.typical_thresholds
+
+    assert thresholds() == pytest.approx((0.09, 0.3))
+    assert thresholds(typical_epsilon=0.25) == pytest.approx((0.25, 0.5)), "delta follows epsilon"
+    assert thresholds(typical_delta=0.1) == pytest.approx((0.09, 0.1))
+    for name in ("typical_epsilon", "typical_delta"):
+        for value in (0, 1, -0.1, float("nan")):
+            with pytest.raises(ConfigError, match=f"draft.{name}"):
+                thresholds(**{name: value})
+        with pytest.raises(ConfigError, match=f'{name}.*"typical" only'):
+            parse_config({**fields, "draft": {name: 0.3 if name == "typical_delta" else 0.09}})
+    with pytest.raises(ConfigError, match=r"draft\.acceptance.*rejection.*typical"):
+        parse_config({**fields, "draft": {"acceptance": "lossy"}})
+    server = parse_config({**fields, "draft": {"acceptance": "typical"}})
+    own = resolve_request(server, parse_request({"kv_compression": "rkv", "kv_draft_tokens": 2}))
+    assert own.draft.acceptance == "typical", "the server's, whatever preset the request names"

@@ -180,7 +180,20 @@ def test_a_resumed_request_stops_at_every_interval() -> None:
     assert plan.clip_chunk("r", 2000, 250, 2250) == 100
     assert plan.clip_chunk("r", 2096, 8, 2097) == 3, "drafts end before the mark"
     assert plan.clip_chunk("r", 2099, 8, 2100) == 1, "one certain token reaches it"
-    assert plan.clip_chunk("r", 2099, 1, 2098) == 1, "scheduled ahead"
+    assert plan.clip_chunk("r", 2099, 1, 2099) == 1, "scheduled ahead"
+
+
+def test_a_step_waits_for_the_verdict_of_drafts_under_way() -> None:
+    """They count as computed: the step behind them could reach the mark, or fall short of it."""
+    plan = decoding()
+    add(plan, 2000)
+    assert plan.note_progress("r", 2000)
+    compact(plan)
+    assert plan.clip_chunk("r", 2090, 4, 2091, unverified=3) == 4
+    assert plan.clip_chunk("r", 2094, 8, 2095, unverified=3) == 5, "not to the mark itself"
+    assert plan.clip_chunk("r", 2099, 4, 2100, unverified=3) == 0
+    assert plan.clip_chunk("r", 2097, 4, 2098) == 2, "the verdict is there: go on"
+    assert plan.clip_chunk("r", 2101, 4, 2102, unverified=1) == 4, "the mark is behind it"
 
 
 def test_policies_that_read_whole_prompts_take_no_cached_tokens() -> None:
@@ -263,3 +276,104 @@ def test_a_view_is_taken_again_when_drafts_fare_badly() -> None:
     plan.observe_drafts("r", 4, 0)
     take_view(plan, 2050)
     assert not plan.note_progress("r", 2060), "the new view starts with a clean record"
+
+
+# --- codebooks ----------------------------------------------------------------------------
+
+
+def coding(entries: float = 0.1, **fields) -> Planner:
+    """The first of two groups is coded, 32 codes to a slot."""
+    book = {"groups": [0], "entries": entries, "extend": fields.pop("extend", True)}
+    fields = {"codebook": book, "interval": 100, "layer_budget": {"shape": "uniform"}, **fields}
+    found = planner("spindlekv", budget={"tokens": 500, "floor": 1}, **fields)
+    found.codes_per_row = 32
+    return found
+
+
+def test_a_codebook_is_extended_and_nothing_else_happens_while_decoding() -> None:
+    """2,000 tokens: 484 of the region's 1,984 coded, as 2 blocks of entries and 1 of codes."""
+    plan = coding()
+    tracked = add(plan, 2000)
+    assert plan.note_progress("r", 2000)
+    compact(plan)
+    assert (tracked.state, tracked.next_at) == (State.ARMED, 2100)
+    assert tracked.while_decoding
+    coded, plain = tracked.caches
+    assert (coded.num_tokens, coded.book.num_tokens, coded.book.num_slots) == (96 + 16, 484, 96)
+    assert (plain.num_tokens, plain.book) == (512 + 16, None), "484 and what fills the block"
+    assert not plan.note_progress("r", 2099)
+    assert plan.note_progress("r", 2100)
+    extended, left_alone = tracked.lengths
+    assert left_alone is None, "the other group keeps what was generated"
+    assert (extended.region_len, extended.book.num_tokens) == (96 + 96, 484 + 96)
+    assert (extended.coded_before, extended.held_before) == (484, 96)
+    compact(plan)
+    assert tracked.next_at == 2200
+    assert tracked.caches[1].num_tokens == plain.num_tokens + 100
+    assert tracked.caches[0].num_tokens == 96 + 20
+
+
+def test_no_book_no_extension() -> None:
+    """Asked not to, or entries for every token, which take no less than the tokens."""
+    for fields in ({"extend": False}, {"entries": 1.0}):
+        plan = coding(**fields)
+        tracked = add(plan, 2000)
+        assert plan.note_progress("r", 2000)
+        assert (tracked.lengths[0].book is None) == (fields != {"extend": False})
+        compact(plan)
+        assert tracked.state is State.DONE
+        assert not plan.note_progress("r", 2100)
+        assert plan.clip_chunk("r", 2000, 500, 2500) == 500
+    plan = coding()
+    assert add(plan, 500).skip_reason == SkipReason.SHORT_PROMPT, "there is nothing to extend"
+
+
+def test_an_extension_that_frees_no_block_waits_for_the_next_interval() -> None:
+    plan = coding(interval=10)
+    tracked = add(plan, 2000)
+    assert plan.note_progress("r", 2000)
+    compact(plan)
+    tracked.counted = True
+    assert not plan.note_progress("r", 2010), "26 tokens behind the book are no block"
+    assert (tracked.state, tracked.next_at, tracked.compacted_at) == (State.ARMED, 2020, 2000)
+    assert plan.note_progress("r", 2020)
+    assert tracked.lengths[0].region_len == 96 + 32
+    assert plan.remove("r") is None, "compressed, whatever became of the extension"
+
+
+def test_an_extension_without_room_takes_in_what_came_since() -> None:
+    plan = coding()
+    tracked = add(plan, 2000)
+    assert plan.note_progress("r", 2000)
+    compact(plan)
+    assert plan.note_progress("r", 2100) and plan.note_progress("r", 2128)
+    assert tracked.position == 2128
+    assert tracked.lengths[0].book.num_tokens == 484 + 128
+    compact(plan)
+    assert tracked.next_at == 2228
+
+
+def test_a_resumed_request_is_coded_and_extended_at_the_same_places() -> None:
+    plan = coding()
+    tracked = add(plan, 2000)
+    seen = []
+    for _ in range(2):
+        for position in (2000, 2100, 2200):
+            start = max(tracked.compacted_at, 1024)
+            assert plan.clip_chunk("r", start, 2250 - start, 2250) == position - start
+            assert plan.note_progress("r", position)
+            seen.append(list(tracked.lengths))
+            compact(plan)
+        plan.restart("r")
+        assert (tracked.next_at, tracked.compacted_at) == (2000, 0)
+        assert all(cache.book is None for cache in tracked.caches)
+    assert seen[:3] == seen[3:]
+
+
+def test_drafts_of_others_stop_before_an_extension() -> None:
+    plan = coding()
+    add(plan, 2000)
+    plan.note_progress("r", 2000)
+    compact(plan)
+    assert plan.clip_chunk("r", 2096, 8, 2097) == 3
+    assert plan.clip_chunk("r", 2100, 1, 2097, unverified=3) == 0, "its verdict comes first"

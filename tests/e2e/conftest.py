@@ -41,6 +41,7 @@ def assert_idle(engine: Engine) -> None:
     assert not state.window._stashes and not state.request_configs and not state._rows
     assert not state.prompt_queries._summaries and not state.tasks
     assert not state.lengths.evicted.np.any()
+    assert not state.codebooks._sizes.np.any() and not state.codebooks.rows
 
 
 @pytest.fixture(scope="session")

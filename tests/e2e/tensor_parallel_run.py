@@ -1,51 +1,80 @@
 """Run by test_tensor_parallel.py in a process of its own: prints tokens per policy as JSON.
 
-python tensor_parallel_run.py MODEL NUM_RANKS
+python tensor_parallel_run.py MODEL NUM_RANKS evict|draft
 """
 
 import json
 import sys
+from typing import Any
 
 from vllm import LLM, SamplingParams
 
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 
-POLICIES = ("windowkv", "snapkv", "keydiff", "random", "tova", "criticalkv", "h2o", "adakv")
 BOTH = {"trigger": "both", "interval": 16, "budget": {"tokens": 200}, "layer_groups": {"count": 4}}
+DRAFT = {
+    "mode": "draft",
+    "draft": {"tokens": 4, "refresh_every": 8},
+    "budget": {"ratio": 0.12},
+    "layer_groups": {"count": 2},
+}
+
+# Per mode: the server's setting beside its preset, policies (the server's own first), tokens of a
+# prompt and of an answer under the server's policy and under the others.
+MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
+    "evict": (
+        BOTH,  # compresses while decoding too, every 16 tokens
+        ("windowkv", "snapkv", "keydiff", "random", "tova", "criticalkv", "h2o", "adakv"),
+        1500,
+        40,
+        12,
+    ),
+    # windowkv's views are blocks of the request's own, snapkv's are copies. The small budget
+    # keeps drafts from being right by themselves: what is accepted tells views apart.
+    "draft": (DRAFT, ("snapkv", "windowkv"), 700, 24, 24),
+}
+COUNTED = (
+    "vllm:kv_compression_requests",
+    "vllm:kv_compression_views",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+)
 
 
 def main() -> None:
     """Two prompts under every policy."""
+    model, num_ranks, mode = sys.argv[1:]
+    setting, policies, prompt_len, own_len, other_len = MODES[mode]
     llm = LLM(
-        sys.argv[1],
+        model,
         dtype="float32",
         enforce_eager=True,
         max_model_len=4096,
         kv_cache_memory_bytes=64 << 20,
         max_num_seqs=8,
         seed=0,
-        tensor_parallel_size=int(sys.argv[2]),
-        additional_config={"kv_compression": {"preset": "windowkv", **BOTH}},
+        tensor_parallel_size=int(num_ranks),
+        additional_config={"kv_compression": {"preset": policies[0], **setting}},
         disable_log_stats=False,  # counts take their way to Prometheus, as in a server
     )
-    prompts = [s.prompt for s in make_samples(2, 1500, llm.get_tokenizer().encode, seed=11)]
+    prompts = [s.prompt for s in make_samples(2, prompt_len, llm.get_tokenizer().encode, seed=11)]
     tokens = {}
-    for policy in POLICIES:
-        # The server's own setting also compresses while decoding: every 16 tokens.
-        extra = {"kv_compression": policy} if policy != POLICIES[0] else {}
+    for policy in policies:
+        extra = {"kv_compression": policy} if policy != policies[0] else {}
         params = SamplingParams(
             temperature=0,
-            max_tokens=12 if extra else 40,
+            max_tokens=other_len if extra else own_len,
             ignore_eos=True,
             extra_args=extra or None,
         )
         tokens[policy] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
-    compressed = {
-        metric.labels["policy"]: metric.value
-        for metric in llm.get_metrics()
-        if metric.name == "vllm:kv_compression_requests"
-    }
-    sys.stdout.write(json.dumps({"tokens": tokens, "compressed": compressed}) + "\n")
+    counts: dict[str, Any] = {}
+    for metric in llm.get_metrics():
+        if metric.name not in COUNTED:
+            continue
+        labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger")}
+        counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
+    sys.stdout.write(json.dumps({"tokens": tokens, "counts": counts}) + "\n")
 
 
 if __name__ == "__main__":

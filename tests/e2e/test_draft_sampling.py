@@ -5,8 +5,11 @@ Face, float64 from the logits on). Summed over all tokens, the difference D betw
 probabilities has mean 0 and covariance C = sum of diag(p) - p p^T, whatever depends on what before
 it, so D^T C^+ D follows a chi-square distribution with 7 degrees of freedom. Tokens are counted by
 name, and by their rank in the distribution: what favours drafts favours the first ranks.
+
+Typical acceptance, which is lossy by design, fails that test and is held to its own promises.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.e2e.conftest import opened
+from tests.e2e.conftest import assert_idle, opened
+from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.evaluation.engine import Engine, Result
+from vllm_kvcompress.evaluation.speculation_engine import spec_counts
+from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 
 pytestmark = pytest.mark.engine
 
@@ -117,3 +124,137 @@ def test_sampled_tokens_follow_the_targets_distribution(model: Path, prompt, sam
     sharper = probabilities**1.3
     sharper /= sharper.sum(axis=-1, keepdims=True)
     assert statistic(*by_rank(tokens, sharper)) > LIMIT
+
+
+TYPICAL: dict[str, Any] = {
+    "preset": "streaming_llm",
+    "budget": {"tokens": 64, "floor": 1},
+    "mode": "draft",
+    "draft": {"tokens": 3, "acceptance": "typical"},
+    "min_prompt_len": 128,
+}
+ARGUMENTS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "max_model_len": 1024,
+    "max_num_seqs": NUM_REQUESTS,
+    "disable_log_stats": False,
+}
+
+
+def add(
+    engine: Engine, name: str, prompt: list[int], xargs: dict | None = None, **sampling
+) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False, extra_args=xargs, **sampling
+    )
+    engine.results[name] = Result()
+    engine.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+
+def sampled(
+    engine: Engine, prompt: list[int], name: str, num_seeds: int
+) -> tuple[list[list[int]], dict[str, float], int]:
+    """Tokens of requests of the same prompt, growth of vLLM's counters, tokens behind the ends."""
+    before, verified = spec_counts(engine), []
+    planner, observe = engine.scheduler.planner, engine.scheduler.planner.observe_drafts
+
+    def record(request_id: str, num_drafts: int, num_accepted: int) -> None:
+        verified.append(num_accepted)
+        observe(request_id, num_drafts, num_accepted)
+
+    planner.observe_drafts = record
+    for seed in range(num_seeds):
+        add(engine, f"{name}-{seed}", prompt, temperature=1.0, seed=seed)
+    engine.drain()
+    planner.observe_drafts = observe
+    counts = {key: count - before[key] for key, count in spec_counts(engine).items()}
+    tokens = [engine.results[f"{name}-{seed}"].token_ids for seed in range(num_seeds)]
+    assert counts["drafts"] == len(verified) and counts["accepted_tokens"] == sum(verified)
+    return tokens, counts, len(verified) + sum(verified) - num_seeds * (NUM_TOKENS - 1)
+
+
+def test_drafts_drawn_at_random_go_without_their_probabilities(model: Path, prompt) -> None:
+    """Typical acceptance does not ask for them, so no room is held for the draft's logits."""
+    draft = {**TYPICAL["draft"], "sample": "probabilistic"}
+    with opened(str(model), {**TYPICAL, "draft": draft}, **ARGUMENTS) as engine:
+        assert engine.runner.speculator.draft_logits is None
+        tokens, counts, cut_off = sampled(engine, prompt, "drawn", 2)
+        assert tokens[0] != tokens[1] and counts["accepted_tokens"] > 0
+        assert 0 <= cut_off <= 3 * 2
+        assert_idle(engine)
+
+
+@pytest.fixture(scope="module")
+def typical(model: Path) -> Iterator[Engine]:
+    """For the tests from here on; those above open engines of their own."""
+    with opened(str(model), TYPICAL, **ARGUMENTS) as engine:
+        yield engine
+
+
+def test_typical_acceptance_accepts_more_and_is_lossy(
+    typical: Engine, model: Path, prompt, record_property
+) -> None:
+    runner = typical.runner
+    assert type(runner.rejection_sampler) is TypicalAcceptanceSampler
+    tokens, counts, cut_off = sampled(typical, prompt, "typical", 20)
+    assert 0 <= cut_off <= 3 * 20, "accepted drafts and one token per pass are the output"
+    own, stock = runner.rejection_sampler, type(runner.rejection_sampler).__base__
+    runner.rejection_sampler = stock(runner.sampler, runner.speculative_config, runner.device)
+    try:
+        _, exact, _ = sampled(typical, prompt, "exact", 8)
+    finally:
+        runner.rejection_sampler = own
+    shares = [each["accepted_tokens"] / each["draft_tokens"] for each in (counts, exact)]
+    assert shares[0] > shares[1] + 0.1 > 0.15, shares
+    # What rejection sampling passes above, with more tokens.
+    probabilities = target_probabilities(model, prompt, tokens)
+    found = statistic(tokens, probabilities), statistic(*by_rank(tokens, probabilities))
+    record_property("figures", {"typical": counts, "rejection": exact, "statistics": found})
+    assert max(found) > LIMIT, found
+    assert_idle(typical)
+
+
+def test_greedy_and_undrafted_requests_do_not_notice(typical: Engine, prompt) -> None:
+    """Each alone, without drafts (vLLM's plain sampler), then all in steps with drafted ones."""
+    none, short = {"kv_draft_tokens": 0}, prompt[:60]
+    cases: dict[str, tuple[list[int], dict | None, dict[str, Any]]] = {
+        "greedy": (prompt, None, {"temperature": 0.0}),
+        "short": (short, None, {"temperature": 1.0, "seed": 5}),
+        "top-p": (short, None, {"temperature": 0.8, "top_p": 0.7, "top_k": 5, "seed": 6}),
+        "opted-out": (prompt, none, {"temperature": 1.0, "seed": 7, "repetition_penalty": 1.2}),
+    }
+    for name, (ids, _, sampling) in cases.items():
+        add(typical, f"{name}-alone", ids, none, **sampling)
+        typical.drain()
+    before = spec_counts(typical)["accepted_tokens"]
+    for name, (ids, xargs, sampling) in cases.items():
+        add(typical, name, ids, xargs, **sampling)
+    for seed in range(3):
+        cut = {"top_p": 0.9} if seed == 2 else {}
+        add(typical, f"beside-{seed}", prompt, temperature=1.0, seed=seed, **cut)
+    typical.drain()
+    assert spec_counts(typical)["accepted_tokens"] > before
+    for name in cases:
+        found, alone = (typical.results[each].token_ids for each in (name, f"{name}-alone"))
+        assert len(found) == NUM_TOKENS and found == alone, name
+    add(typical, "again", prompt, temperature=1.0, seed=1)
+    typical.drain()
+    again, beside = (typical.results[each].token_ids for each in ("again", "beside-1"))
+    assert again == beside, "a seed gives the same tokens in any batch"
+    assert_idle(typical)
+
+
+def test_the_start_up_line_says_that_it_is_lossy(typical: Engine) -> None:
+    scheduler = typical.scheduler
+    line = savings_line(scheduler.compression_config, scheduler.kv_cache_config, 1024)
+    assert "LOSSY: typical acceptance (epsilon 0.09, delta 0.3)" in line
+    exact = scheduler.compression_config.model_copy(
+        update={
+            "draft": scheduler.compression_config.draft.model_copy(
+                update={"acceptance": "rejection"}
+            )
+        }
+    )
+    assert "LOSSY" not in savings_line(exact, scheduler.kv_cache_config, 1024)

@@ -1,5 +1,8 @@
 """On a GPU: full decode graphs and eager execution give the same tokens over a compacted cache."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,6 +38,47 @@ def test_full_decode_graphs_read_no_stale_length(probe_model: str, prompts) -> N
         a == b for x, y in zip(eager, found, strict=True) for a, b in zip(x[:8], y[:8], strict=True)
     )
     assert agree >= 22, "the first eight tokens carry the answer; rounding may change later ones"
+
+
+def noting(replay: Callable[[Any], Any], sizes: list[int]) -> Callable[[Any], None]:
+    def noted(desc: Any) -> None:
+        sizes.append(desc.num_tokens)
+        replay(desc)
+
+    return noted
+
+
+def test_drafts_from_graphs_are_those_of_eager_steps(probe_model: str, prompts) -> None:
+    """Batches of one to five rows, five being more than the largest graph; float32 on purpose:
+    rows of another batch shape may then differ by a rounding, and drafts only where two are tied.
+    """
+    setting = {
+        "preset": "snapkv",
+        "mode": "draft",
+        "budget": {"ratio": 0.25},
+        "draft": {"tokens": 4},
+        "min_prompt_len": 128,
+    }
+    found, steps, sizes = {}, {}, [1, 2, 4, 8, 16, 20]
+    for eager in (True, False):
+        arguments: dict[str, Any] = {"dtype": "float32", "block_size": 16, "enforce_eager": eager}
+        if not eager:
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+        with opened(probe_model, setting, **arguments, max_num_seqs=5) as engine:
+            manager, replays = engine.runner.speculator.cudagraph_manager, []
+            assert bool(manager.graphs) != eager
+            if not eager:
+                assert {desc.num_tokens for desc in manager.graphs} == {1, 2, 4}
+                manager.run_fullgraph = noting(manager.run_fullgraph, replays)
+            tokens = [engine.generate([prompts[0]], 32, ignore_eos=True)]
+            for count in (2, 3, 5):
+                tokens.append(engine.generate(prompts[:count], 32, ignore_eos=True))
+            found[eager], steps[eager] = tokens, engine.num_steps
+            assert bool(replays) != eager
+            assert eager or set(replays) == {1, 2, 4}
+            assert_idle(engine)
+    assert found[True] == found[False]
+    assert abs(steps[True] - steps[False]) <= 2, "drafts of graphs are accepted as often"
 
 
 def test_the_ring_is_captured_with_full_decode_graphs(probe_model: str, prompts) -> None:

@@ -16,6 +16,7 @@ CASES = [
     ("windowkv", 0.12),
     ("snapkv", 0.25),
     ("pyramidkv", 0.25),
+    ("spindlekv-evict", 0.25),
     ("criticalkv", 0.12),
     ("h2o", 0.25),
     ("expected_attention", 0.25),

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.engine
 
 POLICIES = ["windowkv", "snapkv", "keydiff", "streaming_llm", "random"]
 OTHERS = ["adakv", "cake", "chunkkv", "criticalkv", "expected_attention", "h2o", "knorm", "lagkv"]
-OTHERS += ["pyramidkv", "streaming_llm_rerotated", "tova", "windowkv_llama3"]
+OTHERS += ["pyramidkv", "spindlekv-evict", "streaming_llm_rerotated", "tova"]
+OTHERS += ["windowkv_llama3"]
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ pytestmark = pytest.mark.engine
 SCRIPT = Path(__file__).with_name("tensor_parallel_run.py")
 
 
-def run(model: str, num_ranks: int) -> dict[str, Any]:
+def run(model: str, num_ranks: int, mode: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(num_ranks)),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(num_ranks)],
+        [sys.executable, str(SCRIPT), model, str(num_ranks), mode],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # both cores may be busy with other things
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -32,8 +32,26 @@ def run(model: str, num_ranks: int) -> dict[str, Any]:
     return json.loads(line)
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+needs_two_cores = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two cores")
+
+
+@needs_two_cores
 def test_two_ranks_give_the_tokens_of_one(probe_model: str) -> None:
-    one, two = run(probe_model, 1), run(probe_model, 2)
+    one, two = (run(probe_model, num_ranks, "evict") for num_ranks in (1, 2))
     assert two == one
-    assert all(one["compressed"][policy] == 2 for policy in one["tokens"]), one["compressed"]
+    for policy in one["tokens"]:
+        assert one["counts"][f"kv_compression_requests/{policy}"] == 2, one["counts"]
+
+
+@needs_two_cores
+def test_two_ranks_draft_and_accept_what_one_does(probe_model: str) -> None:
+    """Views that are copies (snapkv) and views of the request's own blocks (windowkv), renewed."""
+    one, two = (run(probe_model, num_ranks, "draft") for num_ranks in (1, 2))
+    assert two == one
+    counts = one["counts"]
+    accepted = counts["spec_decode_num_accepted_tokens"]
+    assert 0 < accepted < counts["spec_decode_num_draft_tokens"], "views show in what is accepted"
+    assert one["tokens"]["snapkv"] == one["tokens"]["windowkv"], "and not in the tokens"
+    for policy in one["tokens"]:
+        assert counts[f"kv_compression_views/{policy}/prompt"] == 2
+        assert counts[f"kv_compression_views/{policy}/refresh"] >= 2

@@ -9,7 +9,9 @@ from torch.nn.functional import normalize
 
 from tests.kernels.paged import DEVICE, LAYOUTS, OUTSIDE, fill, make_cache, nan_empty
 from vllm_kvcompress.kernels import codebook_attention as kernel
+from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.kernels.codebook_build import build_codebook
+from vllm_kvcompress.kernels.codes import pack_codes, unpack_codes
 from vllm_kvcompress.kernels.pages import Pages
 from vllm_kvcompress.kernels.reference import codebook_attention as torch_version
 
@@ -75,7 +77,7 @@ def random_book(
     generator = torch.Generator().manual_seed(seed)
     num_entries = num_entries[: len(lengths)]
     width = head_dim * dtype.itemsize
-    per_block = kernel.codes_per_row(width) * block_size
+    per_block = codes_per_row(width) * block_size
     entry_counts = [-(-count // block_size) for count in num_entries]
     code_counts = [-(-length // per_block) for length in lengths]
     num_blocks = sum(entry_counts) + sum(code_counts) + 3
@@ -275,7 +277,7 @@ def test_a_lossless_book_is_plain_attention(module, num_directions: int) -> None
     fill(book.entries.values, blocks, stored[1])
     index, length = built.index.unflatten(0, (2, 2)), built.magnitude.unflatten(0, (2, 2))
     positions = torch.arange(40, device=DEVICE).expand(2, 40)
-    rows = torch_version.pack_codes(*index, *length, positions, book.codes.shape[3])
+    rows = pack_codes(*index, *length, positions, book.codes.shape[3])
     fill(book.codes, book.code_table[0].tolist(), rows)
 
     queries, inv_freq = make_queries(1, 2, 64), frequencies(64)
@@ -308,41 +310,41 @@ def test_queries_and_codes_may_be_strided() -> None:
 
 def test_packing_is_what_the_kernel_reads() -> None:
     """The docstring's example, and random codes against writing number by number."""
-    row = torch_version.pack_codes(
+    row = pack_codes(
         torch.tensor([5, 7]), torch.tensor([40000, 0]), torch.tensor([1.5, 1.0]),
         torch.tensor([2.0, 0.5]), torch.tensor([65537, 3]), 13,
     )  # fmt: skip
     expected = [5, 7, -25536, 0, 15872, 15360, 16384, 14336, 1, 3, 1, 0, 0]
     assert row.dtype == torch.int16 and row.tolist() == [expected]
-    found = torch_version.unpack_codes(row, 2)
+    found = unpack_codes(row, 2)
     assert [numbers.tolist() for numbers in found] == [
         [5, 7], [40000, 0], [1.5, 1.0], [2.0, 0.5], [65537, 3]
     ]  # fmt: skip
-    assert torch_version.unpack_codes(row, 1)[4].tolist() == [65537]
+    assert unpack_codes(row, 1)[4].tolist() == [65537]
     for width, length in [(6, 3), (64, 1), (64, 23), (256, 64), (192, 65)]:
         codes = make_codes(3, length, 65536, torch.Generator().manual_seed(width), last=2**31 - 1)
-        rows = torch_version.pack_codes(*codes.values(), width)
+        rows = pack_codes(*codes.values(), width)
         num_rows = rows.shape[1]
         wanted = torch.zeros(num_rows, 3, 1, width, dtype=torch.int16)  # [B, KV, N, W]
         write_codes(wanted, list(range(num_rows)), codes)
         assert torch.equal(rows, wanted[:, :, 0].transpose(0, 1))
-        unpacked = torch_version.unpack_codes(rows, length)
+        unpacked = unpack_codes(rows, length)
         for numbers, given in zip(unpacked, codes.values(), strict=True):
             assert numbers.tolist() == given.tolist()
 
 
 def test_lengths_beyond_float16_become_its_largest() -> None:
     one = torch.zeros(1, dtype=torch.int32)
-    row = torch_version.pack_codes(one, one, torch.tensor([1e6]), torch.tensor([2.0]), one, 6)
-    assert torch_version.unpack_codes(row, 1)[2].tolist() == [65504.0]
+    row = pack_codes(one, one, torch.tensor([1e6]), torch.tensor([2.0]), one, 6)
+    assert unpack_codes(row, 1)[2].tolist() == [65504.0]
 
 
 def test_tokens_per_row() -> None:
-    assert [kernel.codes_per_row(width) for width in (6, 11, 12, 64, 128, 192, 256)] == [
+    assert [codes_per_row(width) for width in (6, 11, 12, 64, 128, 192, 256)] == [
         1, 1, 2, 8, 16, 32, 32
     ]  # fmt: skip
     with pytest.raises(ValueError, match="row of 5 int16 is too short"):
-        kernel.codes_per_row(5)
+        codes_per_row(5)
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -15,6 +15,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "random": [{}, {"seed": 7}],
     "rkv": [{}, {"kernel_size": 1}],
     "snapkv": [{}, {"kernel_size": 1}, {"kernel_size": 13, "pooling": "max"}],
+    "spindlekv": [{}, {"selection": "union"}, {"selection": "union", "kernel_size": 5}],
     "streaming_llm": [{}, {"rerotate_keys": True}],
     "tova": [{}],
     "windowkv": [

@@ -19,9 +19,11 @@ from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.group_batch import CompactionJob
-from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, VectorLayout
+from vllm_kvcompress.worker.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
+from vllm_kvcompress.worker.packed_layout import VectorLayout
 from vllm_kvcompress.worker.warm_up import warm_up
 
 BLOCK, HEADS, KV, DIM, LAYERS, WINDOW = 32, 4, 2, 32, 4, 8

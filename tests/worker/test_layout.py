@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vllm_kvcompress.worker.layout import AmxLayout, StridedLayout, VectorLayout, cpu_layout
+from vllm_kvcompress.worker.layout import StridedLayout
+from vllm_kvcompress.worker.packed_layout import AmxLayout, VectorLayout, cpu_layout
 
 NUM_BLOCKS, HEADS, BLOCK, SIZE = 6, 2, 32, 64
 

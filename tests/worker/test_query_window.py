@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.worker.query_taps import watch_layer
+from vllm_kvcompress.worker.query_taps import QueryTaps
 from vllm_kvcompress.worker.query_window import QueryWindow
 
 
@@ -120,10 +120,13 @@ def test_watching_a_layer_changes_nothing_else() -> None:
             return "result"
 
     impl, window = Impl(), QueryWindow(torch.device("cpu"))
-    watch_layer("layer", impl, [window])
+    taps = QueryTaps([window])
+    taps.watch("layer", impl)
     assert impl.forward("l", torch.zeros(3, 2, 4), "k", output="o") == "result"
     window.add_request("a", 3, 2)
     window.begin_batch(batch([("a", 0, 3)]))
+    with taps.muted():
+        assert impl.forward("l", torch.full((3, 2, 4), 9.0), "k") == "result"
     impl.forward("l", queries_of([("a", 0, 3)]), "k")
-    assert len(calls) == 2
+    assert len(calls) == 3
     assert torch.equal(window.take("a", "layer"), expected("a", 1, 3))

@@ -19,7 +19,7 @@ In the mode "draft" a compaction takes a view and the request keeps what it hold
 goes to VIEWED, and back to PLANNED whenever a new view is due.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from vllm_kvcompress.budgets import (
@@ -130,11 +130,14 @@ class Planner:
         Layer groups of the engine.
     block_size : int
         Tokens per block.
+    codes_per_row : int or None
+        Tokens whose codes one slot takes; needed where a setting has a codebook.
     """
 
     config: CompressionConfig
     num_layer_groups: int
     block_size: int
+    codes_per_row: int | None = None
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
 
     def add(
@@ -166,7 +169,9 @@ class Planner:
         tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
         tracked.drafts = None
         tracked.state = State.ARMED
-        lengths = compaction_lengths(prompt_len, config, self.num_layer_groups, self.block_size)
+        lengths = compaction_lengths(
+            prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
+        )
         if any(lengths):
             tracked.next_at = prompt_len
         elif config.compresses_while_decoding:
@@ -207,20 +212,23 @@ class Planner:
         waits = tracked is not None and tracked.state in (State.ARMED, State.DUE)
         return tracked if waits else None
 
-    def clip_chunk(self, request_id: str, num_computed: int, num_new: int, num_known: int) -> int:
+    def clip_chunk(
+        self, request_id: str, num_computed: int, num_new: int, num_known: int, unverified: int = 0
+    ) -> int:
         """End a step's tokens where a compaction falls due.
 
         A resumed request prefills its prompt and its earlier output in one go; it must stop at
         the prompt's end, and after every interval, to be compacted there as it was the first
         time. Draft tokens (beyond the `num_known` ones) stop one token earlier: the step that
-        reaches the mark must not hinge on what is accepted.
+        reaches the mark must not hinge on what is accepted. Where `unverified` ones of an earlier
+        step are counted as computed (asynchronous scheduling), it waits for their verdict: 0.
         """
         tracked = self.waiting(request_id)
-        if tracked is None or num_computed >= tracked.next_at:
+        if tracked is None or num_computed - unverified >= tracked.next_at:
             return num_new
         has_drafts = num_computed + num_new > num_known
-        room = tracked.next_at - num_computed - (1 if has_drafts else 0)
-        return min(num_new, max(room, 1))
+        room = tracked.next_at - num_computed - (1 if has_drafts or unverified else 0)
+        return min(num_new, max(room, 0 if unverified else 1))
 
     def max_cached_tokens(self, request_id: str) -> int | None:
         """Longest prefix-cache hit the request may take; None if any.
@@ -261,7 +269,10 @@ class Planner:
         self, tracked: TrackedRequest, config: CompressionConfig
     ) -> list[GroupLengths | None]:
         caches = self.current_caches(tracked)
-        return next_lengths(tracked.prompt_len, tracked.position, caches, config, self.block_size)
+        return next_lengths(
+            tracked.prompt_len, tracked.position, caches, config,
+            self.block_size, self.codes_per_row,
+        )  # fmt: skip
 
     def _view_lengths(
         self, tracked: TrackedRequest, config: CompressionConfig
@@ -278,7 +289,7 @@ class Planner:
     def current_caches(self, tracked: TrackedRequest) -> list[GroupCache]:
         """What the groups hold at `tracked.position`, before its compaction."""
         grown = tracked.position - tracked.compacted_at
-        return [GroupCache(c.num_tokens + grown, c.permanent) for c in tracked.caches]
+        return [replace(c, num_tokens=c.num_tokens + grown) for c in tracked.caches]
 
     def commit(self, tracked: TrackedRequest) -> None:
         """Note that the planned compaction has been done."""
@@ -358,7 +369,8 @@ class Planner:
 
     def _rearm(self, tracked: TrackedRequest) -> None:
         assert tracked.config is not None
-        if tracked.config.compresses_while_decoding:
+        extends = tracked.config.extends_codebooks and any(each.book for each in tracked.caches)
+        if tracked.config.compresses_while_decoding or extends:
             tracked.next_at = tracked.position + tracked.config.interval
             tracked.state = State.ARMED
         else:

@@ -4,28 +4,44 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
 
 from vllm_kvcompress.budgets import budget_tokens, compaction_lengths
+from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.config import CompressionConfig
+from vllm_kvcompress.spec import GroupMap
 
 
 def _format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{format_gib(num_bytes)} GiB"
 
 
+def _acceptance(config: CompressionConfig) -> str:
+    thresholds = config.draft.typical_thresholds
+    if thresholds is None:
+        return ""
+    epsilon, delta = thresholds
+    return (
+        f"; LOSSY: typical acceptance (epsilon {epsilon:g}, delta {delta:g}) does not keep the "
+        "distribution of requests with a temperature"
+    )
+
+
 def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_len: int) -> str:
     """Policy, budget, groups, and what that saves per request of `max_model_len` tokens."""
     groups = kv_cache.kv_cache_groups
-    block_size = groups[0].kv_cache_spec.block_size
-    layer_groups = [group.kv_cache_spec.layer_group for group in groups]
-    lengths = compaction_lengths(max_model_len, config, max(layer_groups) + 1, block_size)
+    group_map = GroupMap.of(group.kv_cache_spec for group in groups)
+    block_size, num_layer_groups = group_map.block_size, group_map.num_layer_groups
+    lengths = compaction_lengths(
+        max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
+    )
     full = saved = full_bytes = saved_bytes = 0
-    for group, number in zip(groups, layer_groups, strict=True):
+    for group, number in zip(groups, group_map.layer_groups, strict=True):
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
         page = spec.page_size_bytes * len(group.layer_names)
-        num_blocks = -(-max_model_len // block_size)
-        plan = lengths[number]
+        num_blocks = -(-max_model_len // spec.block_size)
+        plan = None if number is None else lengths[number]
         num_saved = plan.evicted // block_size if plan else 0
         full, saved = full + num_blocks, saved + num_saved
         full_bytes, saved_bytes = full_bytes + num_blocks * page, saved_bytes + num_saved * page
+    num_whole = group_map.layer_groups.count(None)
     budget = (
         f"{config.budget.ratio:.0%} of the prompt"
         if config.budget.ratio is not None
@@ -34,16 +50,23 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     what = (
         f"KV compression: policy {config.policy.name}, budget {budget} "
         f"({budget_tokens(max_model_len, config)} of {max_model_len} tokens, "
-        f"{config.layer_budget.shape} over layers), {max(layer_groups) + 1} layer group(s) in "
-        f"{len(groups)} block table(s), block size {block_size}"
+        f"{config.layer_budget.shape} over layers), {num_layer_groups} layer group(s) in "
+        f"{len(groups) - num_whole} block table(s), block size {block_size}"
     )
+    if num_whole:
+        what += f", the draft model's cache kept whole in {num_whole} more"
+    coded = coded_groups(config.codebook, num_layer_groups)
+    if coded:
+        what += f", layer group(s) {', '.join(map(str, coded))} coded by a codebook"
+        if config.extends_codebooks:
+            what += f", generated tokens too every {config.interval}"
     if config.tasks:
         what += f", task {config.task}"
     if config.mode == "draft":
         return (
             f"{what}, mode draft: nothing is evicted; prompts from {config.min_prompt_len} tokens "
             f"get a view of that budget, {config.num_draft_tokens} tokens are drafted over it per "
-            "step and verified over the whole cache"
+            f"step and verified over the whole cache{_acceptance(config)}"
         )
     if config.compresses_prompts:
         what += (
@@ -55,4 +78,5 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         what += f", back to its budget every {config.interval} generated tokens"
     if config.drafts:
         what += f", {config.num_draft_tokens} tokens drafted per step over a smaller view"
+        what += _acceptance(config)
     return what

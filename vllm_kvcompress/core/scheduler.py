@@ -28,6 +28,7 @@ from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
 from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
 from vllm_kvcompress.request_options import choose_task, parse_request
 from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.spec import GroupMap
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -35,6 +36,16 @@ logger = init_logger(f"vllm.{__name__}")
 def prompt_checksum(request: Request) -> int:
     """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
     return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
+
+
+def _num_unverified(request: Request, num_own: int = 0) -> int:
+    """Drafts of earlier steps that count as computed although their verdict is still to come.
+
+    With asynchronous scheduling one step is under way while the next is scheduled: a placeholder
+    stands for the token it yields for certain, and one for each of its drafts. `num_own`
+    placeholders of the step that is being scheduled do not count.
+    """
+    return max(request.num_output_placeholders - num_own - 1, 0)
 
 
 class CompressionMixin(Scheduler):
@@ -52,12 +63,14 @@ class CompressionMixin(Scheduler):
         register_manager()
         super().__init__(*args, **kwargs)
         self._managers = self._own_managers()
-        self._layer_group_of = [m.kv_cache_spec.layer_group for m in self._managers]
+        group_map = GroupMap.of(manager.kv_cache_spec for manager in self._managers)
+        self._layer_group_of = group_map.layer_groups
         self.compression_config = self._read_config()
         self.planner = Planner(
             config=self.compression_config,
-            num_layer_groups=max(self._layer_group_of) + 1,
-            block_size=self._managers[0].block_size,
+            num_layer_groups=group_map.num_layer_groups,
+            block_size=group_map.block_size,
+            codes_per_row=group_map.codes_per_row,
         )
         self.stats = CompressionStats()
         self._classifier = RequestClassifier(self.vllm_config.model_config)
@@ -91,7 +104,10 @@ class CompressionMixin(Scheduler):
         plans = [
             plan
             for request_id in output.num_scheduled_tokens
-            for plan in self._plan_compaction(self.requests[request_id])
+            for plan in self._plan_compaction(
+                self.requests[request_id],
+                len(output.scheduled_spec_decode_tokens.get(request_id, ())),
+            )
         ]
         if plans:
             output.kv_compression_plans = plans  # type: ignore[attr-defined]
@@ -107,10 +123,12 @@ class CompressionMixin(Scheduler):
             output.kv_compression_tasks = tasks  # type: ignore[attr-defined]
         return output
 
-    def _plan_compaction(self, request: Request) -> list[CompactionPlan]:
+    def _plan_compaction(self, request: Request, num_drafts: int) -> list[CompactionPlan]:
         """What the step does to a request's cache: evict, take a view, or both from one region."""
         request_id = request.request_id
-        if not self.planner.note_progress(request_id, self._num_certain(request)):
+        # The step's own output is among the placeholders by now, with what it verifies.
+        unverified = num_drafts + _num_unverified(request, 1 + num_drafts)
+        if not self.planner.note_progress(request_id, request.num_computed_tokens - unverified):
             return []
         tracked = self.planner.requests[request_id]
         assert tracked.config is not None
@@ -138,7 +156,7 @@ class CompressionMixin(Scheduler):
 
     def _num_needed(self, lengths: list[GroupLengths | None]) -> int:
         """Destination blocks of all KV cache groups."""
-        found = [lengths[group] for group in self._layer_group_of]
+        found = [lengths[group] for group in self._layer_group_of if group is not None]
         return sum(each.kept_len // self.planner.block_size for each in found if each)
 
     def _make_plan(
@@ -153,10 +171,11 @@ class CompressionMixin(Scheduler):
         caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
         groups: list[GroupPlan | None] = []
         for manager, number in zip(self._managers, self._layer_group_of, strict=True):
-            each, cache = lengths[number], caches[number]
-            if each is None:
+            each = None if number is None else lengths[number]
+            if number is None or each is None:
                 groups.append(None)
                 continue
+            cache = caches[number]
             what = (request.request_id, each, cache, forced_ranges(cache, window))
             groups.append(manager.link(*what) if is_linked else manager.plan(*what, is_view))
         return CompactionPlan(
@@ -168,12 +187,6 @@ class CompressionMixin(Scheduler):
             is_view=is_view,
             is_linked=is_linked,
         )
-
-    def _num_certain(self, request: Request) -> int:
-        """Tokens whose keys are in the cache after this step, whatever becomes of its drafts."""
-        if self.num_spec_tokens:
-            return min(request.num_computed_tokens, request.num_tokens)
-        return request.num_computed_tokens
 
     def _commit_compactions(self) -> None:
         planned, self._planned = self._planned, []
@@ -205,18 +218,14 @@ class CompressionMixin(Scheduler):
         self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
 
     def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
-        taken = sum(
-            tracked.lengths[group].kept_len // self.planner.block_size  # type: ignore[union-attr]
-            for group in self._layer_group_of
-            if tracked.lengths[group]
-        )
-        evicted = [each.evicted if each else 0 for each in tracked.lengths]
+        taken = self._num_needed(tracked.lengths)
+        freed = sum(each.evicted for each in tracked.lengths if each)
         held = sum(cache.num_tokens for cache in self.planner.current_caches(tracked))
         self.stats.record_compaction(
             tracked.policy,
             "decode" if tracked.while_decoding else "prompt",
-            evicted,
-            kept_ratio=(held - sum(evicted)) / (len(evicted) * tracked.position),
+            [each.tokens_evicted if each else 0 for each in tracked.lengths],
+            kept_ratio=(held - freed) / (len(tracked.lengths) * tracked.position),
             blocks_freed=num_returned - taken,
             first=not tracked.counted,
         )
@@ -287,7 +296,11 @@ class CompressionMixin(Scheduler):
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         return self.planner.clip_chunk(
-            request.request_id, num_computed_tokens, clipped, request.num_tokens
+            request.request_id,
+            num_computed_tokens,
+            clipped,
+            request.num_tokens + request.num_output_placeholders,
+            _num_unverified(request),
         )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
@@ -303,6 +316,7 @@ class CompressionMixin(Scheduler):
     ) -> Any:
         """Take the worker's timings along."""
         self.stats.seconds += getattr(model_runner_output, "kv_compression_seconds", ())
+        self.stats.record_codebooks(getattr(model_runner_output, "kv_codebook_measures", ()))
         if self.num_draft_tokens:
             self._observe_drafts(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -325,6 +339,7 @@ class CompressionMixin(Scheduler):
                 tracked = self.planner.requests[request_id]
                 assert tracked.state not in (State.SKIPPED,), request_id
                 group = manager.kv_cache_spec.layer_group
+                assert group is not None, f"{request_id} has lost tokens of the draft model"
                 lost = tracked.compacted_at - tracked.caches[group].num_tokens
                 assert manager.evicted[request_id] == lost, (request_id, lost)
         assert self.planner.requests.keys() <= self.requests.keys()

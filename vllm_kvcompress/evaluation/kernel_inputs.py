@@ -333,10 +333,11 @@ def build_codebook(shape: Shape, generator: torch.Generator) -> Case:
 
 def codebook_attention(shape: Shape, generator: torch.Generator) -> Case:
     """One query per request over n tokens that are entries of books of 512."""
-    packed = import_module("vllm_kvcompress.kernels.reference.codebook_attention").pack_codes
+    packed = import_module("vllm_kvcompress.kernels.codes").pack_codes
     kernel = import_module("vllm_kvcompress.kernels.codebook_attention")
     device, width = generator.device, shape.head_dim * shape.dtype.itemsize
-    rows = [-(-n // kernel.codes_per_row(width)) for n in shape.lengths]
+    per_row = import_module("vllm_kvcompress.kernels.code_rows").codes_per_row(width)
+    rows = [-(-n // per_row) for n in shape.lengths]
     entries = [ENTRIES - request * shape.ragged for request in range(shape.batch)]
     counts = [[-(-n // shape.block) for n in each] for each in (entries, rows)]
     book_table, code_table = scattered_tables(counts, generator)

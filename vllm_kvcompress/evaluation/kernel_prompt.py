@@ -76,8 +76,9 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
     from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
     from vllm_kvcompress.request_options import parse_request, resolve_request
-    from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+    from vllm_kvcompress.worker.compactor import Compactor, QuerySources
     from vllm_kvcompress.worker.group_batch import CompactionJob
+    from vllm_kvcompress.worker.layer_cache import LayerCache
     from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
 
     class InPlace(StridedLayout):

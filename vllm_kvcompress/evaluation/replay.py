@@ -21,13 +21,16 @@ from vllm_kvcompress.budgets import (
     layer_groups,
     permanent_ranges,
 )
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.rotary import Rotary
-from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
+from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
-from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
+from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout import CacheLayout
 
 ATTENTION = "kvcompress_replay"
@@ -40,6 +43,19 @@ class _Rows(CacheLayout):
     def __init__(self, prefilled: "Prefilled", layer: int) -> None:
         self.prefilled, self.layer = prefilled, layer
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.positions: torch.Tensor | None = None
+        self.num_entries: torch.Tensor | None = None
+
+    def move(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """Remember which tokens survive, too."""
+        self.positions = indices[0, 0]
+        super().move(caches, group, indices, rotary)
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All rows."""
@@ -51,6 +67,24 @@ class _Rows(CacheLayout):
         """Remember the survivors."""
         self.kept = keys, values
 
+    def store_codes(
+        self, cache: torch.Tensor, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
+    ) -> None:
+        """Remember what codes and entries are read as, codes as rounded as slots hold them."""
+        keys = self.prefilled.keys[self.layer]
+        rows = coded.pack(book.num_code_rows, keys.shape[-1] * keys.element_size())
+        entries = coded.keys.entries.to(keys.dtype), coded.values.entries.to(keys.dtype)
+        stored = CodedTokens.unpack(entries, coded.num_entries, rows, book.num_tokens)
+        self.kept, self.num_entries = stored.read(self.prefilled.rotary), coded.num_entries
+
+    def plain(self, cache: torch.Tensor) -> torch.Tensor:
+        """There are no blocks."""
+        raise NotImplementedError
+
+    def tail(self, *args: Any) -> Any:
+        """There are no blocks."""
+        raise NotImplementedError
+
 
 @dataclass
 class Prefilled:
@@ -60,6 +94,8 @@ class Prefilled:
     ----------
     token_ids : list[int]
         The prompt.
+    rotary : Rotary
+        The model's rotary embedding.
     first_token : int
         What the model says next, from the whole cache.
     keys, values, queries : list[torch.Tensor]
@@ -67,6 +103,7 @@ class Prefilled:
     """
 
     token_ids: list[int]
+    rotary: Rotary
     first_token: int = -1
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -74,8 +111,24 @@ class Prefilled:
     summaries: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """What a setting makes of a prompt.
+
+    Attributes
+    ----------
+    cache : DynamicCache
+        Per layer [1, KV, kept, D]; layers may keep different numbers of tokens.
+    num_entries : list[torch.Tensor | None]
+        Per layer [2, KV] int64: entries of the keys' and of the values' book; None without a book.
+    """
+
+    cache: DynamicCache
+    num_entries: list[torch.Tensor | None]
+
+
 class Replay:
-    """A model on transformers, CPU, float32, one prompt at a time.
+    """A model on transformers, one prompt at a time.
 
     Parameters
     ----------
@@ -83,14 +136,26 @@ class Replay:
         Folder of a Llama-like model.
     block_size : int
         Tokens per block, for the rounding of lengths.
+    dtype : torch.dtype, default float32
+        Of weights and caches.
+    device : str, default "cpu"
+        Where everything happens. Only "cpu" is held against the engine by a test.
     """
 
-    def __init__(self, model_dir: str, block_size: int = 32) -> None:
+    def __init__(
+        self,
+        model_dir: str,
+        block_size: int = 32,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
         AttentionInterface.register(ATTENTION, self._attend)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation=ATTENTION
-        ).eval()
+        self.device = torch.device(device)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation=ATTENTION
+        )
+        self.model = model.to(self.device).eval()
         self.block_size = block_size
         self.layers = self.model.model.layers
         self.rotary = Rotary(self.model.model.rotary_emb.inv_freq, is_neox=True)
@@ -105,11 +170,13 @@ class Replay:
     def prefill(self, token_ids: Sequence[int]) -> Prefilled:
         """Run a prompt and keep what compactions may need."""
         self._queries = []
-        output = self.model(torch.tensor([list(token_ids)]), use_cache=True, logits_to_keep=1)
+        prompt = torch.tensor([list(token_ids)], device=self.device)
+        output = self.model(prompt, use_cache=True, logits_to_keep=1)
         queries, self._queries = self._queries, None
         cache = output.past_key_values
         return Prefilled(
             token_ids=list(token_ids),
+            rotary=self.rotary,
             first_token=int(output.logits[0, -1].argmax()),
             keys=[layer.keys[0] for layer in cache.layers],
             values=[layer.values[0] for layer in cache.layers],
@@ -122,10 +189,13 @@ class Replay:
     ) -> list[int]:
         """Greedy tokens after compressing the prompt under `config`; None compresses nothing.
 
-        `seed` is what the scheduler
-        makes of the prompt, for policies that draw random numbers.
+        `seed` is what the scheduler makes of the prompt, for policies that draw random numbers.
         """
-        cache = self.view(prompt, config, seed)
+        return self.decode(prompt, self.view(prompt, config, seed), max_tokens)
+
+    @torch.inference_mode()
+    def decode(self, prompt: Prefilled, cache: DynamicCache, max_tokens: int) -> list[int]:
+        """Greedy tokens over a view of the prompt, to which theirs are appended."""
         tokens = [prompt.first_token]
         while len(tokens) < max_tokens:
             position = len(prompt.token_ids) + len(tokens) - 1
@@ -140,32 +210,77 @@ class Replay:
 
         Per layer [1, KV, kept, D]; layers may keep different numbers of tokens.
         """
+        return self.compress(prompt, config, seed).cache
+
+    @torch.inference_mode()
+    def compress(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
+    ) -> Compressed:
+        """The `view`, and what its codebooks hold."""
         cache = DynamicCache(config=self.model.config)
-        for layer, (keys, values) in enumerate(self._compressed(prompt, config, seed)):
+        rows, num_entries = self._compressed(prompt, config, seed)
+        for layer, (keys, values) in enumerate(rows):
             cache.update(keys[None].clone(), values[None].clone(), layer)
-        return cache
+        return Compressed(cache, num_entries)
 
     @torch.inference_mode()
     def next_token(self, cache: DynamicCache, token: int, position: int) -> int:
         """The greedy token behind `token`, whose keys and values are appended to the cache."""
         output = self.model(
-            torch.tensor([[token]]),
+            torch.tensor([[token]], device=self.device),
             past_key_values=cache,
-            position_ids=torch.tensor([[position]]),
+            position_ids=torch.tensor([[position]], device=self.device),
             use_cache=True,
         )
         return int(output.logits[0, -1].argmax())
 
     def _compressed(
         self, prompt: Prefilled, config: CompressionConfig | None, seed: int
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [KV, kept, D] of every layer."""
-        whole = list(zip(prompt.keys, prompt.values, strict=True))
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor | None]]:
+        """Keys and values [KV, kept, D] of every layer, and the entries of its books."""
+        rows = list(zip(prompt.keys, prompt.values, strict=True))
         if config is None:
-            return whole
+            return rows, [None] * len(rows)
+        found = self._compact(prompt, config, seed)
+        for layer, (layout, region) in enumerate(found):
+            if region is not None:
+                assert layout.kept is not None
+                keys, values = (
+                    torch.cat([kept, row[:, region:]], dim=1)
+                    for kept, row in zip(layout.kept, rows[layer], strict=True)
+                )
+                rows[layer] = keys, values
+        return rows, [layout.num_entries for layout, _ in found]
+
+    @torch.inference_mode()
+    def survivors(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
+    ) -> list[torch.Tensor]:
+        """Positions that `config` keeps of the prompt, per layer [KV, kept] int64; None keeps all.
+
+        Those of the region, in the order in which they are written, then what lies behind it.
+        """
+        everything = torch.arange(len(prompt.token_ids), device=self.device)
+        heads = [len(keys) for keys in prompt.keys]
+        if config is None:
+            return [everything.expand(count, -1) for count in heads]
+        return [
+            everything.expand(count, -1)
+            if region is None or layout.positions is None
+            else torch.cat([layout.positions, everything[region:].expand(count, -1)], dim=1)
+            for (layout, region), count in zip(
+                self._compact(prompt, config, seed), heads, strict=True
+            )
+        ]
+
+    def _compact(
+        self, prompt: Prefilled, config: CompressionConfig, seed: int
+    ) -> list[tuple[_Rows, int | None]]:
+        """Of every layer, what was written, and the region's length; None: it is left alone."""
         num_layers, length = len(self.layers), len(prompt.token_ids)
         group_of = layer_groups(num_layers, config.layer_groups)
-        by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size)
+        codes = codes_per_row(prompt.keys[0].shape[-1] * prompt.keys[0].element_size())
+        by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size, codes)
         lengths = [by_group[group] for group in group_of]
         layouts = [_Rows(prompt, layer) for layer in range(num_layers)]
         compactor = Compactor(
@@ -176,7 +291,7 @@ class Replay:
                 prompt=_Summaries(prompt, config, self),  # type: ignore[arg-type]
                 ring=None,  # type: ignore[arg-type]
             ),
-            device=torch.device("cpu"),
+            device=self.device,
             all_reduce=lambda tensor: tensor,
             num_ranks=1,
             first_kv_head=0,
@@ -186,19 +301,15 @@ class Replay:
         groups = tuple(GroupPlan(e, held, forced, (), (), ()) if e else None for e in lengths)
         plan = CompactionPlan("replay", length, False, seed, groups)
         compactor.run([CompactionJob(plan, config, 0)])
-        return [
-            whole[layer]
-            if each is None
-            else tuple(
-                torch.cat([kept, rows[:, each.region_len :]], dim=1)
-                for kept, rows in zip(layouts[layer].kept or (), whole[layer], strict=True)
-            )
-            for layer, each in enumerate(lengths)
-        ]  # type: ignore[return-value]
+        regions = [each.region_len if each else None for each in lengths]
+        return list(zip(layouts, regions, strict=True))
 
     def _layer_cache(self, index: int, layout: CacheLayout) -> LayerCache:
         attention = self.layers[index].self_attn
         weight = attention.o_proj.weight.detach()
+        heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
+        shape, dtype = (0, heads, self.block_size, width), self.model.dtype
+        no_blocks = torch.empty(shape, dtype=dtype, device=self.device)
         projection = weight.unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
         return LayerCache(
             name=str(index),
@@ -206,7 +317,7 @@ class Replay:
             group=index,
             scale=attention.scaling,
             layout=layout,
-            cache=lambda: weight,
+            cache=lambda: no_blocks,
             rotary=self.rotary,
             output_projection=lambda: projection,
         )

@@ -83,7 +83,7 @@ class Meter:
 
     def __init__(self, engine: Any, on_gpu: bool, prompt_len: int, has_views: bool) -> None:
         self.engine, self.on_gpu, self.prompt_len = engine, on_gpu, prompt_len
-        self.has_views, self.proposes = has_views, False
+        self.has_views = has_views
         self.passes: list[Pass] = []
         runner = engine.runner
         runner.execute_model = self._started(runner.execute_model)
@@ -91,9 +91,6 @@ class Meter:
         self.speculator = getattr(runner, "speculator", None)
         if self.speculator is not None:
             self.speculator.propose = self._proposed(self.speculator.propose)
-            if has_views:
-                # The target is its own drafter: its forwards inside `propose` are draft steps.
-                self.speculator.model.register_forward_pre_hook(self._note_draft_step)
 
     def mark(self) -> Any:
         """A point in time on the device."""
@@ -138,18 +135,16 @@ class Meter:
     def _proposed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def propose(batch: Any, *args: Any, **kwargs: Any) -> Any:
             current = self.passes[-1]
-            current.draft_start, self.proposes = self.mark(), True
+            current.draft_start = self.mark()
             found = original(batch, *args, **kwargs)
-            current.draft_end, self.proposes = self.mark(), False
+            current.draft_end = self.mark()
             if self.has_views:
+                assert self.speculator is not None
+                current.draft_steps = self.speculator.num_steps
                 current.view_share = self._view_share(batch)
             return found
 
         return propose
-
-    def _note_draft_step(self, *args: Any) -> None:
-        if self.proposes:
-            self.passes[-1].draft_steps += 1
 
     def _view_share(self, batch: Any) -> float:
         """Share of the prompt in the views of a batch, averaged over rows and groups."""

@@ -10,13 +10,13 @@ from torch.nn.functional import pad
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.kernels.rotary import Rotary
-from vllm_kvcompress.plans import GroupPlan
+from vllm_kvcompress.plans import GroupPlan, PlanKind
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.worker.codebook_writer import CodebookWriter
 from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
+from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layer_parts import require_parts
-from vllm_kvcompress.worker.layout import CacheLayout
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_window import QueryWindow
@@ -24,40 +24,6 @@ from vllm_kvcompress.worker.query_window import QueryWindow
 _MAX_TOKENS = 2**18
 """Tokens of requests that are compacted at once: their scores take 256 MiB for 32 layers with 8 KV
 heads, and are held until the last layer is scored."""
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One attention layer and where its cache lies.
-
-    Attributes
-    ----------
-    name : str
-        vLLM's name of the layer.
-    index : int
-        Number of the layer in the model, from 0.
-    group : int
-        KV cache group.
-    scale : float
-        Softmax scale.
-    layout : CacheLayout
-        How its blocks are laid out.
-    cache : callable
-        Returns the layer's cache tensor (it is bound late and may be rebound).
-    rotary : Rotary or None
-        Its rotary embedding.
-    output_projection : callable or None
-        Returns [num_heads, hidden_size, head_dim].
-    """
-
-    name: str
-    index: int
-    group: int
-    scale: float
-    layout: CacheLayout
-    cache: Callable[[], torch.Tensor]
-    rotary: Rotary | None = None
-    output_projection: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +52,9 @@ class Compactor:
         Sum over tensor-parallel ranks, and their number.
     first_kv_head : int
         Number of this rank's first KV head in the model.
+    entry_counts : torch.Tensor or None
+        [layers, request rows, 2, num_kv_heads] int32, where to keep how many entries of codebooks
+        are in use; None where no codebook is ever extended.
     """
 
     def __init__(
@@ -97,6 +66,7 @@ class Compactor:
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         num_ranks: int,
         first_kv_head: int,
+        entry_counts: torch.Tensor | None = None,
     ) -> None:
         self.layers = layers
         self.num_layers = num_layers
@@ -106,6 +76,7 @@ class Compactor:
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
         self.select_tokens = for_device("select_tokens", device).select_tokens
+        self.codebooks = CodebookWriter(entry_counts, all_reduce if num_ranks > 1 else None)
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[CompactionJob]) -> None:
@@ -161,19 +132,30 @@ class Compactor:
         """Score all layers, in model order; then choose and copy, one KV cache group at a time."""
         policy: Policy = jobs[0].config.build_policy()
         numbers = dict.fromkeys(layer.group for layer in self.layers)
-        groups = {number: GroupBatch.of(jobs, number, self.device) for number in numbers}
-        scores: dict[int, list[torch.Tensor]] = {}
+        kinds = [(number, kind) for number in numbers for kind in PlanKind]
+        groups = {
+            (number, kind): found
+            for number, kind in kinds
+            if (found := GroupBatch.of(jobs, number, self.device, kind)) is not None
+        }
+        scores: dict[tuple[int, PlanKind], list[torch.Tensor]] = {}
         shared: dict[tuple, torch.Tensor] = {}
         for layer in self.layers:
-            group = groups[layer.group]
-            if group is not None:
-                scores[layer.index] = self._scores(policy, group, layer, shared)
-        for number, group in groups.items():
-            if group is None:
-                continue
+            for kind in (PlanKind.TOKENS, PlanKind.CODES):
+                group = groups.get((layer.group, kind))
+                if group is not None:
+                    scores[layer.index, kind] = self._scores(policy, group, layer, shared)
+        for (number, kind), group in groups.items():
             layers = [layer for layer in self.layers if layer.group == number]
-            indices = self._select(group, layers, [scores.pop(layer.index) for layer in layers])
-            self._copy(policy, group, layers, indices)
+            if kind is PlanKind.MORE_CODES:
+                self.codebooks.extend(group, layers)
+                continue
+            own = [scores.pop((layer.index, kind)) for layer in layers]
+            indices = self._select(group, layers, own)
+            if kind is PlanKind.CODES:
+                self.codebooks.write(group, layers, indices)
+            else:
+                self._copy(policy, group, layers, indices)
 
     # --- score ----------------------------------------------------------------------------
 
@@ -232,7 +214,7 @@ class Compactor:
             rows=rows,
             accumulated=None,
             position=job.plan.position,
-            num_keep=num_tokens - plan.lengths.evicted,
+            num_keep=num_tokens - plan.lengths.tokens_evicted,
             forced=group.forced[request, :num_tokens],
             num_sink_tokens=job.config.num_sink_tokens,
             layer_index=layer.index,
@@ -250,7 +232,7 @@ class Compactor:
     ) -> torch.Tensor:
         """Survivors of the regions in the order they are written, [L, R, num_kv_heads, K] int64."""
         regions = [plan.lengths.region_len for plan in group.plans]
-        longest, max_keep = max(regions), max(plan.lengths.kept_len for plan in group.plans)
+        longest, max_keep = max(regions), max(p.lengths.num_survivors for p in group.plans)
         rows = [
             row[:, :region] if region == longest else pad(row[:, :region], (0, longest - region))
             for each in scores
@@ -258,10 +240,10 @@ class Compactor:
         ]
         stacked = torch.stack(rows).float().unflatten(0, (len(layers), len(regions)))
         indices = self.select_tokens(
-            stacked, group.forced[:, :longest], group.region_len, group.kept_len, max_keep
+            stacked, group.forced[:, :longest], group.region_len, group.num_survivors, max_keep
         )
         for request, plan in enumerate(group.plans):
-            _pins_first(indices[:, request, :, : plan.lengths.kept_len], plan)
+            _pins_first(indices[:, request, :, : plan.lengths.num_survivors], plan)
         return indices
 
     def _copy(
@@ -282,7 +264,7 @@ def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
     for job in jobs:
         config = job.config
         # At the end of a prompt some policies read a summary, while decoding the ring's queries.
-        key = (config.policy, config.observation_window, config.layer_groups)
+        key = (config.policy, config.observation_window, config.layer_groups, config.codebook)
         alike.setdefault((repr(key), job.plan.while_decoding), []).append(job)
     for same in alike.values():
         batch: list[CompactionJob] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm_kvcompress.plans import CompactionPlan, GroupPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupPlan, PlanKind
 from vllm_kvcompress.settings import CompressionConfig
 
 
@@ -46,7 +46,7 @@ class GroupBatch:
         [R, P] int32: region, then what lies behind it; 0 behind a request's blocks.
     destination_table : torch.Tensor
         [R, Q] int32.
-    num_tokens, region_len, kept_len : torch.Tensor
+    num_tokens, region_len, num_survivors : torch.Tensor
         [R] int32, tokens scored, tokens that may be chosen, tokens chosen.
     forced : torch.Tensor
         [R, n] bool.
@@ -58,18 +58,23 @@ class GroupBatch:
     destination_table: torch.Tensor
     num_tokens: torch.Tensor
     region_len: torch.Tensor
-    kept_len: torch.Tensor
+    num_survivors: torch.Tensor
     forced: torch.Tensor
 
     @classmethod
     def of(
-        cls, jobs: Sequence[CompactionJob], group: int, device: torch.device
+        cls,
+        jobs: Sequence[CompactionJob],
+        group: int,
+        device: torch.device,
+        kind: PlanKind = PlanKind.TOKENS,
     ) -> "GroupBatch | None":
-        """Collect the jobs that touch `group`; None if there is none."""
-        touching = [job for job in jobs if job.plan.groups[group] is not None]
-        plans = [plan for job in touching if (plan := job.plan.groups[group]) is not None]
-        if not plans:
+        """Collect the jobs that do such a thing to `group`; None if there is none."""
+        pairs = [(job, plan) for job in jobs if (plan := job.plan.groups[group]) is not None]
+        pairs = [(job, plan) for job, plan in pairs if plan.kind is kind]
+        if not pairs:
             return None
+        touching, plans = [job for job, _ in pairs], [plan for _, plan in pairs]
 
         def numbers(rows: list) -> torch.Tensor:
             return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
@@ -85,7 +90,7 @@ class GroupBatch:
             destination_table=numbers(_padded([p.destination_blocks for p in plans])),
             num_tokens=numbers([plan.cache.num_tokens for plan in plans]),
             region_len=numbers([plan.lengths.region_len for plan in plans]),
-            kept_len=numbers([plan.lengths.kept_len for plan in plans]),
+            num_survivors=numbers([plan.lengths.num_survivors for plan in plans]),
             forced=torch.from_numpy(forced).to(device, non_blocking=True),
         )
 

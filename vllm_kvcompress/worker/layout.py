@@ -5,12 +5,7 @@ blocks. Physical order depends on the device:
 
 * GPU: the cache is a strided view [blocks, KV, N, C], C = the token's key followed by its value.
   vLLM has six physical layouts for it; indexing the view serves them all.
-* CPU: blocks are packed for the CPU's attention kernel. Per block and head of N tokens x D dims,
-  keys come first, then values:
-  - "vec", "vec16": key element (t, d) at d * N + t; value element (t, d) at t * D + d.
-    Example, N = 2, D = 3: keys k00 k10 k01 k11 k02 k12, values v00 v01 v02 v10 v11 v12.
-  - "amx": keys [N/16, D/2, 16, 2] indexed [t//16, d//2, t%16, d%2];
-    values [D/16, N/2, 16, 2] indexed [d//16, t//2, d%16, t%2].
+* CPU: blocks are packed for the CPU's attention kernel; see packed_layout.py.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +14,15 @@ from collections.abc import Sequence
 import torch
 
 from vllm_kvcompress.kernels.cache_rows import CacheRows, DenseRows
+from vllm_kvcompress.kernels.codebook_tail import TailPages
+from vllm_kvcompress.kernels.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.compact_pages import compact_pages
 from vllm_kvcompress.kernels.layer_caches import LayerCaches
 from vllm_kvcompress.kernels.paged_rows import PagedBatch
 from vllm_kvcompress.kernels.pages import Pages
 from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
 from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.plans import BookLengths
 from vllm_kvcompress.worker.group_batch import GroupBatch
 
 
@@ -94,6 +92,74 @@ class CacheLayout(ABC):
                     kept = rotary.rotate(kept, targets - chosen)
                 self.write(cache, group.destination(request), kept, gather_rows(values, chosen))
 
+    # --- codebooks: rows that no attention kernel of vLLM reads --------------------------------
+
+    @abstractmethod
+    def plain(self, cache: torch.Tensor) -> torch.Tensor:
+        """View [blocks, KV, N, C] of the cache in which a slot's C elements are neighbours."""
+
+    def plain_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Block table [R, P] int32 in blocks of `plain`."""
+        return table
+
+    def read_slots(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Return slot rows [KV, n, W] int16 of `blocks` [n / N] int64, copied."""
+        plain = self.plain(cache).view(torch.int16)
+        table = self.plain_table(cache, blocks[None])[0].long()
+        return plain[table].transpose(0, 1).flatten(1, 2)
+
+    def write_slots(self, cache: torch.Tensor, blocks: torch.Tensor, rows: torch.Tensor) -> None:
+        """Fill `blocks` with slot rows [KV, n, W] int16; n = len(blocks) * N.
+
+        As integers: a copy of floats may change what looks like no number.
+        """
+        plain = self.plain(cache).view(torch.int16)
+        table = self.plain_table(cache, blocks[None])[0].long()
+        plain[table] = rows.unflatten(1, (-1, plain.shape[2])).transpose(0, 1)
+
+    def store_codes(
+        self, cache: torch.Tensor, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
+    ) -> None:
+        """Fill `blocks` with one layer's codebook: entries, then codes."""
+        entries = torch.cat([coded.keys.entries, coded.values.entries], dim=2).to(cache.dtype)
+        slots = entries.view(torch.int16)
+        codes = coded.pack(book.num_code_rows, slots.shape[2])
+        self.write_slots(cache, blocks, torch.cat([slots, codes], dim=1))
+
+    def load_codes(
+        self, cache: torch.Tensor, blocks: torch.Tensor, book: BookLengths, counts: torch.Tensor
+    ) -> CodedTokens:
+        """What `store_codes` has written; `counts` [2, KV] are the entries in use."""
+        slots = self.read_slots(cache, blocks)
+        entries = slots[:, : book.num_entries].contiguous().view(cache.dtype)
+        halves = entries.chunk(2, dim=2)
+        return CodedTokens.unpack(
+            (halves[0], halves[1]), counts, slots[:, book.num_entries :], book.num_tokens
+        )
+
+    @abstractmethod
+    def tail(
+        self,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        first_slot: torch.Tensor,
+        num_tokens: torch.Tensor,
+        max_tokens: int,
+    ) -> TailPages:
+        """Ordinary tokens behind codebooks, as a kernel reads them.
+
+        Parameters
+        ----------
+        cache : torch.Tensor
+            The layer's cache.
+        table : torch.Tensor
+            [R, P] int32, whole block table rows.
+        first_slot, num_tokens : torch.Tensor
+            [R] int32, slots before the tail, and tokens of it.
+        max_tokens : int
+            At least the largest number of tokens.
+        """
+
     @abstractmethod
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys [KV, n, D] and values [KV, n, Dv] of `blocks` [n / N] int64, copied."""
@@ -134,6 +200,27 @@ class StridedLayout(CacheLayout):
             return table
         return self._kernel_blocks(cache, table.flatten()).view(len(table), -1).to(torch.int32)
 
+    def plain(self, cache: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return cache
+
+    def plain_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return self._kernel_table(cache, table)
+
+    def tail(
+        self,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        first_slot: torch.Tensor,
+        num_tokens: torch.Tensor,
+        max_tokens: int,
+    ) -> TailPages:
+        """In place: see the base class."""
+        keys, values = cache[..., : self.head_size], cache[..., self.head_size :]
+        table = self._kernel_table(cache, table)
+        return TailPages(Pages(keys, values, table, num_tokens, max_tokens), first_slot)
+
     def rows(
         self,
         cache: torch.Tensor,
@@ -169,8 +256,8 @@ class StridedLayout(CacheLayout):
             self._kernel_table(first, group.block_table),
             self._kernel_table(first, group.destination_table),
             indices,
-            group.kept_len,
-            first_target=None if rotary is None else group.region_len - group.kept_len,
+            group.num_survivors,
+            first_target=None if rotary is None else group.region_len - group.num_survivors,
             rotary=rotary,
         )
 
@@ -187,98 +274,3 @@ class StridedLayout(CacheLayout):
         rows = torch.cat([keys, values], dim=-1)  # [KV, n, C]
         rows = rows.unflatten(1, (-1, cache.shape[2])).transpose(0, 1)
         cache[self._kernel_blocks(cache, blocks)] = rows
-
-
-class _PackedLayout(CacheLayout):
-    """CPU blocks: keys and values of a head are two contiguous halves of N * D elements."""
-
-    def __init__(self, head_size: int) -> None:
-        self.head_size = head_size
-
-    def _halves(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Split [b, KV, N, 2D] into two [b, KV, N * D]."""
-        flat = packed.flatten(2)
-        half = flat.shape[2] // 2
-        return flat[..., :half], flat[..., half:]
-
-    @abstractmethod
-    def _unpack(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn packed halves [b, KV, N * D] into [b, KV, N, D] each."""
-
-    @abstractmethod
-    def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inverse of `_unpack`; the results have N * D elements per block and head."""
-
-    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the base class."""
-        keys, values = self._unpack(*self._halves(cache[blocks]))
-        return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
-
-    def write(
-        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """See the base class."""
-        block_size = cache.shape[2]
-        keys = keys.unflatten(1, (-1, block_size)).transpose(0, 1)
-        values = values.unflatten(1, (-1, block_size)).transpose(0, 1)
-        packed = torch.cat([half.flatten(2) for half in self._pack(keys, values)], dim=-1)
-        cache[blocks] = packed.view(-1, *cache.shape[1:])
-
-
-class VectorLayout(_PackedLayout):
-    """CPU layouts "vec" and "vec16"."""
-
-    def _unpack(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.head_size
-        return keys.unflatten(2, (size, -1)).transpose(2, 3), values.unflatten(2, (-1, size))
-
-    def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys.transpose(2, 3), values
-
-
-class AmxLayout(_PackedLayout):
-    """CPU layout "amx": bfloat16 tiles of 16 x 2."""
-
-    def _unpack(
-        self, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.head_size
-        tokens = keys.shape[2] // size
-        keys = keys.unflatten(2, (tokens // 16, size // 2, 16, 2)).permute(0, 1, 2, 4, 3, 5)
-        values = values.unflatten(2, (size // 16, tokens // 2, 16, 2)).permute(0, 1, 3, 5, 2, 4)
-        shape = (*keys.shape[:2], tokens, size)
-        return keys.reshape(shape), values.reshape(shape)
-
-    def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, size = keys.shape[2:]
-        keys = keys.unflatten(3, (size // 2, 2)).unflatten(2, (tokens // 16, 16))
-        values = values.unflatten(3, (size // 16, 16)).unflatten(2, (tokens // 2, 2))
-        return keys.permute(0, 1, 2, 4, 3, 5), values.permute(0, 1, 4, 2, 5, 3)
-
-
-_CPU_LAYOUTS: dict[str, type[_PackedLayout]] = {
-    "vec": VectorLayout,
-    "vec16": VectorLayout,
-    "amx": AmxLayout,
-}
-
-
-def cpu_layout(isa: str, head_size: int) -> CacheLayout:
-    """Layout of a CPU attention layer by the instruction set its kernel was chosen for.
-
-    Raises
-    ------
-    NotImplementedError
-        For an instruction set whose packing is not known here.
-    """
-    try:
-        return _CPU_LAYOUTS[isa](head_size)
-    except KeyError:
-        raise NotImplementedError(
-            f"KV compression does not know how vLLM packs its cache for the CPU instruction set "
-            f"{isa!r}; known are {', '.join(sorted(_CPU_LAYOUTS))}. Start without --kv-compression."
-        ) from None

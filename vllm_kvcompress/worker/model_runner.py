@@ -29,14 +29,18 @@ from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
-from vllm_kvcompress.worker.compactor import Compactor, LayerCache, QuerySources
+from vllm_kvcompress.worker.codebook_meter import CodebookMeter
+from vllm_kvcompress.worker.codebook_reader import CodebookReader, read_codebooks
+from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
-from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout, cpu_layout
+from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
 from vllm_kvcompress.worker.model_state import CompressedModelState
-from vllm_kvcompress.worker.query_taps import QueryRecorder, watch_layer
+from vllm_kvcompress.worker.packed_layout import cpu_layout
 from vllm_kvcompress.worker.timer import CompactionTimer
+from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 from vllm_kvcompress.worker.view_speculator import ViewSpeculator
 from vllm_kvcompress.worker.warm_up import warm_up
 
@@ -68,26 +72,36 @@ class CompressionRunnerMixin(GPUModelRunner):
             self.speculator = ViewSpeculator(
                 self.vllm_config, self.model, self.model_state, self.device
             )
+            thresholds = self.model_state.config.draft.typical_thresholds
+            if thresholds is not None:
+                self.rejection_sampler = TypicalAcceptanceSampler(
+                    self.sampler, self.speculative_config, self.device, *thresholds
+                )
         self._timer = CompactionTimer(self.device)
+        self._meter = CodebookMeter(self.device)
+        self._reader: CodebookReader | None = None
         state = self.model_state
-        recorders: list[QueryRecorder] = [state.window, state.prompt_queries, state.ring]
         for name, layer in self._attention_layers().items():
             check_layer(name, layer)
             state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
-            watch_layer(name, layer.impl, recorders)
+            state.taps.watch(name, layer.impl)
+            read_codebooks(name, layer.impl, lambda: self._reader)
         if state.ring.num_bytes:
             size = format_gib(state.ring.num_bytes)
             logger.info("KV compression: ring of %d queries, %s GiB", state.ring.size, size)
 
     def _attention_layers(self) -> dict[str, Attention]:
-        return get_layers_from_vllm_config(self.vllm_config, Attention)
+        """The target's; a draft model's are left as they are."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        return {name: layer for name, layer in layers.items() if not layer.is_draft_layer}
 
     def _num_layers(self) -> int:
         return self.model_config.hf_text_config.num_hidden_layers
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Give every layer the spec of its layer group."""
+        """Give every layer the spec of its layer group; a draft model's layers have none."""
         groups = layer_groups(self._num_layers(), self.model_state.config.layer_groups)
+        layers = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
             if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
@@ -95,7 +109,8 @@ class CompressionRunnerMixin(GPUModelRunner):
                     f"KV compression supports full-attention layers only; {name} has a "
                     f"{type(spec).__name__}. Start without --kv-compression."
                 )
-            specs[name] = CompressedAttentionSpec.from_full(spec, groups[extract_layer_index(name)])
+            group = None if layers[name].is_draft_layer else groups[extract_layer_index(name)]
+            specs[name] = CompressedAttentionSpec.from_full(spec, group)
         return specs
 
     def initialize_kv_cache(
@@ -125,7 +140,13 @@ class CompressionRunnerMixin(GPUModelRunner):
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
             first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
-        )
+            entry_counts=torch.zeros(
+                self._num_layers(), self.max_num_reqs, 2, caches[0].cache().shape[1],
+                dtype=torch.int32, device=self.device,
+            ),
+        )  # fmt: skip
+        assert state.codebooks is not None
+        self._reader = CodebookReader(state.codebooks, caches, self.device)
 
     def _layer_caches(self) -> list[LayerCache]:
         layers = self._attention_layers()
@@ -144,6 +165,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             )
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names
+            if name in layers
         ]
 
     def _check_parts(self, layers: list[LayerCache]) -> None:
@@ -186,10 +208,14 @@ class CompressionRunnerMixin(GPUModelRunner):
             out=self.block_tables.slot_mappings,
         )
         config = self.model_state.config
+        configs = (config, *config.by_task.values())
+        if any(each.codebook for each in configs):
+            assert self._reader is not None
+            self._reader.warm_up(samples)
         warm_up(
             self.compactor,
-            (config, *config.by_task.values()),
-            max(self.block_tables.block_sizes),
+            configs,
+            max(self.block_tables.block_sizes[layer.group] for layer in self.compactor.layers),
             {name: sample[0] for name, sample in samples.items()},
         )
 
@@ -198,15 +224,18 @@ class CompressionRunnerMixin(GPUModelRunner):
     def gather_batch_req_state(
         self, scheduler_output: SchedulerOutput, dummy_run: bool
     ) -> tuple[Any, int | None]:
-        """Keep steps whose queries are needed out of full CUDA graphs, where Python does not run.
+        """Keep steps that need Python in attention out of full CUDA graphs, where it does not run.
 
-        A prompt's last chunk of one token looks like a decode to the host. Without a uniform
-        token count it is dispatched to a piecewise graph or runs eagerly.
+        Queries are recorded there, and codebooks read. A prompt's last chunk of one token looks
+        like a decode to the host. Without a uniform token count it is dispatched to a piecewise
+        graph or runs eagerly.
         """
         batch_state, uniform_token_count = super().gather_batch_req_state(
             scheduler_output, dummy_run
         )
-        if batch_state is not None and self._captures_queries(batch_state):
+        if batch_state is not None and (
+            self._captures_queries(batch_state) or self._reads_codebooks(batch_state)
+        ):
             batch_state = batch_state._replace(decode_graph_eligible=False)
             uniform_token_count = None
         return batch_state, uniform_token_count
@@ -219,6 +248,10 @@ class CompressionRunnerMixin(GPUModelRunner):
                 batch_state.req_ids, computed, batch_state.num_scheduled_tokens, strict=True
             )
         )
+
+    def _reads_codebooks(self, batch_state: Any) -> bool:
+        codebooks = self.model_state.codebooks
+        return codebooks is not None and codebooks.has_book(batch_state.idx_mapping_np)
 
     def prepare_attn(
         self, input_batch: InputBatch
@@ -236,6 +269,9 @@ class CompressionRunnerMixin(GPUModelRunner):
                 tables=self._tables,
                 out=slot_mappings,
             )
+            self.model_state.begin_codebooks(
+                input_batch, self._tables.tensors, self.block_tables.block_sizes
+            )
         return block_tables, slot_mappings
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -243,6 +279,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state.tasks.update(getattr(scheduler_output, "kv_compression_tasks", {}))
         self.model_state.num_draft_steps = getattr(scheduler_output, "kv_draft_steps", 0)
         output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.model_state.codebooks is not None:
+            self.model_state.codebooks.end_batch()
         self.model_state.window.end_batch()
         if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
             self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
@@ -250,6 +288,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         if plans:
             with self._timer:
                 self._compact(plans)
+            self._meter.add(self.compactor.codebooks.take_measures())
             # At once: left for the next step, the write could race with a new owner of the row.
             self.block_tables.apply_staged_writes()
         self.model_state.ring.end_batch()
@@ -284,7 +323,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 self._rewrite_row(plan, row)
 
     def _rewrite_row(self, plan: CompactionPlan, req_index: int) -> None:
-        assert self.model_state.lengths is not None
+        assert self.model_state.lengths is not None and self.model_state.codebooks is not None
         for group, group_plan in enumerate(plan.groups):
             if group_plan is None:
                 continue
@@ -292,6 +331,8 @@ class CompressionRunnerMixin(GPUModelRunner):
             self.block_tables.block_tables[group].stage_write(req_index, 0, row)
             self.block_tables.num_blocks.np[group, req_index] = len(row)
             self.model_state.lengths.add_evicted(group, req_index, group_plan.lengths.evicted)
+            if group_plan.lengths.book is not None:
+                self.model_state.codebooks.set_book(group, req_index, group_plan.lengths.book)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Tell a scheduler that waits for them how many drafts each request really has."""
@@ -305,12 +346,15 @@ class CompressionRunnerMixin(GPUModelRunner):
         return drafts
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the compaction times with the step's output."""
+        """Send the times of compactions, and measures of codebooks, with the step's output."""
         output = super().sample_tokens(*args, **kwargs)
-        seconds = list(self._timer.take())
         carrier = getattr(output, "model_runner_output", output)
-        if seconds and carrier is not None:
+        if carrier is None:
+            return output
+        if seconds := list(self._timer.take()):
             carrier.kv_compression_seconds = seconds
+        if measures := self._meter.take():
+            carrier.kv_codebook_measures = measures
         return output
 
 

@@ -5,6 +5,7 @@ CUDA graph capture too, so the model state is where compression lives on the wor
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.request_options import decode_window, parse_request, resolve_request
 from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.spec import GroupMap
+from vllm_kvcompress.worker.codebook_rows import CodebookState
 from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
+from vllm_kvcompress.worker.query_taps import QueryTaps
 from vllm_kvcompress.worker.query_window import QueryWindow
 from vllm_kvcompress.worker.state import CompressionState
 
@@ -38,10 +42,14 @@ class CompressedModelState(DefaultModelState):
         Summaries of all queries of prompts, for policies that read them.
     ring : QueryRing
         Last queries of every row, for compactions while decoding.
+    taps : QueryTaps
+        What shows these three the queries.
     tasks : dict[str, str]
         Tasks of new requests, as the scheduler decided them.
     lengths : CompressionState or None
         Evicted tokens per row; None until the KV cache exists.
+    codebooks : CodebookState or None
+        Codebooks of all rows; None until the KV cache exists.
     views : DraftViews or None
         What drafts read; None unless the mode is "draft".
     num_draft_steps : int
@@ -64,14 +72,15 @@ class CompressedModelState(DefaultModelState):
             self.max_num_tokens,
             self.device,
         )
+        self.taps = QueryTaps([self.window, self.prompt_queries, self.ring])
         self.tasks: dict[str, str] = {}
         self.lengths: CompressionState | None = None
+        self.codebooks: CodebookState | None = None
         self.views: DraftViews | None = None
         self.num_draft_steps = 0
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
-        self._num_layer_groups = 0
-        self._block_size = 0
+        self._groups: GroupMap
 
     # --- requests -------------------------------------------------------------------------
 
@@ -91,7 +100,13 @@ class CompressedModelState(DefaultModelState):
         if config is None:
             return
         compresses_prompt = any(
-            compaction_lengths(prompt_len, config, self._num_layer_groups, self._block_size)
+            compaction_lengths(
+                prompt_len,
+                config,
+                self._groups.num_layer_groups,
+                self._groups.block_size,
+                self._groups.codes_per_row,
+            )  # fmt: skip
         )
         if not compresses_prompt and not config.compresses_while_decoding:
             return
@@ -115,6 +130,8 @@ class CompressedModelState(DefaultModelState):
     def _reset_row(self, req_index: int) -> None:
         if self.lengths is not None:
             self.lengths.reset_row(req_index)
+        if self.codebooks is not None:
+            self.codebooks.reset_row(req_index)
         if self.views is not None:
             self.views.reset_row(req_index)
 
@@ -129,9 +146,9 @@ class CompressedModelState(DefaultModelState):
         """Size the per-group state. Called again when the cache is rebuilt (graph profiling)."""
         super().initialize_kv_cache(kv_cache_config, block_tables)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        self._num_layer_groups = max(spec.layer_group for spec in specs) + 1
-        self._block_size = specs[0].block_size
+        self._groups = GroupMap.of(specs)
         self.lengths = CompressionState(len(specs), self.max_num_reqs, self.device)
+        self.codebooks = CodebookState(len(specs), self.max_num_reqs, self.device)
 
     def begin_batch(self, input_batch: InputBatch) -> bool:
         """Prepare lengths and query capture of a real batch; True if a request is compacted."""
@@ -140,6 +157,19 @@ class CompressedModelState(DefaultModelState):
         self.prompt_queries.begin_batch(input_batch)
         self.ring.begin_batch(input_batch)
         return self.lengths.begin_batch(input_batch)
+
+    def begin_codebooks(
+        self,
+        input_batch: InputBatch,
+        block_tables: Sequence[torch.Tensor],
+        block_sizes: Sequence[int],
+    ) -> None:
+        """Find the rows of a real batch that read codebooks; `begin_batch` has seen it."""
+        assert self.lengths is not None and self.codebooks is not None
+        evicted = self.lengths.evicted
+        self.codebooks.begin_batch(input_batch, evicted, block_tables, block_sizes)
+        for group, rows in self.codebooks.rows.items():
+            self.lengths.hide(group, rows.batch_rows)
 
     def captures_queries(self, request_id: str, num_computed: int, num_new: int) -> bool:
         """Whether Python must see these tokens' queries (the ring does without)."""

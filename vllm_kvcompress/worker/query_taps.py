@@ -1,6 +1,7 @@
 """Lets several recorders see the queries of attention layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Protocol
 
@@ -18,21 +19,43 @@ class QueryRecorder(Protocol):
         """Take what it wants of [num_tokens, num_heads, head_dim] queries, after RoPE."""
 
 
-def watch_layer(layer_name: str, impl: Any, recorders: list[QueryRecorder]) -> None:
-    """Let recorders see the queries of one attention layer.
+class QueryTaps:
+    """Recorders of a model's attention layers, all of which see every layer.
 
-    There is no hook between a layer and its kernel that also survives torch.compile, so the
-    implementation object's `forward` is wrapped; compiled models reach it through a custom op.
+    There is no hook between a layer and its kernel that also survives torch.compile, so
+    implementation objects' `forward` is wrapped; compiled models reach it through a custom op.
     A full CUDA graph replays only tensor operations of recorders that were active while it was
     captured.
+
+    Parameters
+    ----------
+    recorders : sequence of QueryRecorder
+        In the order they are asked.
     """
-    forward: Callable[..., torch.Tensor] = impl.forward
 
-    @wraps(forward)
-    def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        for recorder in recorders:
-            if recorder.is_active:
-                recorder.record(layer_name, query)
-        return forward(layer, query, *args, **kwargs)
+    def __init__(self, recorders: Sequence[QueryRecorder]) -> None:
+        self.recorders = list(recorders)
+        self._is_muted = False
 
-    impl.forward = watched
+    def watch(self, layer_name: str, impl: Any) -> None:
+        """Let the recorders see the queries of one attention layer."""
+        forward: Callable[..., torch.Tensor] = impl.forward
+
+        @wraps(forward)
+        def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if not self._is_muted:
+                for recorder in self.recorders:
+                    if recorder.is_active:
+                        recorder.record(layer_name, query)
+            return forward(layer, query, *args, **kwargs)
+
+        impl.forward = watched
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Passes whose queries are nobody's: draft steps, run or captured, read other caches."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False

@@ -1,5 +1,6 @@
 """Per-request numbers of the worker: how many tokens each row has lost in each cache group."""
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -33,6 +34,7 @@ class CompressionState:
         self._physical_seq_lens = for_device("step_slots", device).physical_seq_lens
         self._dirty = False
         self._batch: InputBatch | None = None
+        self._hidden: dict[int, np.ndarray] = {}
 
     def reset_row(self, req_index: int) -> None:
         """A row starts over: nothing is evicted."""
@@ -52,8 +54,19 @@ class CompressionState:
         self._physical_seq_lens(
             input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
         )
-        self._batch = input_batch
+        self._batch, self._hidden = input_batch, {}
         return bool(self.evicted.np[:, input_batch.idx_mapping_np].any())
+
+    def hide(self, group: int, batch_rows: np.ndarray) -> None:
+        """Let rows of the current batch look as if they held nothing but their query tokens.
+
+        What vLLM's attention makes of them is replaced: their blocks begin with a codebook.
+        """
+        assert self._batch is not None
+        counts = self._batch.query_start_loc.diff()
+        rows = torch.from_numpy(batch_rows).to(counts.device, non_blocking=True)
+        self.seq_lens[group, rows] = counts[rows]
+        self._hidden[group] = batch_rows
 
     def is_current(self, input_batch: InputBatch) -> bool:
         """Whether `begin_batch` has seen this batch; dummy batches never go through it."""
@@ -73,4 +86,8 @@ class CompressionState:
         bound = input_batch.seq_lens_cpu_upper_bound.clone()
         lost = self.evicted.np[group, input_batch.idx_mapping_np]
         bound[: len(lost)] -= torch.from_numpy(lost)
+        if group in self._hidden:
+            rows = self._hidden[group]
+            counts = np.diff(input_batch.query_start_loc_np)[rows]
+            bound[torch.from_numpy(rows)] = torch.from_numpy(counts).to(bound.dtype)
         return bound

@@ -4,30 +4,30 @@ After a step, the request's cache is exact up to the token before the one just s
 step runs the model on that token (then on its own drafts), attending to the view and the tail. The
 keys it writes go to the slots where the verification will write the exact ones: nothing needs to
 be undone. What is accepted is decided by vLLM's own rejection sampler from a pass over the whole
-cache, so the output does not depend on the view. (arXiv 2404.14897, self-drafting with exact
-verification; MagicDec, 2408.11049, drafts over a compressed cache likewise.)
+cache, so the output does not depend on the view (typical_acceptance.py, an opt-in, is lossy).
+(arXiv 2404.14897, self-drafting with exact verification; MagicDec, 2408.11049, drafts over a
+compressed cache likewise.)
 
 Dimensions: G KV cache groups, B batch rows, d rows that draft, k draft tokens, T tokens.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.worker.draft_step import DraftRows, DraftStep
 from vllm_kvcompress.worker.model_state import CompressedModelState
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class ViewSpeculator(BaseSpeculator):
@@ -47,10 +47,16 @@ class ViewSpeculator(BaseSpeculator):
     Attributes
     ----------
     draft_logits : torch.Tensor or None
-        [S, k, vocabulary] before the temperature, where drafts are drawn at random; None where
-        they are the draft's best tokens, whose own probability then counts as 1.
+        [S, k, vocabulary] before the temperature, where drafts are drawn at random and their
+        probabilities decide about them; None where drafts are the draft's best tokens, whose own
+        probability then counts as 1, and where acceptance is typical, which does not ask for it.
     counts : dict[str, int]
         Drafts of each request after the last step; requests without a view are absent.
+    num_steps : int
+        Draft steps that the last `propose` made.
+    cudagraph_manager : CudaGraphManager or None
+        Graphs of draft steps; an attribute of the speculator because vLLM's profiling run drops
+        its managers there, with the graphs of the small cache it profiles.
     """
 
     supports_mm_inputs = False
@@ -65,18 +71,20 @@ class ViewSpeculator(BaseSpeculator):
         self.vllm_config, self.model, self.state, self.device = vllm_config, model, state, device
         self.num_drafts = vllm_config.num_speculative_tokens
         self.min_confidence = state.config.draft.min_confidence
-        self.max_model_len = vllm_config.model_config.max_model_len
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         self.drafts = torch.zeros(max_num_reqs, self.num_drafts, dtype=torch.int64, device=device)
         self.counts: dict[str, int] = {}
+        self.num_steps = 0
         self.draft_logits: torch.Tensor | None = None
-        if state.config.draft.sample == "probabilistic":
+        self.draws = state.config.draft.sample == "probabilistic"
+        if self.draws and state.config.draft.acceptance == "rejection":
             model_config = vllm_config.model_config
             self.draft_logits = torch.zeros(
                 *self.drafts.shape, model_config.get_vocab_size(),
                 dtype=model_config.head_dtype, device=device,
             )  # fmt: skip
-        self._physical_slots = for_device("step_slots", device).physical_slots
+        self.step = DraftStep(vllm_config, model, state, device, self.draft_logits)
+        self.cudagraph_manager: CudaGraphManager | None = None
 
     def bind(
         self,
@@ -85,16 +93,41 @@ class ViewSpeculator(BaseSpeculator):
         tables: BlockTables,
     ) -> None:
         """Take what exists only once the KV cache does."""
-        self.kv_cache_config, self.attn_groups, self.tables = kv_cache_config, attn_groups, tables
-        self.slots = torch.zeros(
-            tables.num_groups, self.drafts.shape[0], dtype=torch.int64, device=self.device
-        )
+        self.step.bind(kv_cache_config, attn_groups, tables)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """Draft steps run eagerly."""
+        """Choose what to capture.
+
+        `cudagraph_mode` is what vLLM has left of ``-cc.cudagraph_mode`` once it has asked the
+        attention backends. As with vLLM's own speculators, decode steps run in full graphs or
+        eagerly, never in piecewise graphs. With LoRA they run eagerly: a graph holds the adapters
+        of its capture, a step those of its batch.
+        """
+        mode = CUDAGraphMode.NONE
+        if (
+            cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+            and self.vllm_config.lora_config is None
+        ):
+            mode = CUDAGraphMode.FULL_DECODE_ONLY
+        self.cudagraph_manager = CudaGraphManager(
+            self.vllm_config, self.device, mode, decode_query_len=1
+        )
 
     def capture(self) -> None:
-        """Draft steps run eagerly."""
+        """Capture one draft step for every batch size that vLLM captures."""
+        assert self.cudagraph_manager is not None
+        if self.cudagraph_manager.needs_capture():
+            logger.info("Capturing draft steps over compressed views...")
+            self.cudagraph_manager.capture(
+                self.step.create_forward_fn, progress_bar_desc="Capturing draft CUDA graphs"
+            )
+
+    def _dispatch(self, num_rows: int) -> BatchExecutionDescriptor:
+        """The graph for a batch of this size, or the mode NONE."""
+        assert self.cudagraph_manager is not None
+        return self.cudagraph_manager.dispatch(
+            num_rows, num_rows, uniform_token_count=1, num_active_loras=0
+        )
 
     @torch.inference_mode()
     def propose(
@@ -122,155 +155,53 @@ class ViewSpeculator(BaseSpeculator):
             [B, k] int64.
         """
         drafts, views = self.drafts[: input_batch.num_reqs], self.state.views
-        self.counts = {}
+        self.counts, self.num_steps = {}, 0
         if dummy_run or views is None:
             return drafts
         requests_np = input_batch.idx_mapping_np[: input_batch.num_reqs]
         rows_np = np.flatnonzero(views.exists[requests_np])
         if not len(rows_np):
             return drafts
-        views.begin()
         rows = torch.from_numpy(rows_np).to(self.device, non_blocking=True)
         requests = input_batch.idx_mapping[rows].long()
-        batch = _Rows(
+        batch = DraftRows(
             requests=requests,
             requests_np=requests_np[rows_np],
-            tables=[views.table(group, requests) for group in range(self.tables.num_groups)],
             # Rejected tokens are no part of the sequence; the one just sampled comes behind it.
             first=(input_batch.seq_lens[rows] - num_rejected[rows]).long(),
             first_bound=input_batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows_np)],
-            starts=torch.arange(len(rows_np) + 1, dtype=torch.int32),
-            temperature=temperature,
-            seeds=seeds,
         )
-        tokens = last_sampled.view(-1)[requests]
-        counts = torch.zeros(len(rows_np), dtype=torch.int64, device=self.device)
-        goes_on = torch.ones(len(rows_np), dtype=torch.bool, device=self.device)
-        num_steps = min(self.state.num_draft_steps, self.num_drafts)
-        for step in range(num_steps):
-            logits = self._run(step, tokens, batch)
-            tokens = self._sample(step, logits, batch)
-            drafts[rows, step] = tokens
-            if self.min_confidence > 0:
-                best = logits.float().softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-                goes_on &= best >= self.min_confidence
-                if not goes_on.any():
-                    break
-            counts += goes_on
+        self.step.input_ids[: len(rows_np)] = last_sampled.view(-1)[requests]
+        if self.draws:
+            self.step.temperature.copy_(temperature)
+            self.step.seeds.copy_(seeds)
+        counts = self._draft(rows, batch, drafts)
         ids = [input_batch.req_ids[row] for row in rows_np]
         if self.min_confidence > 0:
             self.counts = dict(zip(ids, counts.tolist(), strict=True))  # waits: see DraftConfig
         else:
-            self.counts = dict.fromkeys(ids, num_steps)
+            self.counts = dict.fromkeys(ids, self.num_steps)
         return drafts
 
-    def _sample(self, step: int, logits: torch.Tensor, batch: "_Rows") -> torch.Tensor:
-        """[d] draft tokens from [d, vocabulary] logits."""
-        if self.draft_logits is None:
-            return logits.argmax(dim=-1)
-        return gumbel_sample(
-            logits,
-            batch.requests,
-            batch.temperature,
-            batch.seeds,
-            batch.first + step,
-            apply_temperature=True,
-            is_drafting=True,
-            logits_cache=self.draft_logits,
-            logits_cache_col=torch.tensor(step, device=self.device),
-            use_fp64=self.vllm_config.model_config.use_fp64_gumbel,
-        )
-
-    def _run(self, step: int, tokens: torch.Tensor, batch: "_Rows") -> torch.Tensor:
-        """Logits [d, vocabulary] behind the [d] tokens of a draft step."""
-        count, positions = len(tokens), batch.first + step
-        # Drafts behind the model's last position are never scheduled; their keys go nowhere.
-        inside = positions < self.max_model_len
-        positions = positions.clamp(max=self.max_model_len - 1)
-        starts = batch.starts.to(self.device, non_blocking=True)
-        slots = self.slots[:, :count]
-        self._physical_slots(
-            positions, starts, batch.requests, self._evicted.gpu, self.tables, self.slots
-        )
-        slots.masked_fill_(~inside, -1)
-        with set_forward_context(
-            self._metadata(step, positions, starts, batch),
-            self.vllm_config,
-            num_tokens=count,
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            slot_mapping=build_slot_mappings_by_layer(slots, self.kv_cache_config),
-            batch_descriptor=BatchDescriptor(num_tokens=count),
-        ):
-            hidden = self.model(input_ids=tokens.to(torch.int32), positions=positions)
-        return self.model.compute_logits(hidden)
-
-    @property
-    def _evicted(self) -> UvaBackedTensor:
-        assert self.state.lengths is not None
-        return self.state.lengths.evicted
-
-    def _metadata(
-        self, step: int, positions: torch.Tensor, starts: torch.Tensor, batch: "_Rows"
-    ) -> dict[str, Any]:
-        """Attention metadata, one KV cache group at a time: each view has its own length."""
-        views = self.state.views
-        assert views is not None
-        count = len(positions)
-        found: dict[str, Any] = {}
-        evicted, requests, rows = self._evicted, batch.requests, batch.requests_np
-        for group, layers in enumerate(self.attn_groups):
-            if not layers:
-                continue
-            lost = evicted.gpu[group][requests] + views.num_dropped(group, requests)
-            lost_np = evicted.np[group, rows] + views.num_dropped_np(group, rows)
-            bound = (batch.first_bound + step + 1).clamp(max=self.max_model_len)
-            bound = (bound - torch.from_numpy(lost_np)).to(torch.int32)
-            only = [layers if other == group else [] for other in range(len(self.attn_groups))]
-            found |= build_attn_metadata(
-                attn_groups=only,
-                num_reqs=count,
-                num_tokens=count,
-                query_start_loc_gpu=starts,
-                query_start_loc_cpu=batch.starts,
-                max_query_len=1,
-                seq_lens=(positions + 1 - lost).to(torch.int32),
-                max_seq_len=int(bound.max()),
-                block_tables=batch.tables,
-                slot_mappings=self.slots[:, :count],
-                kv_cache_config=self.kv_cache_config,
-                seq_lens_cpu_upper_bound=bound,
-                positions=positions,
-                is_prefilling=torch.zeros(count, dtype=torch.bool),
-                req_idx=rows,
-            )
-        return found
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows that draft, in one step of the engine.
-
-    Attributes
-    ----------
-    requests, requests_np
-        [d] request rows, on the device and on the host.
-    tables : list[torch.Tensor]
-        G block tables [d, P] of the views.
-    first : torch.Tensor
-        [d] int64, position of the token that was just sampled.
-    first_bound : torch.Tensor
-        [d] int32 on the host, at least `first`.
-    starts : torch.Tensor
-        [d + 1] int32 on the host: 0, 1, ..., d.
-    temperature, seeds : torch.Tensor
-        [S], of all request rows.
-    """
-
-    requests: torch.Tensor
-    requests_np: np.ndarray
-    tables: list[torch.Tensor]
-    first: torch.Tensor
-    first_bound: torch.Tensor
-    starts: torch.Tensor
-    temperature: torch.Tensor
-    seeds: torch.Tensor
+    def _draft(self, rows: torch.Tensor, batch: DraftRows, drafts: torch.Tensor) -> torch.Tensor:
+        """Write drafts of [d] batch rows into [B, k]; return how many count, [d] int64."""
+        count = len(rows)
+        counts = torch.zeros(count, dtype=torch.int64, device=self.device)
+        goes_on = torch.ones(count, dtype=torch.bool, device=self.device)
+        desc = self._dispatch(count)
+        self.step.begin(batch, desc.num_tokens)
+        for number in range(min(self.state.num_draft_steps, self.num_drafts)):
+            attention = self.step.prepare(number)
+            if desc.cg_mode == CUDAGraphMode.FULL:
+                assert self.cudagraph_manager is not None
+                self.cudagraph_manager.run_fullgraph(desc)
+            else:
+                self.step.run(count, attention)
+            self.num_steps += 1
+            drafts[rows, number] = self.step.input_ids[:count].long()
+            if self.min_confidence > 0:
+                goes_on &= self.step.confidence[:count] >= self.min_confidence
+                if not goes_on.any():
+                    break
+            counts += goes_on
+        return counts

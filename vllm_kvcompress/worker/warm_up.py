@@ -6,11 +6,12 @@ Compiling a kernel takes seconds, at its first launch. The made-up request lies 
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
@@ -72,16 +73,23 @@ def warm_up(
         num_blocks = -(-protected // block_size) + 2
         length = num_blocks * block_size
         spans = ((0, config.num_sink_tokens), (length - config.observation_window, length))
-        group = GroupPlan(
-            lengths=GroupLengths(length, length - block_size),
-            cache=GroupCache(length, spans[:1]),
-            forced=spans,
-            source_blocks=(0,) * num_blocks,
-            destination_blocks=(0,) * (num_blocks - 1),
-            tail_blocks=(),
-        )
-        plan = CompactionPlan("warm-up", length, False, 0, (group,) * num_groups)
+        lengths = [GroupLengths(length, length - block_size)]
+        caches = [GroupCache(length, spans[:1])]
+        if config.codebook is not None:
+            # The null block is entries, codes and tokens at once. What of it is read means nothing.
+            book = BookLengths(block_size, block_size, block_size)
+            lengths += [
+                GroupLengths(length, book.num_slots, book),
+                GroupLengths(length, book.num_slots, book, 1, book.num_slots),
+            ]
+            caches += [caches[0], GroupCache(length, (), replace(book, num_tokens=1))]
         own = copy.copy(compactor)
         source: Any = _NoQueries(compactor, config, length, queries)
         own.sources = QuerySources(source, source, source)
-        own.run([CompactionJob(plan, config, 0)])
+        for each, cache in zip(lengths, caches, strict=True):
+            num_kept = each.kept_len // block_size
+            blocks = (0,) * num_blocks, (0,) * num_kept
+            group = GroupPlan(each, cache, spans, *blocks, tail_blocks=())
+            plan = CompactionPlan("warm-up", length, False, 0, (group,) * num_groups)
+            own.run([CompactionJob(plan, config, 0)])
+        own.codebooks.take_measures()  # nobody's

@@ -1,0 +1,204 @@
+"""A draft model's blocks beside the target's: never planned, never taken for a layer group."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
+from vllm_kvcompress.core.planner import Planner, State
+from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
+from vllm_kvcompress.metrics import CompressionStats
+from vllm_kvcompress.request_options import parse_request
+from vllm_kvcompress.spec import CompressedAttentionSpec, GroupMap
+
+BLOCK = 16
+SETTING = {"preset": "keydiff", "budget": {"tokens": 32, "floor": 1}, "min_prompt_len": 0}
+
+
+def spec(layer_group: int | None, block_size: int = BLOCK, heads: int = 2) -> Any:
+    full = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=heads, head_size=8, dtype=torch.float32
+    )
+    return CompressedAttentionSpec.from_full(full, layer_group)
+
+
+class Books:
+    """A scheduler's books of one request, "r", without an engine.
+
+    Two block tables of layer group 0, then one of a draft model with larger blocks.
+    """
+
+    specs = (spec(0), spec(0), spec(None, 2 * BLOCK))
+
+    def __init__(self, num_blocks: int = 65) -> None:
+        self.pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=BLOCK)
+        self.managers = [
+            CompressedAttentionManager(
+                each,
+                block_pool=self.pool,
+                enable_caching=False,
+                kv_cache_group_id=group,
+                scheduler_block_size=2 * BLOCK,
+            )
+            for group, each in enumerate(self.specs)
+        ]
+        group_map = GroupMap.of(self.specs)
+        self.scheduler: Any = object.__new__(CompressedScheduler)
+        self.planner = Planner(parse_config(SETTING), group_map.num_layer_groups, BLOCK)
+        self.scheduler.planner = self.planner
+        self.scheduler.kv_cache_manager = SimpleNamespace(block_pool=self.pool)
+        self.scheduler.stats = CompressionStats()
+        self.scheduler._managers = self.managers
+        self.scheduler._layer_group_of = group_map.layer_groups
+        self.scheduler._planned = []
+        self.scheduler.requests = {}
+
+    def prefill(self, num_tokens: int) -> Any:
+        """Allocate the prompt in every group; what the scheduler knows once it is scheduled."""
+        for manager in self.managers:
+            manager.allocate_new_blocks("r", num_tokens, num_tokens)
+        self.planner.add("r", num_tokens, parse_request(None))
+        request = SimpleNamespace(
+            request_id="r",
+            num_computed_tokens=num_tokens,
+            num_output_placeholders=0,
+            prompt_token_ids=[1] * num_tokens,
+        )
+        self.scheduler.requests["r"] = request
+        return request
+
+
+def test_a_compaction_leaves_the_draft_models_blocks_alone() -> None:
+    books = Books()
+    request = books.prefill(150)  # 10 blocks twice, 5 of the draft model's
+    own = [list(manager.req_to_blocks["r"]) for manager in books.managers]
+    (plan,) = books.scheduler._plan_compaction(request, 0)
+    assert [group is None for group in plan.groups] == [False, False, True]
+    assert books.pool.get_num_free_blocks() == 64 - 25 - 2 * 2
+    books.scheduler._commit_compactions()
+    books.scheduler.check_integrity()
+    assert books.planner.requests["r"].state is State.DONE
+    assert [dict(manager.evicted) for manager in books.managers] == [{"r": 112}, {"r": 112}, {}]
+    assert books.managers[2].req_to_blocks["r"] == own[2]
+    assert books.pool.get_num_free_blocks() == 64 - 2 * 3 - 5
+    stats = books.scheduler.stats
+    assert stats.tokens_evicted == {"keydiff/0": 112}, "one layer group, counted once"
+    assert stats.blocks_freed == {"keydiff": 2 * (9 - 2)}
+
+
+def test_later_blocks_of_the_draft_model_are_counted_by_logical_length() -> None:
+    books = Books()
+    books.scheduler._plan_compaction(books.prefill(150), 0)
+    books.scheduler._commit_compactions()
+    new = [manager.allocate_new_blocks("r", 161, 161) for manager in books.managers]
+    # Logical 161 is physical 49, the fourth block of the target; and the sixth of the draft model.
+    assert [len(blocks) for blocks in new] == [1, 1, 1]
+    for manager in books.managers:
+        manager.free("r")
+    assert books.pool.get_num_free_blocks() == 64
+
+
+def test_room_is_needed_for_the_targets_survivors_alone() -> None:
+    books = Books(1 + 25 + 4)
+    assert books.scheduler._plan_compaction(books.prefill(150), 0)
+    books = Books(1 + 25 + 3)
+    assert not books.scheduler._plan_compaction(books.prefill(150), 0)
+    assert books.scheduler.stats.deferrals == 1
+
+
+def test_an_eviction_from_the_draft_model_is_found_out() -> None:
+    books = Books()
+    books.prefill(150)
+    books.managers[2].evicted["r"] = 32
+    with pytest.raises(AssertionError, match="of the draft model"):
+        books.scheduler.check_integrity()
+
+
+# --- specs --------------------------------------------------------------------------------
+
+
+def test_a_draft_models_spec_merges_with_its_own_kind_only() -> None:
+    assert spec(None).merge([spec(None), spec(None)]).layer_group is None
+    plain = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32)
+    for other in (spec(0), plain):
+        with pytest.raises(AssertionError):
+            spec(None).merge([spec(None), other])
+    assert spec(None).is_uniform_with_collection({"a": spec(None)})
+    assert not spec(None).is_uniform_with_collection({"a": spec(None), "b": spec(0)})
+
+
+def vllm_groups(layout: KVCacheLayout, draft_heads: int) -> list[KVCacheGroupSpec]:
+    """What vLLM makes of four layers in two groups and two layers of a draft model."""
+    register_manager()
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: layout),
+        attention_config=None,
+        speculative_config=None,
+    )
+    specs = {f"layers.{layer}": spec(layer // 2, heads=4) for layer in range(4)}
+    specs |= {f"draft_model.layers.{layer}": spec(None, heads=draft_heads) for layer in range(2)}
+    return get_kv_cache_groups(config, specs)
+
+
+@pytest.mark.parametrize(
+    ("draft_heads", "block_sizes"),
+    [(4, [16, 16, 16]), (2, [16, 16, 32]), (8, [32, 32, 16]), (3, [16, 16, 16])],
+)
+def test_vllm_gives_a_draft_model_block_tables_of_its_own(draft_heads: int, block_sizes) -> None:
+    """Blocks are equal in bytes: a layer with fewer heads gets longer ones."""
+    groups = vllm_groups(KVCacheLayout.LBHNC, draft_heads)
+    assert [each.kv_cache_spec.block_size for each in groups] == block_sizes
+    found = GroupMap.of(each.kv_cache_spec for each in groups)
+    assert (found.layer_groups, found.num_layer_groups) == ((0, 1, None), 2)
+    assert found.block_size == block_sizes[0]
+
+
+def test_wrapped_specs_are_understood() -> None:
+    """Where a block holds all layers of its table, vLLM wraps the specs of a group."""
+    groups = vllm_groups(KVCacheLayout.BLHNC, draft_heads=2)
+    assert any(isinstance(each.kv_cache_spec, UniformTypeKVCacheSpecs) for each in groups)
+    found = GroupMap.of(each.kv_cache_spec for each in groups)
+    assert (found.layer_groups, found.num_layer_groups, found.block_size) == ((0, 1, None), 2, 16)
+
+
+def test_the_line_at_start_counts_the_draft_model_as_kept() -> None:
+    groups = [KVCacheGroupSpec([f"layer.{n}"], each) for n, each in enumerate(Books.specs)]
+    config = KVCacheConfig(num_blocks=65, kv_cache_tensors=[], kv_cache_groups=groups)
+    line = savings_line(parse_config(SETTING), config, 1024)
+    assert "1 layer group(s) in 2 block table(s), block size 16" in line
+    assert "the draft model's cache kept whole in 1 more" in line
+    # 64 + 64 + 32 blocks; of the first two, 2 each are kept.
+    assert "keeps 36 of 160 blocks" in line
+
+
+# --- drafts under way ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("placeholders", "own", "expected"),
+    [
+        (0, 0, 0),  # synchronous
+        (0, 4, 0),  # synchronous, the step's own drafts
+        (1, 0, 0),  # a step without drafts is under way
+        (4, 0, 3),  # a step with three drafts is under way
+        (8, 4, 3),  # and another of that kind has just been scheduled
+        (5, 4, 0),
+    ],
+)
+def test_drafts_without_verdict(placeholders: int, own: int, expected: int) -> None:
+    request: Any = SimpleNamespace(num_output_placeholders=placeholders)
+    assert _num_unverified(request, own) == expected

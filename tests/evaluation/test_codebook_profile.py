@@ -1,0 +1,358 @@
+"""What a codebook is said to do to a layer, against layers whose answer is known beforehand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_kvcompress.codebook_lengths import coded_groups
+from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.evaluation.codebook_choice import (
+    GroupCost,
+    Limits,
+    Recommendation,
+    group_costs,
+    recommend,
+    setting_fields,
+    shallow_share,
+)
+from vllm_kvcompress.evaluation.codebook_profile import (
+    BookStats,
+    Choice,
+    CodedPrompt,
+    Fit,
+    LayerProfile,
+    at_ratio,
+    check_rotary,
+    measure_layer,
+)
+from vllm_kvcompress.evaluation.codebook_report import fit_rows, spindle_rows
+from vllm_kvcompress.evaluation.coded_layer import (
+    CodedLayer,
+    Options,
+    Survivors,
+    attention_output,
+    limit_book,
+    relative_errors,
+    slots,
+)
+from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
+from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.kernels.reference.codebook_build import build_codebook
+from vllm_kvcompress.kernels.rotary import Rotary
+
+STILL = Rotary(torch.zeros(8), is_neox=True)
+TURNING = Rotary(10.0 ** -torch.arange(8.0), is_neox=True)
+DIM = 16
+FLOAT32 = {"block_size": 16, "dtype": torch.float32}
+
+
+def config(**fields: Any) -> Any:
+    return parse_config({"preset": "snapkv", "layer_groups": {"size": 1}, **fields})
+
+
+# --- one layer ----------------------------------------------------------------------------
+
+
+def axes(directions: list[int], lengths: list[float]) -> torch.Tensor:
+    """[1, n, DIM]: vectors along axes."""
+    return (torch.eye(DIM)[directions] * torch.tensor(lengths)[:, None])[None]
+
+
+def three_directions(rotary: Rotary) -> Survivors:
+    """64 tokens to code and 3 behind: keys along 3 axes (40, 23 and 1 of them), values along 2."""
+    lengths = [0.5, 1.0, 2.0, 4.0] * 16 + [1.0] * 3
+    positions = torch.arange(5, 72)[None]
+    keys = axes([0] * 40 + [9] * 23 + [3] + [5] * 3, lengths)
+    return Survivors(
+        keys=rotary.rotate(keys, positions),
+        values=axes([1] * 32 + [2] * 32 + [7] * 3, lengths),
+        positions=positions,
+        num_coded=64,
+        rotary=rotary,
+    )
+
+
+def measure(survivors: Survivors, options: Options) -> tuple[BookStats, BookStats, list[Fit]]:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 4, DIM, generator=generator)
+    return measure_layer(CodedLayer(survivors, options), queries, torch.arange(68, 72), 0.25)
+
+
+@pytest.mark.parametrize("rotary", [STILL, TURNING], ids=["still", "turning"])
+def test_directions_are_counted_and_given_back(rotary: Rotary) -> None:
+    options = Options(shares=(0.25,), **FLOAT32)  # type: ignore[arg-type]
+    keys, values, fits = measure(three_directions(rotary), options)
+    assert (keys.entries, keys.num_alone) == ([3], 1)
+    assert (values.entries, values.num_alone) == ([2], 0)
+    assert [fit.share for fit in fits] == [None, 0.25]
+    for fit in fits:  # 16 slots for entries, and a row of 64 bytes holds 8 tokens' codes: 8 of 16
+        assert (fit.num_slots, fit.num_entries) == (32, 16)
+        assert fit.forced == (0, 0)
+        assert max(fit.max_loss) < 1e-6
+        assert len(fit.errors) == 4
+        if rotary is STILL:
+            assert fit.errors == [0, 0, 0, 0]
+        else:
+            assert max(fit.errors) < 1e-5
+
+
+def test_a_book_that_is_full_forces_what_is_rare() -> None:
+    survivors = three_directions(TURNING)
+    options = Options(shares=(), block_size=1, dtype=torch.float32)
+    layer = CodedLayer(survivors, options)
+    one = layer.limited(1)
+    assert [each.num_forced for each in one] == [24, 32]
+    assert one[0].cosine[0].tolist() == pytest.approx([1] * 40 + [0] * 24, abs=1e-6)
+    restored, values = layer.restored(1)
+    # Every key points along the first axis, every coded value along axis 1, lengths unharmed.
+    expected = axes([0] * 64, [0.5, 1.0, 2.0, 4.0] * 16)
+    expected = TURNING.rotate(expected, survivors.positions[:, :64])
+    torch.testing.assert_close(restored[:, :64], expected)
+    torch.testing.assert_close(restored[:, 64:], survivors.keys[:, 64:])
+    assert values[0, 40].tolist() == [0, 0.5] + [0] * 14
+
+
+def test_at_threshold_1_nothing_is_lost_but_the_lengths_rounding() -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, 2, 70, DIM, generator=generator)
+    kept = Survivors(keys, values, torch.arange(70).expand(2, -1), 64, TURNING)
+    options = Options((), 1.0, 1.0, 1, torch.float32)
+    layer = CodedLayer(kept, options)
+    assert layer.needed_share == 1
+    queries, last = torch.randn(4, 3, DIM, generator=generator), torch.arange(67, 70)
+    exact = attention_output(queries, last, keys, values, kept.positions, 0.25)
+    found = attention_output(queries, last, *layer.restored(64), kept.positions, 0.25)
+    assert 0 < max(relative_errors(exact, found)) < 1e-3  # 11 bits
+    options = Options((), 1.0, 1.0, **FLOAT32)  # type: ignore[arg-type]
+    _, _, fits = measure(three_directions(STILL), options)
+    assert fits[0].num_entries == 16 and fits[0].errors == [0] * 4  # float16 holds these lengths
+
+
+@pytest.mark.parametrize("max_entries", [1, 2, 7, 40, 41, 150])
+def test_a_limited_book_is_what_the_worker_would_build(max_entries: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    near = torch.randn(2, 40, 1, 6, generator=generator)
+    vectors = (near + 0.3 * torch.randn(2, 40, 4, 6, generator=generator)).flatten(1, 2)
+    vectors[0, 5] = 0
+    count = torch.tensor([160, 160], dtype=torch.int32)
+    whole = build_codebook(vectors, count, 0.9, 160)
+    found = limit_book(whole, vectors, max_entries)
+    expected = build_codebook(vectors, count, 0.9, max_entries)
+    assert (max_entries < 150) == (found.num_forced > 0)
+    assert found.num_forced == int(expected.num_forced.sum())
+    assert found.index.tolist() == expected.index.tolist()
+    torch.testing.assert_close(found.cosine, expected.cosine)
+
+
+def test_attention_is_causal_softmax_attention() -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn(4, 2, 8, generator=generator)
+    keys, values = torch.randn(2, 2, 6, 8, generator=generator)
+    positions = torch.tensor([[0, 2, 3, 7, 8, 9], [1, 4, 5, 6, 8, 9]])
+    found = attention_output(queries, torch.tensor([8, 9]), keys, values, positions, 0.5)
+    for head in range(4):
+        for query, seen in enumerate((5, 6)):  # the last token is behind the first query
+            own = head // 2
+            logits = (keys[own, :seen].double() @ queries[head, query].double()) * 0.5
+            weights = logits.exp() / logits.exp().sum()
+            expected = (weights[:, None] * values[own, :seen].double()).sum(dim=0)
+            torch.testing.assert_close(found[head, query].double(), expected)
+
+
+def test_relative_errors_are_over_all_heads() -> None:
+    exact = torch.tensor([[[3.0, 0.0]], [[0.0, 4.0]]])  # [2 heads, 1 query, 2]
+    found = torch.tensor([[[3.0, 0.0]], [[0.0, 1.0]]])
+    assert relative_errors(exact, found) == [pytest.approx(0.6)]
+    assert relative_errors(exact, exact) == [0]
+    assert relative_errors(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2)) == [0]
+
+
+def test_slots_in_whole_blocks() -> None:
+    assert slots(1024, 0.25, 128, 16) == (320, 256)  # 16 tokens' codes per slot: 64 slots
+    assert slots(1024, 0.25, 256, 16) == (288, 256)  # 32
+    assert slots(1008, 0.25, 128, 16) == (320, 256)  # 252 and 63 are rounded up
+    assert slots(32, 0.9, 128, 16) == (32, 0)  # 32 + 16 slots for 32 tokens: not coded
+
+
+# --- whole prompts ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory: pytest.TempPathFactory) -> Replay:
+    return Replay(str(write_random_model(tmp_path_factory.mktemp("model"), "llama")), 16)
+
+
+REPEATED = distinct_tokens(16, seed=4) * 20
+
+
+def test_tokens_that_are_equal_share_the_first_layers_entries(replay: Replay) -> None:
+    """There keys before RoPE and values depend on the token alone."""
+    options = Options((0.1,), **FLOAT32)  # type: ignore[arg-type]
+    profiles = CodedPrompt(replay, REPEATED, config(), 1, options).profile(3)
+    assert [(each.prompt, each.ratio, each.layer) for each in profiles] == [
+        (3, 1, layer) for layer in range(4)
+    ]
+    assert {each.num_coded for each in profiles} == {320}
+    first = profiles[0]
+    assert (first.keys.entries, first.values.entries) == ([16, 16], [16, 16])
+    assert first.keys.num_alone == first.values.num_alone == 0
+    assert max(first.fits[0].errors) < 3e-3  # lengths of 11 bits, logits of up to 10
+    rows = spindle_rows(profiles)
+    assert [(row.layer, row.kind, row.tokens_per_entry) for row in rows[:2]] == [
+        (0, "keys", 20),
+        (0, "values", 20),
+    ]
+    assert rows[0].entries_mean == rows[0].entries_max == 16 / 320
+    assert all(row.build_seconds_per_1k > 0 for row in rows)
+
+
+def test_survivors_are_what_the_view_holds(replay: Replay) -> None:
+    prompt = replay.prefill(distinct_tokens(250))
+    setting = at_ratio(config(observation_window=8), 0.3)
+    assert setting is not None and setting.codebook is None
+    kept, view = replay.survivors(prompt, setting), replay.view(prompt, setting)
+    for layer, positions in enumerate(kept):
+        assert positions.shape[1] == view.layers[layer].keys.shape[2] == 90  # 80 and a tail of 10
+        for head in range(2):
+            assert len(set(positions[head].tolist())) == 90
+            for rows, held in (
+                (prompt.keys, view.layers[layer].keys),
+                (prompt.values, view.layers[layer].values),
+            ):
+                assert torch.equal(rows[layer][head, positions[head]], held[0, head])
+    whole = replay.survivors(prompt, None)
+    assert all(each.tolist() == [list(range(250))] * 2 for each in whole)
+
+
+def test_decoding_over_coded_layers(replay: Replay) -> None:
+    everything = tuple(range(4))
+    options = Options((), **FLOAT32)  # type: ignore[arg-type]
+    coded = CodedPrompt(replay, REPEATED, config(), 1, options)
+    # Layer 0 loses nothing with 32 entries; with a share of 1 no block comes free, and nothing is
+    # coded; 16 entries in all other layers are too few for any of them.
+    choices = [Choice((0,), 0.1), Choice(everything, 1.0), Choice(everything, 0.05)]
+    found = coded.count_equal(choices, num_tokens=6)
+    assert found[:2] == [6, 6]
+    assert found[2] < 6
+
+
+def test_what_cannot_be_profiled_is_refused(replay: Replay) -> None:
+    options = Options((), **FLOAT32)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"15 tokens fills no block; .* --block-size \(16\)"):
+        CodedPrompt(replay, REPEATED[:15], config(), 1, options)
+    with pytest.raises(ConfigError, match="tasks: this setting depends on a request's task"):
+        at_ratio(parse_config("windowkv"), 0.5)  # type: ignore[arg-type]
+    check_rotary(replay)
+    fields = replay.model.config.rope_parameters
+    try:
+        replay.model.config.rope_parameters = {**fields, "rope_type": "yarn"}
+        with pytest.raises(UnsupportedModelError, match="'yarn'.*default and llama3"):
+            check_rotary(replay)
+    finally:
+        replay.model.config.rope_parameters = fields
+
+
+# --- the rule -----------------------------------------------------------------------------
+
+LIMITS = Limits(error=0.2, forced=0.02, min_saving=0.25)
+PAYS = GroupCost(error=0.2, forced=0.02, slots_before=100, slots_after=75)
+
+
+@pytest.mark.parametrize(
+    ("change", "pays"),
+    [
+        ({}, True),
+        ({"error": 0.2001}, False),
+        ({"forced": 0.0201}, False),
+        ({"slots_after": 76}, False),
+        ({"error": 0.0, "forced": 0.0, "slots_after": 1}, True),
+        ({"error": float("nan")}, False),
+    ],
+)
+def test_a_group_pays_up_to_its_limits(change: dict[str, float], pays: bool) -> None:
+    assert GroupCost(**{**vars(PAYS), **change}).pays(LIMITS) is pays  # type: ignore[arg-type]
+
+
+def test_a_group_that_frees_nothing_never_pays() -> None:
+    assert not GroupCost(0, 0, 100, 100).pays(Limits(min_saving=0))
+
+
+def costs(*shares_and_errors: tuple[float, list[float]]) -> dict[float, list[GroupCost]]:
+    """Groups of 100 slots, of which the share of entries stays."""
+    return {
+        share: [GroupCost(error, 0, 100, round(100 * share)) for error in errors]
+        for share, errors in shares_and_errors
+    }
+
+
+def test_the_shallow_part_that_saves_most_is_recommended() -> None:
+    found = recommend(costs((0.2, [0.1, 0.9, 0.1]), (0.5, [0.1, 0.2, 0.1])), LIMITS)
+    assert found == Recommendation((0, 1, 2), 0.5, 0.5)  # 3 x 50 against 1 x 80
+    found = recommend(costs((0.2, [0.1, 0.1, 0.9]), (0.5, [0.1, 0.2, 0.1])), LIMITS)
+    assert found == Recommendation((0, 1), 0.2, pytest.approx(160 / 300))  # 2 x 80 against 3 x 50
+    found = recommend(costs((0.5, [0.1, 0.9]), (0.0, [0.9, 0.1])), LIMITS)
+    assert found == Recommendation((0,), 0.5, 0.25)  # group 1 alone would not be shallow
+    found = recommend(costs((0.25, [0.1, 0.9]), (0.625, [0.1, 0.1])), LIMITS)
+    assert found is not None and found.share == 0.625  # 2 x 38 against 1 x 75: nearly equal
+
+
+def test_no_layer_pays() -> None:
+    assert recommend(costs((0.2, [0.9, 0.9]), (0.8, [0.1, 0.1])), LIMITS) is None
+    late = costs((0.2, [0.9, 0.1, 0.1]))
+    assert recommend(late, LIMITS) is None
+    found = recommend(late, LIMITS, shallow_only=False)
+    assert found == Recommendation((1, 2), 0.2, pytest.approx(160 / 300))
+
+
+def profile(prompt: int, layer: int, errors: list[float], forced: float, slots: int) -> Any:
+    needed = Fit(None, 1, 1, (0, 0), (0, 0), (0, 0), [9.0])
+    fit = Fit(0.5, slots, 50, (forced, 0), (0.1, 0.2), (0.3, 0.4), errors)
+    return LayerProfile(
+        prompt, 0.5, layer, 100, BookStats([9], 1, 0.5), BookStats([7], 2, 1.0), [needed, fit]
+    )
+
+
+def test_costs_are_of_the_worst_prompt_and_layer() -> None:
+    profiles = [
+        profile(0, 0, [0.1, 0.3], 0.01, 60),
+        profile(0, 1, [0.0, 0.0], 0.00, 60),
+        profile(0, 2, [0.7, 0.1], 0.00, 60),
+        profile(1, 0, [0.1, 0.1], 0.02, 64),
+        profile(1, 1, [0.5, 0.1], 0.00, 64),
+        profile(1, 2, [0.1, 0.1], 0.04, 64),
+    ]
+    found = group_costs(profiles, [0, 0, 1])
+    assert found == {
+        0.5: [
+            GroupCost(pytest.approx(0.3), 0.02, 400, 248),
+            GroupCost(pytest.approx(0.4), 0.04, 200, 124),
+        ]
+    }
+    needed, row = [row for row in fit_rows(profiles) if row.layer == 0]
+    assert (needed.entries, row.entries, row.slots) == ("needed", 0.5, 0.62)
+    assert (row.error_mean, row.error_worst_prompt, row.error_worst_query) == (
+        pytest.approx(0.15),
+        pytest.approx(0.2),
+        0.3,
+    )
+    assert (row.forced_keys, row.forced_values) == (pytest.approx(0.015), 0)
+    assert row.forced_worst_prompt == 0.02
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 4, 7, 25, 28, 32, 36, 80])
+def test_the_shallow_share_means_what_was_recommended(num_groups: int) -> None:
+    for count in range(1, num_groups + 1):
+        found = Recommendation(tuple(range(count)), 0.3, 0.1)
+        fields = setting_fields(found, num_groups, 0.98, 0.95)
+        setting = config(**fields)
+        assert coded_groups(setting.codebook, num_groups) == dict.fromkeys(range(count), 0.3)
+    assert shallow_share(1, 4) == 0.25
+
+
+def test_groups_that_are_not_shallow_are_named() -> None:
+    fields = setting_fields(Recommendation((1, 3), 0.4, 0.1), 4, 0.9, 0.8)
+    setting = config(**fields)
+    assert coded_groups(setting.codebook, 4) == {1: 0.4, 3: 0.4}
+    assert (setting.codebook.key_threshold, setting.codebook.value_threshold) == (0.9, 0.8)

@@ -1,0 +1,88 @@
+"""Prompts for measurements: of a file, or needle prompts if there is none, as token ids."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.tasks.needle import make_samples
+
+SEED = 0
+
+Prompt = str | list[int]
+
+
+def read_prompts(
+    model: Path, path: Path | None, length: int | None, count: int | None
+) -> list[list[int]]:
+    """Token ids of prompts.
+
+    Parameters
+    ----------
+    model : Path
+        Folder with the tokenizer; a file of token ids needs none.
+    path : Path or None
+        A text per line; in a ``.jsonl`` file a text, a list of token ids, or an object with either
+        as its field ``prompt``. Empty lines are skipped. None: needle prompts.
+    length : int or None
+        A file's prompts are cut behind so many tokens. Needle prompts, which need a number, are
+        made to fit.
+    count : int or None
+        How many; of a file, the first. Needle prompts need a number.
+
+    Raises
+    ------
+    ConfigError
+        If there is no prompt, or one that cannot be read, or no tokenizer.
+    """
+    if path is None:
+        assert length is not None and count is not None
+        encode = _tokenizer(model)
+        try:
+            return [encode(sample.prompt) for sample in make_samples(count, length, encode, SEED)]
+        except ValueError as error:
+            raise ConfigError(f"--prompt-len: {error}.") from None
+    found = list(_lines(path))[:count]
+    if not found:
+        raise ConfigError(f"--prompts: {path} holds no prompt.")
+    texts = any(isinstance(prompt, str) for prompt in found)
+    encode = _tokenizer(model) if texts else len  # type: ignore[assignment]
+    return [(encode(prompt) if isinstance(prompt, str) else prompt)[:length] for prompt in found]
+
+
+def _lines(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"--prompts: {where}: not valid JSON: {error}.") from None
+    prompt = found.get("prompt") if isinstance(found, dict) else found
+    is_ids = isinstance(prompt, list) and all(type(each) is int for each in prompt)
+    if not prompt or not (is_ids or isinstance(prompt, str)):
+        raise ConfigError(
+            f"--prompts: {where}: holds no prompt; allowed are a text, a list of token ids, or an "
+            "object with either as its field prompt."
+        )
+    return prompt
+
+
+def _tokenizer(model: Path) -> Callable[[str], list[int]]:
+    try:
+        return AutoTokenizer.from_pretrained(str(model)).encode
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--model: {model} holds no tokenizer ({first_line(error)}): give token ids by "
+            "--prompts FILE.jsonl."
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the lines of advice behind it."""
+    return str(error).strip().partition("\n")[0].rstrip(". :") or type(error).__name__

@@ -1,0 +1,160 @@
+"""Which rows of a step's batch read codebooks, and where these lie.
+
+Dimensions: G KV cache groups, S request rows, R query tokens of requests with a codebook, P blocks
+of a block table row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from vllm_kvcompress.plans import BookLengths
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Query tokens of one step whose requests have a codebook, in one KV cache group.
+
+    A request that has one in another group alone is here too: all its tokens are its tail.
+
+    Attributes
+    ----------
+    batch_rows : np.ndarray
+        Numbers of the requests in the batch.
+    tokens : torch.Tensor
+        [R] int64, places of the query tokens in the batch.
+    table : torch.Tensor
+        [R, P] int32, block table rows: entries, then codes, then ordinary tokens.
+    code_table : torch.Tensor
+        [R, P] int32, the same from the first block of codes on.
+    num_entries, num_coded, first_slot, num_tail : torch.Tensor
+        [R] int32: slots for entries, coded tokens, slots before ordinary tokens, and those of
+        them that the query may see.
+    max_entries, max_coded, max_tail : int
+        At least the largest of them.
+    """
+
+    batch_rows: np.ndarray
+    tokens: torch.Tensor
+    table: torch.Tensor
+    code_table: torch.Tensor
+    num_entries: torch.Tensor
+    num_coded: torch.Tensor
+    first_slot: torch.Tensor
+    num_tail: torch.Tensor
+    max_entries: int
+    max_coded: int
+    max_tail: int
+
+
+class CodebookState:
+    """Sizes of the codebooks of all request rows.
+
+    Parameters
+    ----------
+    num_groups, max_num_reqs : int
+        G and S.
+    device : torch.device
+        Where batches are.
+
+    Attributes
+    ----------
+    rows : dict[int, CodedRows]
+        Of the current step, by KV cache group; groups without a codebook in the batch are absent.
+    """
+
+    def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
+        # Coded tokens, slots for entries, slots of the whole book.
+        self._sizes = UvaBackedTensor((3, num_groups, max_num_reqs), dtype=torch.int32)
+        self.device = device
+        self.rows: dict[int, CodedRows] = {}
+        self._dirty = False
+
+    def reset_row(self, req_index: int) -> None:
+        """A row starts over, without a codebook."""
+        if self._sizes.np[:, :, req_index].any():
+            self._sizes.np[:, :, req_index] = 0
+            self._dirty = True
+
+    def set_book(self, group: int, req_index: int, book: BookLengths) -> None:
+        """A row's blocks begin with this codebook from now on."""
+        self._sizes.np[:, group, req_index] = book.num_tokens, book.num_entries, book.num_slots
+        self._dirty = True
+
+    def has_book(self, idx_mapping_np: np.ndarray) -> bool:
+        """Whether a request of the batch has a codebook in any group."""
+        return bool(self._sizes.np[0][:, idx_mapping_np].any())
+
+    def begin_batch(
+        self,
+        input_batch: InputBatch,
+        evicted: UvaBackedTensor,
+        block_tables: Sequence[torch.Tensor],
+        block_sizes: Sequence[int],
+    ) -> None:
+        """Find the rows that read codebooks.
+
+        Parameters
+        ----------
+        input_batch : InputBatch
+            A real batch.
+        evicted : UvaBackedTensor
+            [G, S] int32, slots that rows have given up, on the device too.
+        block_tables : sequence of torch.Tensor
+            G tables [S, P] int32.
+        block_sizes : sequence of int
+            Tokens per block of each group.
+        """
+        if self._dirty:
+            self._sizes.copy_to_uva()
+            self._dirty = False
+        self.rows = {}
+        requests_np = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        is_coded = self._sizes.np[0][:, requests_np] > 0  # [G, requests]
+        coded = np.flatnonzero(is_coded.any(axis=0))
+        if not len(coded):
+            return
+        requests_np = requests_np[coded]
+        starts = input_batch.query_start_loc_np
+        counts = starts[coded + 1] - starts[coded]
+        places = [np.arange(starts[each], starts[each + 1]) for each in coded]
+        tokens = self._on_device(np.concatenate(places))
+        requests = self._on_device(np.repeat(requests_np, counts))
+        # For all groups at once: every operation is a launch.
+        num_coded, num_entries, first_slot = self._sizes.gpu[:, :, requests]
+        held = input_batch.positions[tokens].int() + 1 - evicted.gpu[:, requests]
+        num_tail = held - first_slot
+        # On the host lengths may be known as upper bounds only.
+        bounds = input_batch.seq_lens_cpu_upper_bound.numpy()[coded] - evicted.np[:, requests_np]
+        sizes = self._sizes.np[:, :, requests_np]
+        for group in np.flatnonzero(is_coded.any(axis=1)):
+            table, block_size = block_tables[group], block_sizes[group]
+            width = min(-(-int(bounds[group].max()) // block_size), table.shape[1])
+            table = table[:, :width][requests]
+            first_code = num_entries[group] // block_size
+            columns = torch.arange(width, device=self.device) + first_code[:, None]
+            self.rows[int(group)] = CodedRows(
+                batch_rows=coded,
+                tokens=tokens,
+                table=table,
+                code_table=table.gather(1, columns.clamp(max=width - 1).long()),
+                num_entries=num_entries[group],
+                num_coded=num_coded[group],
+                first_slot=first_slot[group],
+                num_tail=num_tail[group],
+                max_entries=int(sizes[1, group].max()),
+                max_coded=int(sizes[0, group].max()),
+                max_tail=int((bounds[group] - sizes[2, group]).max()),
+            )
+
+    def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
+        """As int64."""
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.device, non_blocking=True)
+
+    def end_batch(self) -> None:
+        """The step is over; what runs between steps reads no codebooks."""
+        self.rows = {}

@@ -47,6 +47,7 @@ setup(
         "xformers": ["xformers"],  # outside check of attention over a compacted cache
         "dev": [
             "pytest>=8",
+            "pytest-xdist>=3.6",  # test files on two cores at once
             "hypothesis>=6.100",  # property tests of budgets and block lists
             "ruff==0.14.5",  # lint and format
             "mypy==1.18.2",  # types

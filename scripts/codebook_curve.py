@@ -70,7 +70,9 @@ METHODS = [
     Method("spindlekv-evict-k5", "spindlekv-evict", {"policy": {"kernel_size": 5}}),
     Method("spindlekv-evict-k13", "spindlekv-evict", pooled()),
     Method("spindlekv-evict-k13-union", "spindlekv-evict", pooled(**UNION)),
+    Method("spindlekv-s0.25-e0.5", "spindlekv", {**AS_PAPER, **coded(0.25, 0.5)}),
     Method("spindlekv-s0.5-e0.5", "spindlekv", {**AS_PAPER, **coded(0.5, 0.5)}),
+    Method("spindlekv-k13-s0.25-e0.5", "spindlekv", {**pooled(), **coded(0.25, 0.5)}),
     *(
         Method(f"spindlekv-k13-s{s:g}-e{e:g}", "spindlekv", {**pooled(), **coded(s, e)})
         for s in (0.5, 1.0)
@@ -86,6 +88,7 @@ PAIRS = [
     ("spindlekv-evict-k13", "spindlekv-evict-k13-union"),
     ("spindlekv-k13-s0.5-e0.25", "spindlekv-k13-s0.5-e0.25-union"),
 ]
+COLORS = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "k"]  # without grey
 REFERENCES = ["snapkv", "pyramidkv", "windowkv", "spindlekv-evict-k13"]
 FULL = "none"
 BUDGETS = [0.03, 0.06, 0.12, 0.25, 0.5, 0.6]
@@ -207,12 +210,17 @@ def of(cells: Sequence[Cell], method: str, length: int | None = None) -> list[Ce
 
 
 def print_tables(cells: Sequence[Cell], methods: Sequence[str], markdown: bool = False) -> None:
-    """Right answers within fixed budgets, one table per length; then the pairs."""
+    """Right answers within fixed budgets, one table per length, one of all; then the pairs."""
     console = Console(width=140)
-    for length in dict.fromkeys(cell.length for cell in cells):
-        whole = of(cells, FULL, length)[0]
-        title = f"{length} tokens, {len(whole.digits)} prompts; the whole cache: {whole.right}"
-        rows = [[name, *row(of(cells, name, length))] for name in methods]
+    lengths = list(dict.fromkeys(cell.length for cell in cells))
+    for length in [*lengths, None]:
+        whole = of(cells, FULL, length)
+        prompts, right = sum(len(c.digits) for c in whole), sum(c.right for c in whole)
+        title = f"{length or 'all'} tokens, {prompts} prompts; the whole cache: {right}"
+        if length is None:
+            rows = [[name, *summed_row(cells, name, lengths)] for name in methods]
+        else:
+            rows = [[name, *row(of(cells, name, length))] for name in methods]
         if markdown:
             print(f"\n{title}\n\n| method | " + " | ".join(f"{b:.0%}" for b in TABLE_BUDGETS), "|")
             print("|---" * (len(TABLE_BUDGETS) + 1) + "|")
@@ -243,6 +251,17 @@ def row(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def summed_row(cells: Sequence[Cell], name: str, lengths: Sequence[int]) -> list[str]:
+    """ "22/44": right answers over all lengths of which a point is within the budget."""
+    texts = []
+    for budget in TABLE_BUDGETS:
+        found = [best_within(of(cells, name, length), budget) for length in lengths]
+        inside = [cell for cell in found if cell is not None]
+        total = sum(len(cell.digits) for cell in inside)
+        texts.append(f"{sum(cell.right for cell in inside)}/{total}" if inside else "-")
+    return texts
+
+
 def plot(path: Path, cells: Sequence[Cell], methods: Sequence[str], by_digit: bool) -> None:
     """One column per length; above what evicts tokens, below what codes them."""
     import matplotlib
@@ -253,17 +272,19 @@ def plot(path: Path, cells: Sequence[Cell], methods: Sequence[str], by_digit: bo
     lengths = list(dict.fromkeys(cell.length for cell in cells))
     evicting = [name for name in methods if not of(cells, name)[0].point.config.codebook]  # type: ignore[union-attr]
     coding = [name for name in methods if name not in evicting]
+    kinds = [names for names in (evicting, coding) if names]
     grey = [name for name in REFERENCES if name in methods]
     figure, axes = pyplot.subplots(
-        2, len(lengths), figsize=(5 * len(lengths), 9), sharey=True, layout="constrained",
-        squeeze=False,
+        len(kinds), len(lengths), figsize=(5 * len(lengths), 4.5 * len(kinds)), sharey=True,
+        layout="constrained", squeeze=False,
     )  # fmt: skip
-    for line, names in enumerate((evicting, coding)):
+    for line, names in enumerate(kinds):
+        others = grey if names is coding else []
         for axis, length in zip(axes[line], lengths, strict=True):
             whole = of(cells, FULL, length)[0]
-            for index, name in enumerate([*(grey if line else []), *names]):
+            for index, name in enumerate([*others, *names]):
                 found = of(cells, name, length)
-                is_grey = bool(line) and name in grey
+                is_grey = name in others
                 axis.plot(
                     [100 * cell.point.share for cell in found],
                     [height(cell, by_digit) for cell in found],
@@ -271,7 +292,7 @@ def plot(path: Path, cells: Sequence[Cell], methods: Sequence[str], by_digit: bo
                     markersize=3.5,
                     linewidth=1.2,
                     linestyle=(":", "--", "-.", "-")[grey.index(name)] if is_grey else "-",
-                    color="0.6" if is_grey else f"C{(index - len(grey) * line) % 10}",
+                    color="0.6" if is_grey else COLORS[(index - len(others)) % len(COLORS)],
                     label=name,
                 )
             axis.axhline(height(whole, by_digit), color="0.8", linewidth=0.8)

@@ -15,7 +15,11 @@ check() {
 check ruff check
 check ruff format --check
 check mypy vllm_kvcompress kernels
-check pytest tests "$@"
+# Engines are bound by one core each. On a GPU they would compete for its memory.
+workers=2
+if command -v nvidia-smi >/dev/null; then workers=0; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+check pytest tests --numprocesses "$workers" --dist loadfile "$@"
 
 echo
 if [ -n "$failed" ]; then

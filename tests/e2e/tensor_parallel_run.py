@@ -24,7 +24,8 @@ DRAFT = {
 MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
     "evict": (
         BOTH,  # compresses while decoding too, every 16 tokens
-        ("windowkv", "snapkv", "keydiff", "random", "tova", "criticalkv", "h2o", "adakv"),
+        ("windowkv", "snapkv", "keydiff", "random", "tova", "criticalkv", "h2o", "adakv")
+        + ("spindlekv",),  # each rank codes its own heads' keys and values
         1500,
         40,
         12,
@@ -36,6 +37,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
 COUNTED = (
     "vllm:kv_compression_requests",
     "vllm:kv_compression_views",
+    "vllm:kv_compression_codebook_vectors",
     "vllm:spec_decode_num_draft_tokens",
     "vllm:spec_decode_num_accepted_tokens",
 )
@@ -72,7 +74,7 @@ def main() -> None:
     for metric in llm.get_metrics():
         if metric.name not in COUNTED:
             continue
-        labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger")}
+        labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger", "kind")}
         counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
     sys.stdout.write(json.dumps({"tokens": tokens, "counts": counts}) + "\n")
 

@@ -314,7 +314,8 @@ def test_warming_up_touches_the_null_block_alone(world: World) -> None:
     if is_strided(world):
         reader._attend = codebook_attention.codebook_attention
     reader.warm_up({layer.name: sample[None] for layer in compactor.layers})
+    null = 2 if is_strided(world) else 1  # blocks of the view
     for now, then in zip(world.caches, before, strict=True):
-        assert torch.equal(now[1:].nan_to_num(7.0), then[1:].nan_to_num(7.0))
-        assert not torch.equal(now[0], then[0]), "something was written"
+        assert torch.equal(now[null:].nan_to_num(7.0), then[null:].nan_to_num(7.0))
+        assert not torch.equal(now[:null], then[:null]), "something was written"
     assert compactor.codebooks.take_measures() is None

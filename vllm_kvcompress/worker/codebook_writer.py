@@ -136,7 +136,21 @@ class CodebookWriter:
             return None
         total = torch.stack(self._measures).sum(dim=0)
         self._measures = []
-        return total if self.all_reduce is None else self.all_reduce(total)
+        return total if self.all_reduce is None else _all_reduced(total, self.all_reduce)
+
+
+def _all_reduced(
+    numbers: torch.Tensor, all_reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Sum float64 over ranks, of which vLLM's reduction on a CPU takes no wider than float32.
+
+    Counts below 2^40 stay exact for 16 ranks: multiples of 2^20, and what is left of them, are
+    whole numbers of 20 bits each.
+    """
+    high = (numbers / 2**20).floor()
+    parts = torch.stack([high, numbers - high * 2**20]).float()
+    high, low = all_reduce(parts).double()
+    return high * 2**20 + low
 
 
 def _measures(distance: Distance) -> torch.Tensor:

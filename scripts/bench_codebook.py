@@ -182,7 +182,7 @@ def main() -> int:
         "command": " ".join(["python", *sys.argv]),
         "commit": checkout,
         "versions": describe(),
-        "arguments": {**vars(args), "out": args.out.name},
+        "arguments": {**vars(args), "out": args.out.name, "model": Path(args.model).name},
     }
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     (args.out / RUN).write_text(text, encoding="utf-8")

@@ -214,7 +214,7 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
     if options.task is not None and not config.tasks:
         name = options.preset or "this server's setting"
         raise ConfigError(f"kv_task: {name} does not depend on the task; leave it out.")
-    if config.codebook is not None and server.drafts:
+    if server.drafts and any(each.codebook for each in (config, *config.by_task.values())):
         raise ConfigError(
             f"kv_compression: {options.preset} codes tokens, and this server drafts over views; "
             "choose a preset without a codebook."

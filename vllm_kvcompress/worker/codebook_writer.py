@@ -17,9 +17,6 @@ from vllm_kvcompress.worker.layer_cache import LayerCache
 MAX_COPY_BYTES = 2**28
 """vLLM has given nearly all memory to its cache by then."""
 
-NUM_KINDS = 2
-NUM_MEASURES = 4
-
 
 class CodebookWriter:
     """Fills destination blocks with codebooks.
@@ -57,10 +54,13 @@ class CodebookWriter:
             assert plan.cache.num_tokens == job.plan.position, "indices are positions"
             blocks, count = group.blocks(request), plan.lengths.num_survivors
             for some in self._together(layers, plan, count):
-                rows = [layer.layout.read(layer.cache(), blocks) for _, layer in some]
                 chosen = [indices[number, request, :, :count] for number, _ in some]
-                keys = [gather_rows(k, own) for (k, _), own in zip(rows, chosen, strict=True)]
-                values = [gather_rows(v, own) for (_, v), own in zip(rows, chosen, strict=True)]
+                keys, values = [], []
+                for (_, layer), own in zip(some, chosen, strict=True):
+                    # Of one layer at a time, all tokens of the prompt are copied.
+                    rows = layer.layout.read(layer.cache(), blocks)
+                    keys.append(gather_rows(rows[0], own))
+                    values.append(gather_rows(rows[1], own))
                 own_layers = [layer for _, layer in some]
                 self._code(group, request, own_layers, keys, values, torch.cat(chosen), None)
 

@@ -134,6 +134,10 @@ def test_draft_mode(probe_model: str) -> None:
             + ["--kv-draft-tokens", "17"],
             ["draft.tokens", "16"],
         ),
+        (
+            ["--kv-compression", "snapkv", "--kv-draft-tokens", "4"],
+            ["--kv-draft-tokens", "nothing is drafted", "--kv-compression-mode draft"],
+        ),
     ],
 )
 def test_draft_options_that_make_no_sense(probe_model: str, options, words) -> None:

@@ -22,14 +22,20 @@ LAYERS = {
     "spec": 1,
     "task_classifier": 1,
     "codebook_settings": 1,
+    "plain_values": 1,
+    "yaml_reader": 1,
+    "validation_messages": 1,
+    "merging": 1,
     "cli_common": 1,
     "settings": 2,
     "layer_budgets": 3,
     "codebook_lengths": 3,
-    "config": 3,
+    "idle_fields": 3,
+    "config": 4,
     "budgets": 4,
-    "request_options": 4,
+    "request_options": 5,
     "policies": 4,
+    "messages": 4,
     "sizing": 5,
     "checks": 5,
     "core": 6,
@@ -42,7 +48,8 @@ LAYERS = {
 }
 PURE = {"errors", "plans", "registry", "settings", "config", "request_options", "layer_budgets"}
 PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classifier", "sizing"}
-PURE |= {"cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
+PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
+PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
 
 
 def modules() -> list[tuple[str, Path]]:

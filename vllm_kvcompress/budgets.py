@@ -6,6 +6,7 @@ anything but the arguments. Ratios exist only in the configuration and end here.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from vllm_kvcompress.codebook_lengths import book_lengths, coded_groups, extended_lengths
 from vllm_kvcompress.layer_budgets import SHAPES
@@ -94,6 +95,25 @@ def group_lengths(
     wanted = max(budget - (num_tokens - region), num_forced, 1)
     kept = math.ceil(wanted / block_size) * block_size
     return GroupLengths(region, kept) if kept < region else None
+
+
+def linked_lengths(
+    lengths: GroupLengths | None, forced: Sequence[Span], block_size: int
+) -> GroupLengths | None:
+    """Lengths of a view that is made of whole blocks of the region, as they are.
+
+    A block with one token that must stay is in it; None where that leaves no block out.
+    """
+    if lengths is None:
+        return None
+    region = lengths.region_len
+    blocks = {
+        block
+        for start, end in forced
+        for block in range(start // block_size, -(-min(end, region) // block_size))
+    }
+    kept = max(lengths.kept_len, len(blocks) * block_size)
+    return replace(lengths, kept_len=kept) if kept < region else None
 
 
 def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:

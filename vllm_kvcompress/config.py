@@ -1,24 +1,28 @@
 """Reads what a user wrote (preset name, YAML file, overrides) into a valid setting."""
 
-import difflib
 import json
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
+from vllm_kvcompress.idle_fields import refuse_idle
+from vllm_kvcompress.merging import merge_fields
+from vllm_kvcompress.plain_values import build, plain_fields
 from vllm_kvcompress.registry import load_policy_class
-from vllm_kvcompress.settings import CompressionConfig, merge_fields
+from vllm_kvcompress.settings import CompressionConfig, PolicyConfig
+from vllm_kvcompress.validation_messages import explain
+from vllm_kvcompress.yaml_reader import parse_yaml, read_yaml_file
 
 NONE = "none"
 """The preset name that switches compression off."""
 
 CONFIG_KEY = "kv_compression"
 """Key of our settings in ``VllmConfig.additional_config``."""
+
+_FLAG, _OVERRIDES = "--kv-compression", "--kv-compression-config"
 
 
 # --- presets and files --------------------------------------------------------------------
@@ -30,133 +34,85 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def _read_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        detail = " ".join(str(error).split())
-        raise ConfigError(f"{source}: not valid YAML: {detail}.") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}: the file must hold a mapping of fields to values.")
-    return data
-
-
 def _read_preset(name: str) -> tuple[dict[str, Any], str]:
-    """Return the raw fields of a preset name or a YAML path, and how to call it in messages."""
-    if name in preset_names():
+    """Return the plain fields of a preset name or a YAML path, and how to call it in messages."""
+    presets = preset_names()
+    if name in presets:
         resource = files("vllm_kvcompress.configs") / f"{name}.yaml"
-        return _read_yaml(resource.read_text(encoding="utf-8"), f"preset {name}"), f"preset {name}"
+        source = f"preset {name}"
+        return parse_yaml(resource.read_text(encoding="utf-8"), source), source
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"--kv-compression: there is no file {name}.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: cannot be read as UTF-8 text: {error}.") from None
-        return _read_yaml(text, name), name
-    raise ConfigError(
-        f"--kv-compression: there is no preset {name!r}{did_you_mean(name, preset_names())}; "
-        f"allowed are none, {', '.join(preset_names())}, or the path of a .yaml file."
+        return plain_fields(read_yaml_file(name, _FLAG), name), name
+    rule = (
+        f"there is no preset {{got}}{did_you_mean(name, presets)}; allowed are none, "
+        f"{', '.join(presets)}, or the path of a .yaml file"
     )
+    raise config_error(_FLAG, "", rule, name)
 
 
-# --- parsing ------------------------------------------------------------------------------
-
-
-def did_you_mean(word: str, allowed: list[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _model_at(model: type[BaseModel], loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The pydantic model that owns the last step of an error location, if it can be told."""
-    for step in loc[:-1]:
-        field = model.model_fields.get(str(step))
-        annotation = field.annotation if field else None
-        kinds = get_args(annotation) or (annotation,)  # of "X or None", too
-        found = [each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)]
-        if len(found) != 1:
-            return None
-        model = found[0]
-    return model
-
-
-def _steps(problem: Any) -> tuple[Any, ...]:
-    """Fields and places in lists on the way to a problem; pydantic names kinds of values, too."""
-    kinds = ("function-", "constrained-", "tuple[")
-    return tuple(step for step in problem["loc"] if not str(step).startswith(kinds))
-
-
-def _sentence(error: ValidationError, model: type[BaseModel], source: str, prefix: str = "") -> str:
-    """First problem of a validation error, as one sentence that names file and field."""
-    problems = error.errors(include_url=False)
-    loc = _steps(problems[0])
-    # Of a field that may be a number or a list, what is wrong in the list says more.
-    alike = (each for each in problems if _steps(each)[: len(loc)] == loc)
-    first = max(alike, key=lambda each: len(_steps(each)))
-    loc = _steps(first)
-    field = (prefix + ".".join(str(step) for step in loc)).rstrip(".")
-    where = f"{source}: {field}" if field else source
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        owner = _model_at(model, loc)
-        allowed = sorted(owner.model_fields) if owner else []
-        hint = did_you_mean(str(loc[-1]), allowed)
-        return f"{where}: unknown field{hint}; allowed are {', '.join(allowed)}{more}."
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"{where}: this field is required{more}."
-    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-    return f"{where}: {message[:1].lower()}{message[1:]}{got}{more}."
+# --- validation ---------------------------------------------------------------------------
 
 
 def _validate(fields: Mapping[str, Any], source: str) -> CompressionConfig:
-    try:
-        config = CompressionConfig.model_validate(fields)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error, CompressionConfig, source)) from None
+    config = _build_setting(fields, source)
     for task in config.tasks:
-        try:
-            variant = config.validate_task(task)
-        except ValidationError as error:
-            text = _sentence(error, CompressionConfig, source, prefix=f"tasks.{task}.")
-            raise ConfigError(text) from None
-        _validate_policy(variant, source, f"tasks.{task}.")
+        prefix = f"tasks.{task}."
+        variant = _build_setting(config.task_fields(task), source, prefix)
+        _validate_policy(variant, source, prefix)
     _validate_policy(config, source, "")
     return config
 
 
+def _build_setting(fields: Mapping[str, Any], source: str, prefix: str = "") -> CompressionConfig:
+    try:
+        return build(CompressionConfig, fields)
+    except ValidationError as error:
+        raise explain(error, CompressionConfig, fields, source, prefix) from None
+
+
+def _check_parameters(fields: Mapping[str, Any], source: str, prefix: str) -> None:
+    """A policy exists and takes its parameters, and so do policies among these."""
+    name, params = fields["name"], {k: v for k, v in fields.items() if k != "name"}
+    try:
+        policy_class = load_policy_class(name)
+    except ConfigError as error:
+        raise config_error(source, f"{prefix}name", str(error)) from None
+    for key, field in policy_class.model_fields.items():
+        inner = params.get(key)
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, PolicyConfig)
+        if nested and isinstance(inner, dict) and isinstance(inner.get("name"), str):
+            _check_parameters(inner, source, f"{prefix}{key}.")
+    if params and not policy_class.model_fields:
+        raise config_error(source, f"{prefix}{min(params)}", f"{name} takes no parameters")
+    try:
+        build(policy_class, params)
+    except ValidationError as error:
+        raise explain(error, policy_class, params, source, prefix) from None
+    except Exception as error:  # of somebody else's validator
+        rule = f"{name} fails on these parameters: {type(error).__name__}: {error}"
+        raise config_error(source, prefix.rstrip("."), rule) from error
+
+
 def _validate_policy(config: CompressionConfig, source: str, prefix: str) -> None:
     """The policy exists, takes its parameters, and can do what the setting asks of it."""
-    try:
-        policy_class = load_policy_class(config.policy.name)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {prefix}{error}") from None
-    try:
-        policy_class.model_validate(config.policy.params)  # type: ignore[attr-defined]
-    except ValidationError as error:
-        text = _sentence(error, policy_class, source, prefix=f"{prefix}policy.")
-        raise ConfigError(text) from None
+    name = config.policy.name
+    _check_parameters({**config.policy.params, "name": name}, source, f"{prefix}policy.")
     policy = config.build_policy()
     if config.refreshes_views and not policy.runs_while_decoding:
-        raise ConfigError(
-            f"{source}: {prefix}draft: {config.policy.name} cannot score while decoding; leave "
-            "refresh_every and refresh_below out."
-        )
+        rule = f"{name} cannot score while decoding; leave refresh_every and refresh_below out"
+        raise config_error(source, f"{prefix}draft", rule)
     if not config.compresses_while_decoding:
         return
     if not policy.runs_while_decoding:
-        raise ConfigError(
-            f"{source}: {prefix}trigger: {config.policy.name} cannot compress while decoding; "
-            "set end_of_prompt."
-        )
-    if policy.queries.value != "none" and config.interval < config.observation_window:
-        raise ConfigError(
-            f"{source}: {prefix}interval: must be at least observation_window "
-            f"({config.observation_window}), whose queries {config.policy.name} reads, "
-            f"got {config.interval}."
-        )
+        rule = f"{name} cannot compress while decoding; set end_of_prompt"
+        raise config_error(source, f"{prefix}trigger", rule)
+    window = config.observation_window
+    if policy.queries.value != "none" and config.interval < window:
+        rule = f"must be at least observation_window ({window}), whose queries {name} reads"
+        raise config_error(source, f"{prefix}interval", rule, config.interval)
+
+
+# --- parsing ------------------------------------------------------------------------------
 
 
 def parse_config(
@@ -182,52 +138,85 @@ def parse_config(
     ConfigError
         One sentence that names file and field and says what is allowed.
     """
+    changes = {} if overrides is None else plain_fields(overrides, _OVERRIDES)
     if isinstance(setting, Mapping):
-        fields = dict(setting)
-        preset = fields.pop("preset", None)
-        inner = parse_fields(preset) if preset is not None else ({}, "kv_compression")
-        if inner is None:
-            _refuse_overrides(fields or overrides)
-            return None
-        base, source = merge_fields(inner[0], fields), inner[1]
+        own = plain_fields(setting, CONFIG_KEY)
+        preset = own.pop("preset", None)
+        base: Mapping[str, Any]
+        if preset is None:
+            base, source = {}, CONFIG_KEY
+            # Perhaps a complete setting (`to_dict`), whose every field is given.
+            written = {} if "tasks" in own else {k: own[k] for k in own.keys() & {"task"}}
+        else:
+            named = _parse_fields(preset)
+            if named is None:
+                _refuse_overrides(own or changes)
+                return None
+            (base, source), written = named, own
+        base = merge_fields(base, own)
     elif setting is None or isinstance(setting, str):
-        named = parse_fields(setting)
+        named = _parse_fields(setting)
         if named is None:
-            _refuse_overrides(overrides)
+            _refuse_overrides(changes)
             return None
         base, source = named
+        written = {} if setting in preset_names() else base
     else:
-        raise ConfigError(
-            f"kv_compression: expected a preset name or a mapping of fields, got {setting!r}."
-        )
-    if overrides:
-        base, source = merge_fields(base, overrides), f"{source} with --kv-compression-config"
-    return _validate(base, source)
+        rule = "expected a preset name or a mapping of fields"
+        raise config_error(CONFIG_KEY, "", rule, setting)
+    if changes:
+        base, source = merge_fields(base, changes), f"{source} with {_OVERRIDES}"
+        written = changes
+    config = _validate(base, source)
+    refuse_idle(written, config, source)
+    return config
 
 
-def parse_fields(name: Any) -> tuple[dict[str, Any], str] | None:
-    """Raw fields of a preset name or path and its name for messages; None for "none"."""
+def _parse_fields(name: Any) -> tuple[dict[str, Any], str] | None:
+    """Plain fields of a preset name or path and its name for messages; None for "none"."""
     if name is None or name == NONE:
         return None
     if not isinstance(name, str):
-        raise ConfigError(f"kv_compression: preset must be a name or a path, got {name!r}.")
+        raise config_error(CONFIG_KEY, "preset", "must be a name or a path", name)
     return _read_preset(name)
 
 
-def _refuse_overrides(overrides: Mapping[str, Any] | None) -> None:
+def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
     if overrides:
-        raise ConfigError(
-            "--kv-compression-config: there is nothing to change, because --kv-compression is "
-            f"not set; allowed are {', '.join(preset_names())}, or the path of a .yaml file."
+        rule = (
+            f"there is nothing to change, because {_FLAG} is not set; allowed are "
+            f"{', '.join(preset_names())}, or the path of a .yaml file"
         )
+        raise config_error(_OVERRIDES, "", rule)
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Parse ``--kv-compression-config``; a JSON object, or vLLM's dotted form turned into one."""
+    """Parse ``--kv-compression-config``; a JSON object, or vLLM's dotted form turned into one.
+
+    Raises
+    ------
+    ConfigError
+        One sentence about what is no JSON, or no setting could be made of.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once_each)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"--kv-compression-config: not valid JSON: {error}.") from None
+        raise config_error(_OVERRIDES, "", f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise config_error(_OVERRIDES, "", "not a setting: nested too deep") from None
+    except ConfigError:
+        raise
+    except ValueError:  # of int()
+        raise config_error(_OVERRIDES, "", "not valid JSON: a number is too long") from None
     if not isinstance(value, dict):
-        raise ConfigError("--kv-compression-config: expected a JSON object of fields.")
-    return value
+        raise config_error(_OVERRIDES, "", "expected a JSON object of fields", value)
+    return plain_fields(value, _OVERRIDES)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise config_error(_OVERRIDES, twice, "this field is given twice; keep one")
+    return fields

@@ -43,8 +43,10 @@ class CompressionStats:
         ran again, or generated tokens triggered more.
     tokens_evicted : dict[str, int]
         Tokens evicted, by "policy/layer group".
-    blocks_freed : dict[str, int]
-        Blocks the pool has more after a compaction than before it, by policy.
+    blocks_taken : dict[str, int]
+        Destination blocks that compactions took, by policy.
+    blocks_returned : dict[str, int]
+        Blocks that the pool got back when compactions were committed, by policy.
     uncompressed : dict[str, int]
         Requests served without compression, by reason.
     tasks : dict[str, int]
@@ -53,6 +55,8 @@ class CompressionStats:
         Views taken for drafting, by "policy/trigger": "prompt" or "refresh".
     view_tokens : dict[str, int]
         Tokens in these views, averaged over layer groups, by policy.
+    views_given_up : dict[str, int]
+        Views whose blocks were given back because a request needed them, by policy.
     codebooks : dict[str, float]
         Of "key" and "value" vectors, by "kind/what": coded "vectors", "entries" added, "forced"
         ones, and their "forced_distance".
@@ -68,11 +72,13 @@ class CompressionStats:
     requests: dict[str, int] = field(default_factory=dict)
     compactions: dict[str, int] = field(default_factory=dict)
     tokens_evicted: dict[str, int] = field(default_factory=dict)
-    blocks_freed: dict[str, int] = field(default_factory=dict)
+    blocks_taken: dict[str, int] = field(default_factory=dict)
+    blocks_returned: dict[str, int] = field(default_factory=dict)
     uncompressed: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     views: dict[str, int] = field(default_factory=dict)
     view_tokens: dict[str, int] = field(default_factory=dict)
+    views_given_up: dict[str, int] = field(default_factory=dict)
     codebooks: dict[str, float] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: list[tuple[str, float]] = field(default_factory=list)
@@ -84,7 +90,8 @@ class CompressionStats:
         trigger: str,
         evicted: list[int],
         kept_ratio: float,
-        blocks_freed: int,
+        blocks_taken: int,
+        blocks_returned: int,
         first: bool,
     ) -> None:
         """Count one committed compaction.
@@ -99,8 +106,8 @@ class CompressionStats:
             Tokens evicted in each layer group.
         kept_ratio : float
             Share of the sequence that is still held, averaged over layer groups.
-        blocks_freed : int
-            Net change of the pool's free blocks.
+        blocks_taken, blocks_returned : int
+            Blocks it took for the survivors, and blocks that came free when it was committed.
         first : bool
             Whether this is the request's first compaction.
         """
@@ -109,13 +116,18 @@ class CompressionStats:
         _add(self.compactions, f"{policy}/{trigger}", 1)
         for group, tokens in enumerate(evicted):
             _add(self.tokens_evicted, f"{policy}/{group}", tokens)
-        _add(self.blocks_freed, policy, max(blocks_freed, 0))
+        _add(self.blocks_taken, policy, blocks_taken)
+        _add(self.blocks_returned, policy, blocks_returned)
         self.kept_ratios.append((policy, kept_ratio))
 
     def record_view(self, policy: str, num_tokens: int, trigger: str) -> None:
         """Count one view of so many tokens, averaged over layer groups."""
         _add(self.views, f"{policy}/{trigger}", 1)
         _add(self.view_tokens, policy, num_tokens)
+
+    def record_view_given_up(self, policy: str) -> None:
+        """Count one view that was given back."""
+        _add(self.views_given_up, policy, 1)
 
     def record_codebooks(self, measures: Sequence[Sequence[float]]) -> None:
         """Count what codebooks were made of: of keys and of values, in order, four numbers.
@@ -135,6 +147,10 @@ class CompressionStats:
     def record_uncompressed(self, reason: str) -> None:
         """Count one request that is served without compression."""
         _add(self.uncompressed, reason, 1)
+
+    def clear(self) -> None:
+        """Start anew; the object stays, because several parts count into it."""
+        vars(self).update(vars(CompressionStats()))
 
     def snapshot(self) -> dict[str, Any] | None:
         """What was counted, as plain data; None if nothing was."""

@@ -3,7 +3,9 @@
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from vllm_kvcompress.errors import ConfigError
+from pydantic import BaseModel
+
+from vllm_kvcompress.errors import ConfigError, config_error
 
 POLICY_GROUP = "vllm_kvcompress.policies"
 
@@ -27,23 +29,26 @@ def policy_names() -> list[str]:
 
 
 @cache
-def load_policy_class(name: str) -> type:
-    """Return the policy class registered under `name`.
+def load_policy_class(name: str) -> type[BaseModel]:
+    """Return the policy class registered under `name`, a pydantic model.
 
     Raises
     ------
     ConfigError
-        If no installed package registers that name, or its package cannot be imported.
+        If no installed package registers that name, or what it registers is no policy. The
+        sentence does not name the field: a policy may be a parameter of another one.
     """
     try:
         entry = _entry_points()[name]
     except KeyError:
-        raise ConfigError(
-            f"policy.name: there is no policy {name!r}; installed are {', '.join(policy_names())}."
-        ) from None
+        rule = f"there is no policy {{got}}; installed are {', '.join(policy_names())}"
+        raise config_error("", "", rule, name) from None
     try:
-        return entry.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"policy.name: {name!r} ({entry.value}) cannot be loaded: {error}."
-        ) from error
+        found = entry.load()
+    except Exception as error:  # somebody else's code, which may fail in any way
+        rule = f"{name!r} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+        raise config_error("", "", rule) from error
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        rule = "is no subclass of vllm_kvcompress.policies.base.Policy"
+        raise config_error("", "", f"{name!r} ({entry.value}) {rule}")
+    return found

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from vllm_kvcompress.config import NONE, did_you_mean, parse_config, preset_names
-from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.config import NONE, parse_config, preset_names
+from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
@@ -18,6 +18,8 @@ REQUEST_KEYS = (
 )  # fmt: skip
 _PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft")
 TASKS = ("localization", "aggregation")
+
+_LIMIT = 2**63  # of numbers: more than any tensor's length or position
 
 
 @cache
@@ -32,25 +34,47 @@ def _number(extra: Mapping[str, Any], key: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{key}: expected a number, got {value!r}.")
-    if not math.isfinite(value):  # JSON's 1e999 arrives as infinity
-        raise ConfigError(f"{key}: expected a finite number, got {value}.")
+        raise config_error(key, "", "expected a number", value)
+    # JSON's 1e999 arrives as infinity, and 10**400 as a whole number that no float holds.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise config_error(key, "", "expected a finite number", value)
+    if abs(value) >= _LIMIT:
+        raise config_error(key, "", "expected a number below 2**63", value)
     return value
+
+
+def _whole_number(extra: Mapping[str, Any], key: str, smallest: int) -> int | None:
+    value = _number(extra, key)
+    if value is None:
+        return None
+    if value != int(value) or value < smallest:
+        raise config_error(key, "", f"must be a whole number from {smallest} up", value)
+    return int(value)
+
+
+def _choice(extra: Mapping[str, Any], key: str, allowed: list[str], rule: str) -> str | None:
+    """One of a few words; a name is compared with these and goes nowhere else."""
+    value = extra.get(key)
+    if value is None or (isinstance(value, str) and value in allowed):
+        return value
+    raise config_error(key, "", rule, value)
 
 
 def _pins(value: Any, prompt_len: int | None) -> tuple[tuple[int, int], ...]:
     if value is None:
         return ()
-    rule = "kv_pin: expected a list [start, end, start, end, ...] of prompt positions"
+    rule = "expected a list [start, end, start, end, ...] of prompt positions"
     if not isinstance(value, list | tuple) or len(value) % 2:
-        raise ConfigError(f"{rule}, got {value!r}.")
+        raise config_error("kv_pin", "", rule, value)
     if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
-        raise ConfigError(f"{rule}, all whole numbers, got {value!r}.")
+        raise config_error("kv_pin", "", f"{rule}, all whole numbers", value)
     pins = tuple(zip(value[::2], value[1::2], strict=True))
+    longest = _LIMIT if prompt_len is None else prompt_len
     for start, end in pins:
-        if not 0 <= start < end or (prompt_len is not None and end > prompt_len):
+        if not 0 <= start < end <= longest:
             top = "the prompt's length" if prompt_len is None else f"{prompt_len} (its length)"
-            raise ConfigError(f"kv_pin: [{start}, {end}) must satisfy 0 <= start < end <= {top}.")
+            rule = f"{{got}} must satisfy 0 <= start < end <= {top}"
+            raise config_error("kv_pin", "", rule, [start, end])
     return pins
 
 
@@ -71,37 +95,32 @@ def parse_request(
     ConfigError
         One sentence that names the key and says what is allowed.
     """
-    extra = extra_args or {}
+    extra = {} if extra_args is None else extra_args
+    if not isinstance(extra, Mapping):
+        raise config_error("vllm_xargs", "", "expected keys and values", extra)
     for key in extra:
-        if key.startswith(_PREFIXES) and key not in REQUEST_KEYS:
+        ours = isinstance(key, str) and key.startswith(_PREFIXES)
+        if ours and key not in REQUEST_KEYS:
             hint = did_you_mean(key, list(REQUEST_KEYS))
-            raise ConfigError(f"{key}: unknown key{hint}; allowed are {', '.join(REQUEST_KEYS)}.")
-    preset = extra.get("kv_compression")
-    if preset is not None and preset != NONE and preset not in preset_names():
-        raise ConfigError(
-            f"kv_compression: there is no preset {preset!r}; allowed are none, "
-            f"{', '.join(preset_names())}."
-        )
-    ratio, tokens = _number(extra, "kv_budget_ratio"), _number(extra, "kv_budget_tokens")
+            rule = f"unknown key{hint}; allowed are {', '.join(REQUEST_KEYS)}"
+            raise config_error(key, "", rule)
+    presets = [NONE, *preset_names()]
+    rule = f"there is no preset {{got}}; allowed are {', '.join(presets)}"
+    preset = _choice(extra, "kv_compression", presets, rule)
+    ratio, tokens = _number(extra, "kv_budget_ratio"), _whole_number(extra, "kv_budget_tokens", 1)
     if ratio is not None and tokens is not None:
         raise ConfigError("kv_budget_ratio, kv_budget_tokens: set only one of the two.")
     if ratio is not None and not 0 < ratio <= 1:
-        raise ConfigError(f"kv_budget_ratio: must be greater than 0 and at most 1, got {ratio}.")
-    if tokens is not None and (tokens != int(tokens) or tokens < 1):
-        raise ConfigError(f"kv_budget_tokens: must be a whole number from 1 up, got {tokens}.")
-    drafts = _number(extra, "kv_draft_tokens")
-    if drafts is not None and (drafts != int(drafts) or drafts < 0):
-        raise ConfigError(f"kv_draft_tokens: must be a whole number from 0 up, got {drafts}.")
-    task = extra.get("kv_task")
-    if task not in (None, "auto", *TASKS):
-        raise ConfigError(f"kv_task: must be auto, {' or '.join(TASKS)}, got {task!r}.")
+        rule = "must be greater than 0 and at most 1"
+        raise config_error("kv_budget_ratio", "", rule, ratio)
+    rule = f"must be auto, {' or '.join(TASKS)}"
     return RequestOptions(
         preset=preset,
         budget_ratio=None if ratio is None else float(ratio),
-        budget_tokens=None if tokens is None else int(tokens),
+        budget_tokens=tokens,
         pins=_pins(extra.get("kv_pin"), prompt_len),
-        task=task,
-        draft_tokens=None if drafts is None else int(drafts),
+        task=_choice(extra, "kv_task", ["auto", *TASKS], rule),
+        draft_tokens=_whole_number(extra, "kv_draft_tokens", 0),
     )
 
 

@@ -4,24 +4,25 @@ Everything here is frozen and valid once built.
 """
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from vllm_kvcompress.codebook_settings import CodebookConfig
+from vllm_kvcompress.merging import merge_fields
+from vllm_kvcompress.plain_values import build
 from vllm_kvcompress.registry import load_policy_class
 
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Task = Literal["localization", "aggregation"]
 
-EXCLUSIVE_FIELDS = {
-    "budget": {"ratio", "tokens"},
-    "layer_groups": {"count", "size"},
-    "codebook": {"shallow", "groups"},
-}
-"""Fields of which only one may be set; setting one by an override drops the other."""
+
+def _whole(value: Any) -> Any:
+    if type(value) is not int:  # to a Literal, true and 1.0 are 1
+        raise PydanticCustomError("version", "input should be 1")
+    return value
 
 
 class _Model(BaseModel):
@@ -256,7 +257,7 @@ class CompressionConfig(_Model):
         Fields laid over this setting for requests of a task; empty means tasks do not matter.
     """
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     policy: PolicyConfig
     budget: BudgetConfig
     layer_groups: LayerGroupsConfig = LayerGroupsConfig(count=1)
@@ -294,6 +295,13 @@ class CompressionConfig(_Model):
         if self.mode == "draft" and draft.budget is not None:
             raise ValueError('draft.budget: in the mode "draft" set budget, which is the view\'s')
         if not self.drafts:
+            given = [name for name in draft.model_fields_set if getattr(draft, name) is not None]
+            for name in sorted(given):
+                flag = " (--kv-draft-tokens)" if name == "tokens" else ""
+                raise ValueError(
+                    f"draft.{name}{flag}: nothing is drafted in the mode evict; set mode to draft "
+                    "(--kv-compression-mode draft), or set draft.budget"
+                )
             return
         if self.codebook is not None:
             raise ValueError(
@@ -349,40 +357,22 @@ class CompressionConfig(_Model):
         ValidationError
             If what a task lays over the setting is wrong.
         """
-        return {task: self.validate_task(task) for task in self.tasks}
+        return {task: build(CompressionConfig, self.task_fields(task)) for task in self.tasks}
 
-    def validate_task(self, task: str) -> "CompressionConfig":
-        """One entry of `by_task`."""
-        base = self.model_dump(mode="json", exclude_none=True, exclude={"task", "tasks"})
-        fields = merge_fields(base, self.tasks[task])  # type: ignore[index]
-        return CompressionConfig.model_validate({**fields, "task": task})
+    def task_fields(self, task: str) -> dict[str, Any]:
+        """Plain fields of one entry of `by_task`, which may be wrong."""
+        base = {k: v for k, v in self.to_dict().items() if k != "tasks"}
+        return {**merge_fields(base, self.tasks[task]), "task": task}  # type: ignore[index]
 
     def build_policy(self) -> Any:
         """Instantiate the policy with its own parameters (validated by `parse_config`)."""
         return load_policy_class(self.policy.name)(**self.policy.params)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form that `parse_config` reads back to an equal object."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """JSON-ready form that `parse_config` reads back to an equal object.
 
-
-def merge_fields(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """Overlay `override` on `base`. Setting one of two exclusive fields drops the other."""
-    merged = dict(base)
-    for key, value in override.items():
-        known = merged.get(key)
-        if not (isinstance(value, Mapping) and isinstance(known, Mapping)):
-            merged[key] = value
-            continue
-        known = dict(known)
-        if key == "policy" and value.get("name", known.get("name")) != known.get("name"):
-            # Another policy: the old one's parameters, and what tasks do to it, mean nothing.
-            known = {}
-            if "tasks" not in override:
-                merged.pop("tasks", None)
-        if key == "layer_budget" and value.get("shape", known.get("shape")) != known.get("shape"):
-            known = {}  # likewise
-        if EXCLUSIVE_FIELDS.get(key, set()) & value.keys():
-            known = {k: v for k, v in known.items() if k not in EXCLUSIVE_FIELDS[key]}
-        merged[key] = merge_fields(known, value)
-    return merged
+        Where nothing is drafted it has no `draft`: its defaults would be refused as fields that do
+        nothing.
+        """
+        unused = set() if self.drafts else {"draft"}
+        return self.model_dump(mode="json", exclude_none=True, exclude=unused)

@@ -16,6 +16,7 @@ from typing import Any
 from vllm_kvcompress.checks import check_config, check_setting
 from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.messages import ROOM_ATTRIBUTE
 from vllm_kvcompress.metrics import STATS_KEY, recorder
 from vllm_kvcompress.request_options import (
     REQUEST_KEYS,
@@ -268,6 +269,21 @@ def _server_setting(text: str) -> CompressionConfig:
     return config
 
 
+# --- memory -------------------------------------------------------------------------------
+
+
+def _allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def allocate_slots(self: Any, request: Any, num_new_tokens: int, **options: Any) -> Any:
+        # The host's scheduler names all further arguments.
+        room = getattr(self, ROOM_ATTRIBUTE, None)
+        if room is None:
+            return original(self, request, num_new_tokens, **options)
+        return room.allocate(functools.partial(original, self), request, num_new_tokens, **options)
+
+    return allocate_slots
+
+
 # --- metrics ------------------------------------------------------------------------------
 
 
@@ -308,6 +324,12 @@ HOOKS: tuple[Hook, ...] = (
         "vllm_xargs of plugins are not validated before the engine takes the request",
         ("self", "request_id", "prompt", "params"),
         _process_inputs,
+    ),
+    Hook(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+        "the scheduler builds this class by name, and preempts or stops admitting on its None",
+        ("self", "request", "num_new_tokens", "num_new_computed_tokens", "new_computed_blocks"),
+        _allocate_slots,
     ),
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager.record",

@@ -133,7 +133,7 @@ WRONG = [
         ["interval", "at least observation_window (64)"],
     ),
     ("h2o", {"trigger": "both"}, ["trigger", "h2o cannot compress while decoding"]),
-    ("chunkkv", {"policy": {"scorer": {"name": "adakv"}}}, ["policy: scorer: adakv itself"]),
+    ("chunkkv", {"policy": {"scorer": {"name": "adakv"}}}, ["policy.scorer: adakv itself"]),
     ("snapkv", {"layer_budget": {"shape": "flat"}}, ["layer_budget.shape", "'pyramid'"]),
     ("snapkv", {"pinned": [[9, 3]]}, ["[9, 3] is empty"]),
     ("snapkv", {"pinned": [[9]]}, ["pinned.0", "at least 2 items"]),
@@ -141,7 +141,7 @@ WRONG = [
     ("snapkv", {"trigger": "decode"}, ["trigger", "'end_of_prompt'"]),
     (None, {"budget": {"ratio": 0.5}}, ["--kv-compression is not set"]),
     (["snapkv"], None, ["expected a preset name"]),
-    ({"preset": 3}, None, ["preset must be a name"]),
+    ({"preset": 3}, None, ["kv_compression: preset: must be a name"]),
 ]
 
 

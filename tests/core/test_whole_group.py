@@ -17,10 +17,12 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
+from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
 from vllm_kvcompress.metrics import CompressionStats
+from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.request_options import parse_request
 from vllm_kvcompress.spec import CompressedAttentionSpec, GroupMap
 
@@ -59,11 +61,11 @@ class Books:
         self.scheduler: Any = object.__new__(CompressedScheduler)
         self.planner = Planner(parse_config(SETTING), group_map.num_layer_groups, BLOCK)
         self.scheduler.planner = self.planner
-        self.scheduler.kv_cache_manager = SimpleNamespace(block_pool=self.pool)
-        self.scheduler.stats = CompressionStats()
+        self.stats = CompressionStats()
+        self.compactions = Compactions(
+            self.planner, self.managers, group_map.layer_groups, self.pool, 4096, self.stats
+        )
         self.scheduler._managers = self.managers
-        self.scheduler._layer_group_of = group_map.layer_groups
-        self.scheduler._planned = []
         self.scheduler.requests = {}
 
     def prefill(self, num_tokens: int) -> Any:
@@ -80,29 +82,35 @@ class Books:
         self.scheduler.requests["r"] = request
         return request
 
+    def plan(self, num_tokens: int) -> list[CompactionPlan]:
+        """Prefill, and what the step plans at its end."""
+        request = self.prefill(num_tokens)
+        assert self.planner.note_progress("r", num_tokens)
+        return self.compactions.plan([request])
+
 
 def test_a_compaction_leaves_the_draft_models_blocks_alone() -> None:
     books = Books()
-    request = books.prefill(150)  # 10 blocks twice, 5 of the draft model's
-    own = [list(manager.req_to_blocks["r"]) for manager in books.managers]
-    (plan,) = books.scheduler._plan_compaction(request, 0)
+    (plan,) = books.plan(150)  # 10 blocks twice, 5 of the draft model's
+    own = list(books.managers[2].req_to_blocks["r"])
     assert [group is None for group in plan.groups] == [False, False, True]
     assert books.pool.get_num_free_blocks() == 64 - 25 - 2 * 2
-    books.scheduler._commit_compactions()
+    books.compactions.commit()
     books.scheduler.check_integrity()
     assert books.planner.requests["r"].state is State.DONE
     assert [dict(manager.evicted) for manager in books.managers] == [{"r": 112}, {"r": 112}, {}]
-    assert books.managers[2].req_to_blocks["r"] == own[2]
+    assert books.managers[2].req_to_blocks["r"] == own
     assert books.pool.get_num_free_blocks() == 64 - 2 * 3 - 5
-    stats = books.scheduler.stats
+    stats = books.stats
     assert stats.tokens_evicted == {"keydiff/0": 112}, "one layer group, counted once"
-    assert stats.blocks_freed == {"keydiff": 2 * (9 - 2)}
+    assert stats.blocks_taken == {"keydiff": 2 * 2}
+    assert stats.blocks_returned == {"keydiff": 2 * 9}
 
 
 def test_later_blocks_of_the_draft_model_are_counted_by_logical_length() -> None:
     books = Books()
-    books.scheduler._plan_compaction(books.prefill(150), 0)
-    books.scheduler._commit_compactions()
+    books.plan(150)
+    books.compactions.commit()
     new = [manager.allocate_new_blocks("r", 161, 161) for manager in books.managers]
     # Logical 161 is physical 49, the fourth block of the target; and the sixth of the draft model.
     assert [len(blocks) for blocks in new] == [1, 1, 1]
@@ -113,16 +121,17 @@ def test_later_blocks_of_the_draft_model_are_counted_by_logical_length() -> None
 
 def test_room_is_needed_for_the_targets_survivors_alone() -> None:
     books = Books(1 + 25 + 4)
-    assert books.scheduler._plan_compaction(books.prefill(150), 0)
+    assert books.plan(150)
     books = Books(1 + 25 + 3)
-    assert not books.scheduler._plan_compaction(books.prefill(150), 0)
-    assert books.scheduler.stats.deferrals == 1
+    assert not books.plan(150)
+    assert books.stats.deferrals == 1
 
 
 def test_an_eviction_from_the_draft_model_is_found_out() -> None:
     books = Books()
     books.prefill(150)
     books.managers[2].evicted["r"] = 32
+    books.managers[2].mark_lossy("r")
     with pytest.raises(AssertionError, match="of the draft model"):
         books.scheduler.check_integrity()
 

@@ -39,7 +39,7 @@ def assert_idle(engine: Engine) -> None:
     engine.step()  # the worker hears of finished requests with the next step
     state = engine.runner.model_state
     assert not state.window._stashes and not state.request_configs and not state._rows
-    assert not state.prompt_queries._summaries and not state.tasks
+    assert not state.prompt_queries._summaries and not state.setups
     assert not state.lengths.evicted.np.any()
     assert not state.codebooks._sizes.np.any() and not state.codebooks.rows
 

@@ -172,7 +172,7 @@ def run_all(engine: Engine, requests: dict[str, Request], model: str) -> Run:
         for name, request in engine.live().items():
             held = [len(m.req_to_blocks[request.request_id]) for m in engine.scheduler._managers]
             done.blocks.setdefault(name, {})[request.num_computed_tokens] = held
-            if request.request_id in engine.scheduler._planned:
+            if engine.scheduler.compactions.is_planned(request.request_id):
                 done.snapshots.setdefault(name, []).append(snapshot(engine, name, model))
     assert_idle(engine)
     done.tokens = {name: engine.results[name].token_ids for name in requests}
@@ -457,7 +457,7 @@ def test_an_abort_between_plan_and_commit_returns_every_block(engine, prompts, s
     while planned < (1 if stage == "prompt" else 2):
         engine.step()
         victim = engine.live()["victim"]
-        planned += victim.request_id in engine.scheduler._planned
+        planned += engine.scheduler.compactions.is_planned(victim.request_id)
     books = engine.runner.model_state.codebooks
     assert books._sizes.np.any(), "the worker has written the book"
     engine.abort("victim")
@@ -523,7 +523,7 @@ def test_a_preempted_request_is_coded_again_and_says_the_same(
         engine.step()
         engine.scheduler.check_integrity()
         request = engine.live()["full"]
-        if request.request_id in engine.scheduler._planned:
+        if engine.scheduler.compactions.is_planned(request.request_id):
             seen.append(snapshot(engine, "full", probe_model))
     assert [each.position for each in seen] == [FULL, FULL + INTERVAL], "where it was before"
     # What it had said went through the model at once, each token seeing those before it.
@@ -559,7 +559,7 @@ def rush(engine: Engine, prompts: list[list[int]]) -> None:
         assert engine.num_steps - start < 300, "nothing moves any more"
         engine.scheduler.check_integrity()
         request = engine.live().get(victim)
-        if request is not None and request.request_id in engine.scheduler._planned:
+        if request is not None and engine.scheduler.compactions.is_planned(request.request_id):
             engine.abort(victim)
     pool.free_blocks(taken)
     assert stats.deferrals > deferrals and engine.num_preemptions > preemptions

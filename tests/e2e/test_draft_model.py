@@ -173,7 +173,7 @@ def preempt_and_abort(engine: Engine, requests: Requests) -> list[list[int]]:
             stage = name.removeprefix("stranger-")
             if (
                 (stage == "prefill" and 0 < request.num_computed_tokens < len(prompt))
-                or (stage == "plan" and request.request_id in engine.scheduler._planned)
+                or (stage == "plan" and engine.scheduler.compactions.is_planned(request.request_id))
                 or (stage == "decode" and request.num_output_tokens > INTERVAL)
             ):
                 engine.abort(name)

@@ -119,8 +119,8 @@ def test_worker_and_scheduler_agree_on_rows_and_lengths(engine, prompts) -> None
         engine.step()
         state, tables = engine.runner.model_state.lengths, engine.runner.block_tables
         for request_id, row in engine.runner.req_states.req_id_to_index.items():
-            if request_id not in engine.scheduler.requests or request_id in (
-                engine.scheduler._planned
+            if request_id not in engine.scheduler.requests or (
+                engine.scheduler.compactions.is_planned(request_id)
             ):
                 continue
             for group, manager in enumerate(engine.scheduler._managers):
@@ -193,7 +193,7 @@ def test_aborts_return_every_block(engine, prompts, stage) -> None:
             break
         reached = {
             "prefill": 0 < victim.num_computed_tokens < victim.num_prompt_tokens,
-            "between plan and commit": victim.request_id in engine.scheduler._planned,
+            "between plan and commit": engine.scheduler.compactions.is_planned(victim.request_id),
             "decode": victim.num_output_tokens > 3,
         }[stage]
         if reached:

@@ -132,7 +132,7 @@ def test_plain_text_has_no_needle_and_breaks_off() -> None:
 
 
 def test_prompt_seed_is_the_schedulers() -> None:
-    from vllm_kvcompress.core.scheduler import prompt_checksum
+    from vllm_kvcompress.core.compactions import prompt_checksum
 
     request: Any = SimpleNamespace(prompt_token_ids=[5, 0, 4095])
     assert prompt_seed([5, 0, 4095]) == prompt_checksum(request)

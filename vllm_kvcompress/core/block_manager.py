@@ -39,6 +39,9 @@ class CompressedAttentionManager(FullAttentionManager):
     evicted : dict[str, int]
         Tokens evicted so far, by request id; absent means none. Always a multiple of the block
         size.
+    lossy : set[str]
+        Requests of which any group has lost tokens: what they compute from then on is not what an
+        uncompressed request computes, in any layer above, so none of it is hashed.
     views : dict[str, list[KVCacheBlock]]
         Private blocks that drafts read in the place of a request's own, held until it ends.
     """
@@ -46,6 +49,7 @@ class CompressedAttentionManager(FullAttentionManager):
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **kwargs)
         self.evicted: dict[str, int] = {}
+        self.lossy: set[str] = set()
         self._pending: dict[str, _Pending] = {}
         self._pending_views: dict[str, list[KVCacheBlock]] = {}
         self.views: dict[str, list[KVCacheBlock]] = {}
@@ -100,9 +104,24 @@ class CompressedAttentionManager(FullAttentionManager):
         source = blocks[:num_source]
         blocks[:num_source] = pending.destination
         self.evicted[request_id] = self.evicted.get(request_id, 0) + pending.lengths.evicted
+        self.mark_lossy(request_id)
         # Reversed as everywhere in the host: the end of a prefix is forgotten first.
         self.block_pool.free_blocks(reversed(source))
         return True
+
+    def mark_lossy(self, request_id: str) -> None:
+        """Hash no more blocks of a request: some group of layers has lost tokens."""
+        self.lossy.add(request_id)
+
+    def give_up_view(self, request_id: str) -> int:
+        """Return a view's blocks to the pool; how many there were.
+
+        They may be handed out at once: the drafts that read them are queued on the device before
+        any later step's writes.
+        """
+        view = self.views.pop(request_id, [])
+        self.block_pool.free_blocks(reversed(view))
+        return len(view)
 
     def commit_view(self, request_id: str) -> None:
         """Keep the destinations beside the request's blocks, which stay as they are."""
@@ -132,17 +151,19 @@ class CompressedAttentionManager(FullAttentionManager):
     def cache_blocks(  # type: ignore[no-untyped-def, override]
         self, request: Request, num_tokens: int, *args, **kwargs
     ) -> None:
-        """Hash blocks for the prefix cache, until the request is compacted.
+        """Hash blocks for the prefix cache, until the request is compacted in any group.
 
-        Afterwards its blocks no longer hold consecutive tokens. What was hashed before stays.
+        Afterwards its blocks no longer hold consecutive tokens, or what they hold was computed
+        over a compacted past. What was hashed before stays.
         """
-        if request.request_id not in self.evicted:
+        if request.request_id not in self.lossy:
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request and return all its blocks, those of plans and views included."""
         blocks = super().pop_blocks_for_free(request_id)
         self.evicted.pop(request_id, None)
+        self.lossy.discard(request_id)
         pending = self._pending.pop(request_id, None)
         views = self.views.pop(request_id, []) + self._pending_views.pop(request_id, [])
         return [*blocks, *views, *(pending.destination if pending else ())]
@@ -166,7 +187,9 @@ class CompressedAttentionManager(FullAttentionManager):
         for views in (self.views, self._pending_views):
             private += [block.block_id for view in views.values() for block in view]
         assert len(private) == len(set(private)), "a destination block has two owners"
-        for request_id in (*self.evicted, *self._pending, *self._pending_views, *self.views):
+        assert self.evicted.keys() <= self.lossy, "a compacted request may still hash blocks"
+        kept = (*self.evicted, *self.lossy, *self._pending, *self._pending_views, *self.views)
+        for request_id in kept:
             assert request_id in self.req_to_blocks, f"{request_id} left its books behind"
 
 

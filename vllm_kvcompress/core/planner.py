@@ -11,111 +11,35 @@ or it is SKIPPED from the start, for a reason that is counted. `next_at` is the 
 or so many generated tokens after the last compaction: never an absolute length, so a long prompt
 alone triggers nothing while decoding.
 
-A request that is DUE while the pool has no room for its survivors is tried again every step. What
-the end of its prompt will compact does not change meanwhile; a compaction while decoding takes in
-the tokens that came since, because the queries that the policy reads are the most recent ones.
+A request that is DUE while the pool has no room for its survivors is tried again every step, and
+one whose blocks others hold, too, whenever some of these are gone. What the end of its prompt will
+compact does not change meanwhile; a compaction while decoding takes in the tokens that came since,
+because the queries that the policy reads are the most recent ones.
 
 In the mode "draft" a compaction takes a view and the request keeps what it holds: from PLANNED it
-goes to VIEWED, and back to PLANNED whenever a new view is due.
+goes to VIEWED, and back to PLANNED whenever a new view is due. A view that is given up, because its
+blocks were needed, leaves it DONE.
 """
 
 from dataclasses import dataclass, field, replace
-from enum import Enum
 
 from vllm_kvcompress.budgets import (
     after_compaction,
     compaction_lengths,
+    forced_ranges,
+    linked_lengths,
     next_lengths,
     permanent_ranges,
 )
 from vllm_kvcompress.core.draft_history import DraftHistory
+from vllm_kvcompress.core.tracked_request import SkipReason, State, TrackedRequest
+from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
 from vllm_kvcompress.settings import CompressionConfig
 
 MIN_STEPS = 4
 """Verifications before a view's share of accepted drafts counts."""
-
-
-class State(Enum):
-    """See the module docstring."""
-
-    ARMED = "armed"
-    DUE = "due"
-    PLANNED = "planned"
-    DONE = "done"
-    VIEWED = "viewed"
-    SKIPPED = "skipped"
-
-
-class SkipReason:
-    """Why a request is served uncompressed; values of the metric's `reason` label."""
-
-    OPTED_OUT = "opted_out"
-    SHORT_PROMPT = "short_prompt"
-    SHORT_OUTPUT = "short_output"
-    UNDER_BUDGET = "under_budget"
-    STREAMING_INPUT = "streaming_input"
-    NO_ROOM = "no_room"
-
-
-@dataclass
-class TrackedRequest:
-    """One request's progress.
-
-    Attributes
-    ----------
-    prompt_len : int
-        Tokens of the prompt.
-    config : CompressionConfig or None
-        The setting it runs under; None if it opted out.
-    task : str or None
-        The task its setting was chosen for.
-    caches : list[GroupCache]
-        What each layer group held of it right after the last compaction.
-    compacted_at : int
-        Sequence length of the last compaction; 0 before the first.
-    next_at : int
-        Sequence length at which the next compaction falls due.
-    position : int
-        Sequence length of the compaction that is due or planned.
-    lengths : list[GroupLengths or None]
-        Its lengths, one entry per layer group.
-    view_lengths : list[GroupLengths or None]
-        Those of the view that is taken with it, where a cache that evicts is drafted over.
-    drafts : DraftHistory or None
-        How drafts over its view fare; None without one.
-    viewed_at : int
-        Sequence length at which its view was taken.
-    counted : bool
-        Whether it has been compressed at least once, before a preemption too.
-    """
-
-    prompt_len: int
-    config: CompressionConfig | None
-    task: str | None = None
-    caches: list[GroupCache] = field(default_factory=list)
-    compacted_at: int = 0
-    next_at: int = 0
-    position: int = 0
-    lengths: list[GroupLengths | None] = field(default_factory=list)
-    view_lengths: list[GroupLengths | None] = field(default_factory=list)
-    state: State = State.ARMED
-    skip_reason: str | None = None
-    drafts: DraftHistory | None = None
-    viewed_at: int = 0
-    counted: bool = False
-    was_under_budget: bool = False
-
-    @property
-    def policy(self) -> str:
-        """Name of the policy, for the metrics; "none" for requests that opted out."""
-        return self.config.policy.name if self.config else "none"
-
-    @property
-    def while_decoding(self) -> bool:
-        """Whether the next or current compaction is triggered by generated tokens."""
-        return self.next_at > self.prompt_len
 
 
 @dataclass
@@ -147,8 +71,13 @@ class Planner:
         options: RequestOptions,
         streaming: bool = False,
         task: str | None = None,
+        max_output: int | None = None,
     ) -> TrackedRequest:
-        """Register a request; its state is ARMED or SKIPPED afterwards."""
+        """Register a request; its state is ARMED or SKIPPED afterwards.
+
+        One that generates a single token at most (`max_output`; beam search sends such requests,
+        one a step) never reads what the end of its prompt would compact.
+        """
         config = resolve_request(self.config, options, task)
         tracked = TrackedRequest(prompt_len, config, task)
         if config is None:
@@ -157,17 +86,33 @@ class Planner:
             tracked.skip_reason = SkipReason.STREAMING_INPUT
         else:
             self._arm(tracked, config)
+            if tracked.skip_reason is None and max_output is not None and max_output <= 1:
+                tracked.skip_reason = SkipReason.SHORT_OUTPUT
         if tracked.skip_reason is not None:
             tracked.state = State.SKIPPED
         self.requests[request_id] = tracked
         return tracked
+
+    def add_invalid(self, request_id: str, prompt_len: int) -> TrackedRequest:
+        """Register a request whose options make no sense: it is served uncompressed."""
+        tracked = TrackedRequest(prompt_len, None, state=State.SKIPPED)
+        tracked.skip_reason = SkipReason.INVALID_OPTIONS
+        self.requests[request_id] = tracked
+        return tracked
+
+    def setup_of(self, request_id: str) -> RequestSetup | None:
+        """What the workers must know of a request that starts; None if it stays as it is."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.config is None or tracked.state is State.SKIPPED:
+            return None
+        return RequestSetup(tracked.config, awaits_prompt=not tracked.while_decoding)
 
     def _arm(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
         """Set the first trigger of a request that holds nothing yet, or the reason for none."""
         prompt_len = tracked.prompt_len
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
-        tracked.drafts = None
+        tracked.drafts, tracked.num_waited, tracked.is_shared = None, 0, False
         tracked.state = State.ARMED
         lengths = compaction_lengths(
             prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
@@ -191,12 +136,15 @@ class Planner:
         if tracked is None or tracked.counted or tracked.skip_reason is not None:
             return None
         if tracked.state is State.DUE:
-            tracked.skip_reason = SkipReason.NO_ROOM
+            tracked.skip_reason = (
+                SkipReason.SHARED_PROMPT if tracked.is_shared else SkipReason.NO_ROOM
+            )
         elif tracked.state is State.PLANNED:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT  # no step read what was compacted
+        elif tracked.was_under_budget:
+            tracked.skip_reason = SkipReason.UNDER_BUDGET
         elif tracked.state is State.ARMED and tracked.while_decoding:
-            under = tracked.was_under_budget
-            tracked.skip_reason = SkipReason.UNDER_BUDGET if under else SkipReason.SHORT_OUTPUT
+            tracked.skip_reason = SkipReason.SHORT_OUTPUT
         return tracked
 
     def restart(self, request_id: str) -> None:
@@ -269,10 +217,19 @@ class Planner:
         self, tracked: TrackedRequest, config: CompressionConfig
     ) -> list[GroupLengths | None]:
         caches = self.current_caches(tracked)
-        return next_lengths(
+        lengths = next_lengths(
             tracked.prompt_len, tracked.position, caches, config,
             self.block_size, self.codes_per_row,
         )  # fmt: skip
+        if self.links_blocks(tracked):
+            # Whole blocks are chosen: room for every block with a token that must stay.
+            lengths = [
+                linked_lengths(
+                    each, forced_ranges(cache, config.observation_window), self.block_size
+                )
+                for each, cache in zip(lengths, caches, strict=True)
+            ]
+        return lengths
 
     def _view_lengths(
         self, tracked: TrackedRequest, config: CompressionConfig
@@ -293,6 +250,7 @@ class Planner:
 
     def commit(self, tracked: TrackedRequest) -> None:
         """Note that the planned compaction has been done."""
+        tracked.num_waited, tracked.is_shared = 0, False
         tracked.caches = [
             after_compaction(cache, lengths) if lengths else cache
             for cache, lengths in zip(self.current_caches(tracked), tracked.lengths, strict=True)
@@ -342,6 +300,13 @@ class Planner:
         """Note that a view was taken; the request itself holds what it held."""
         tracked.counted = True
         tracked.state = State.VIEWED
+
+    def give_up_view(self, request_id: str) -> None:
+        """The view's blocks are needed elsewhere: no more drafts, until a preemption at least."""
+        tracked = self.requests[request_id]
+        tracked.drafts = None
+        if tracked.state is State.VIEWED:
+            tracked.state = State.DONE
 
     def num_draft_tokens(self, request_id: str) -> int:
         """Tokens the request may draft after the current step; 0 without a view."""

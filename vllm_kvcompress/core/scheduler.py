@@ -5,8 +5,6 @@ the requests whose prompt, or interval of generated tokens, ends in this step. L
 beforehand, so nothing here waits for the device and async scheduling cannot make anything stale.
 """
 
-import zlib
-from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,26 +14,28 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.budgets import forced_ranges
+from vllm_kvcompress.checks import check_setting
 from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
+from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State, TrackedRequest
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.task import RequestClassifier
+from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
-from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
-from vllm_kvcompress.request_options import choose_task, parse_request
+from vllm_kvcompress.plans import RequestOptions
+from vllm_kvcompress.request_options import (
+    check_fits_server,
+    choose_task,
+    named_config,
+    parse_request,
+)
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 
 logger = init_logger(f"vllm.{__name__}")
-
-
-def prompt_checksum(request: Request) -> int:
-    """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
-    return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
 
 
 def _num_unverified(request: Request, num_own: int = 0) -> int:
@@ -55,6 +55,8 @@ class CompressionMixin(Scheduler):
     ----------
     planner : Planner
         States of all requests.
+    compactions : Compactions
+        What is evicted, and which views are taken, by which rules.
     stats : CompressionStats
         Counts that have not yet been sent to the API server.
     """
@@ -64,7 +66,6 @@ class CompressionMixin(Scheduler):
         super().__init__(*args, **kwargs)
         self._managers = self._own_managers()
         group_map = GroupMap.of(manager.kv_cache_spec for manager in self._managers)
-        self._layer_group_of = group_map.layer_groups
         self.compression_config = self._read_config()
         self.planner = Planner(
             config=self.compression_config,
@@ -74,7 +75,15 @@ class CompressionMixin(Scheduler):
         )
         self.stats = CompressionStats()
         self._classifier = RequestClassifier(self.vllm_config.model_config)
-        self._planned: list[str] = []
+        self.compactions = Compactions(
+            self.planner,
+            self._managers,
+            group_map.layer_groups,
+            self.kv_cache_manager.block_pool,
+            self.max_model_len,
+            self.stats,
+        )
+        setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, self.compactions.room)
         self.num_draft_tokens = self.compression_config.num_draft_tokens
         if self.num_draft_tokens:
             # Drafts write keys behind the tokens that are scheduled: their slots must exist.
@@ -98,138 +107,32 @@ class CompressionMixin(Scheduler):
     # --- one step -------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """Commit, schedule, plan. Plans travel as an attribute of the output."""
-        self._commit_compactions()
+        """Commit, schedule, plan. What the workers need travels with the output."""
+        self.compactions.commit()
         output = super().schedule(throttle_prefills)
-        plans = [
-            plan
-            for request_id in output.num_scheduled_tokens
-            for plan in self._plan_compaction(
-                self.requests[request_id],
-                len(output.scheduled_spec_decode_tokens.get(request_id, ())),
-            )
+        names = [new.req_id for new in output.scheduled_new_reqs]
+        setups = {name: self.planner.setup_of(name) for name in names}
+        drafts = output.scheduled_spec_decode_tokens
+        due = [
+            self.requests[name]
+            for name in output.num_scheduled_tokens
+            if self._is_due(name, len(drafts.get(name, ())))
         ]
-        if plans:
-            output.kv_compression_plans = plans  # type: ignore[attr-defined]
-        tasks = {
-            new.req_id: tracked.task
-            for new in output.scheduled_new_reqs
-            if (tracked := self.planner.requests[new.req_id]).task is not None
-        }
-        if self.num_draft_tokens:
-            steps = [self.planner.num_draft_steps(each) for each in output.num_scheduled_tokens]
-            output.kv_draft_steps = max(steps, default=0)  # type: ignore[attr-defined]
-        if tasks:
-            output.kv_compression_tasks = tasks  # type: ignore[attr-defined]
+        plans = self.compactions.plan(due)
+        steps = (self.planner.num_draft_steps(each) for each in output.num_scheduled_tokens)
+        StepPlan(
+            setups={name: setup for name, setup in setups.items() if setup is not None},
+            plans=plans,
+            num_draft_steps=max(steps, default=0) if self.num_draft_tokens else 0,
+            views_given_up=self.compactions.take_given_up(),
+        ).attach(output)
         return output
 
-    def _plan_compaction(self, request: Request, num_drafts: int) -> list[CompactionPlan]:
-        """What the step does to a request's cache: evict, take a view, or both from one region."""
-        request_id = request.request_id
+    def _is_due(self, request_id: str, num_drafts: int) -> bool:
+        request = self.requests[request_id]
         # The step's own output is among the placeholders by now, with what it verifies.
         unverified = num_drafts + _num_unverified(request, 1 + num_drafts)
-        if not self.planner.note_progress(request_id, request.num_computed_tokens - unverified):
-            return []
-        tracked = self.planner.requests[request_id]
-        assert tracked.config is not None
-        is_draft = tracked.config.mode == "draft"
-        wanted = [(tracked.lengths, is_draft)]
-        if any(tracked.view_lengths):
-            wanted.append((tracked.view_lengths, True))
-        is_linked = is_draft and self.planner.links_blocks(tracked)
-        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        if len(wanted) > 1 and sum(self._num_needed(each) for each, _ in wanted) > num_free:
-            # An eviction gives memory back and must not wait for a view, which takes some.
-            wanted.pop()
-            tracked.view_lengths = []
-        if not is_linked and self._num_needed(wanted[0][0]) > num_free:
-            self.stats.deferrals += 1
-            return []
-        tracked.state = State.PLANNED
-        if len(wanted) > 1 or is_draft:
-            self.planner.start_view(tracked)
-        self._planned.append(request_id)
-        return [
-            self._make_plan(request, tracked, lengths, is_view, is_linked)
-            for lengths, is_view in wanted
-        ]
-
-    def _num_needed(self, lengths: list[GroupLengths | None]) -> int:
-        """Destination blocks of all KV cache groups."""
-        found = [lengths[group] for group in self._layer_group_of if group is not None]
-        return sum(each.kept_len // self.planner.block_size for each in found if each)
-
-    def _make_plan(
-        self,
-        request: Request,
-        tracked: TrackedRequest,
-        lengths: list[GroupLengths | None],
-        is_view: bool,
-        is_linked: bool,
-    ) -> CompactionPlan:
-        assert tracked.config is not None
-        caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
-        groups: list[GroupPlan | None] = []
-        for manager, number in zip(self._managers, self._layer_group_of, strict=True):
-            each = None if number is None else lengths[number]
-            if number is None or each is None:
-                groups.append(None)
-                continue
-            cache = caches[number]
-            what = (request.request_id, each, cache, forced_ranges(cache, window))
-            groups.append(manager.link(*what) if is_linked else manager.plan(*what, is_view))
-        return CompactionPlan(
-            request_id=request.request_id,
-            position=tracked.position,
-            while_decoding=tracked.position > tracked.prompt_len,
-            seed=prompt_checksum(request),
-            groups=tuple(groups),
-            is_view=is_view,
-            is_linked=is_linked,
-        )
-
-    def _commit_compactions(self) -> None:
-        planned, self._planned = self._planned, []
-        pool = self.kv_cache_manager.block_pool
-        for request_id in planned:
-            tracked = self.planner.requests.get(request_id)
-            if tracked is None or tracked.state is not State.PLANNED:
-                continue  # finished, aborted or preempted since; its blocks are free already
-            if tracked.config is not None and tracked.config.mode == "draft":
-                self._commit_view(request_id, tracked, tracked.lengths)
-                self.planner.commit_view(tracked)
-                continue
-            if any(tracked.view_lengths):
-                self._commit_view(request_id, tracked, tracked.view_lengths)
-            before = pool.get_num_free_blocks()
-            for manager in self._managers:
-                manager.commit(request_id)
-            self._record(tracked, pool.get_num_free_blocks() - before)
-            self.planner.commit(tracked)
-
-    def _commit_view(
-        self, request_id: str, tracked: TrackedRequest, lengths: list[GroupLengths | None]
-    ) -> None:
-        for manager in self._managers:
-            manager.commit_view(request_id)
-        lost = [each.evicted if each else 0 for each in lengths]
-        held = tracked.position - sum(lost) // len(lost)
-        is_first = tracked.position == tracked.prompt_len
-        self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
-
-    def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
-        taken = self._num_needed(tracked.lengths)
-        freed = sum(each.evicted for each in tracked.lengths if each)
-        held = sum(cache.num_tokens for cache in self.planner.current_caches(tracked))
-        self.stats.record_compaction(
-            tracked.policy,
-            "decode" if tracked.while_decoding else "prompt",
-            [each.tokens_evicted if each else 0 for each in tracked.lengths],
-            kept_ratio=(held - freed) / (len(tracked.lengths) * tracked.position),
-            blocks_freed=num_returned - taken,
-            first=not tracked.counted,
-        )
-        tracked.counted = True
+        return self.planner.note_progress(request_id, request.num_computed_tokens - unverified)
 
     # --- drafts ---------------------------------------------------------------------------
 
@@ -245,7 +148,10 @@ class CompressionMixin(Scheduler):
     def _observe_drafts(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         """A verification yields one token more than it accepts; none for a request that is gone."""
         for request_id, drafts in output.scheduled_spec_decode_tokens.items():
-            sampled = results.sampled_token_ids[results.req_id_to_index[request_id]]
+            index = results.req_id_to_index.get(request_id)
+            if index is None or not results.sampled_token_ids:
+                continue  # a step without samples, as the host's own loop allows
+            sampled = results.sampled_token_ids[index]
             if drafts and len(sampled):
                 self.planner.observe_drafts(request_id, len(drafts), len(sampled) - 1)
 
@@ -268,33 +174,60 @@ class CompressionMixin(Scheduler):
         super().add_request(request)
         if not is_new:
             return  # the next chunk of a streaming session, which is never compressed
-        params = request.sampling_params
-        options = parse_request(params.extra_args if params else None)
-        task, decided_by = choose_task(
-            self.compression_config, options, lambda: self._classifier.classify(request)
-        )
-        if task is not None and decided_by is not None:
-            self.stats.record_task(task, decided_by)
-        tracked = self.planner.add(
-            request.request_id, request.num_prompt_tokens, options, bool(request.resumable), task
-        )
+        tracked = self._judge(request)
         if tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
+
+    def _judge(self, request: Request) -> TrackedRequest:
+        """Read a request's options. API servers have checked them, but not all ways lead there."""
+        name, prompt_len = request.request_id, request.num_prompt_tokens
+        extra = request.sampling_params.extra_args if request.sampling_params else None
+        try:
+            options = parse_request(extra, prompt_len)
+            if options != RequestOptions():
+                check_fits_server(self.compression_config, options)
+                named = named_config(self.compression_config, options)
+                if named is not None and named is not self.compression_config:
+                    check_setting(named, self.vllm_config)
+            task, decided_by = choose_task(
+                self.compression_config, options, lambda: self._classifier.classify(request)
+            )
+            tracked = self.planner.add(
+                name, prompt_len, options, bool(request.resumable), task,
+                min(request.max_tokens, self.max_model_len - prompt_len),
+            )  # fmt: skip
+        except Exception as error:  # the engine's loop ends with whatever is raised here
+            logger.warning(
+                "KV compression: request %s is served uncompressed; its options did not work out "
+                "(%s: %.300s)", name, type(error).__name__, error,
+            )  # fmt: skip
+            return self.planner.add_invalid(name, prompt_len)
+        if task is not None and decided_by is not None:
+            self.stats.record_task(task, decided_by)
+        return tracked
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         tracked = self.planner.remove(request.request_id)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
-        return super()._free_request(request, *args, **kwargs)
+        freed = super()._free_request(request, *args, **kwargs)
+        self.compactions.room.note_change(request.request_id)
+        return freed
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.planner.restart(request.request_id)
+        self.compactions.room.note_change(request.request_id)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        is_padded = num_computed_tokens + num_new_tokens > request.num_tokens
+        if is_padded and request.status != RequestStatus.RUNNING:
+            # The host has padded one last token with drafts that will all be rejected, and relies
+            # on getting all of them: they keep the step's rows alike.
+            return clipped
         return self.planner.clip_chunk(
             request.request_id,
             num_computed_tokens,
@@ -326,7 +259,7 @@ class CompressionMixin(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and (snapshot := self.stats.snapshot()):
             stats.kv_connector_stats = {STATS_KEY: snapshot}
-            self.stats = CompressionStats()
+            self.stats.clear()
         return stats
 
     # --- tests ----------------------------------------------------------------------------

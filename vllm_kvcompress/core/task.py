@@ -24,7 +24,10 @@ class RequestClassifier:
         self._loaded: tuple[Any, TaskClassifier] | None = None
 
     def classify(self, request: Request) -> str | None:
-        """The request's task; None where there is no text (embeddings, no tokenizer)."""
+        """The request's task; None where there is no text.
+
+        That is: embeddings, no tokenizer, or token ids that the tokenizer does not take.
+        """
         token_ids = request.prompt_token_ids
         if not token_ids or self._model_config.skip_tokenizer_init:
             return None
@@ -33,4 +36,8 @@ class RequestClassifier:
             self._loaded = tokenizer, TaskClassifier.load()
         tokenizer, classifier = self._loaded
         head, tail = head_and_tail(token_ids)
-        return classifier.classify(tokenizer.decode(head), tokenizer.decode(tail))
+        try:
+            texts = tokenizer.decode(head), tokenizer.decode(tail)
+        except (OverflowError, TypeError, ValueError, IndexError):
+            return None
+        return classifier.classify(*texts)

@@ -164,7 +164,7 @@ def _abort_some(engine: Engine, fates: dict[str, str], report: ChurnReport) -> N
         in_prefill = 0 < request.num_computed_tokens < request.num_prompt_tokens
         if fate == "prefill" and in_prefill:
             report.aborted_in_prefill += 1
-        elif fate == "commit" and request.request_id in engine.scheduler._planned:
+        elif fate == "commit" and engine.scheduler.compactions.is_planned(request.request_id):
             report.aborted_before_commit += 1
         elif fate == "decode" and request.num_output_tokens > 2:
             report.aborted_in_decode += 1

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.registry import load_policy_class
+from vllm_kvcompress.settings import PolicyConfig
 
 
-class ScorerConfig(BaseModel):
-    """The policy whose scores another policy works on: its name and its own parameters."""
+class ScorerConfig(PolicyConfig):
+    """The policy whose scores another policy works on: its name and its own parameters.
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    Reading a setting validates every parameter of a policy that is a `PolicyConfig`.
+    """
 
-    name: str
-
-    def build(self) -> Policy:
+    def build(self) -> Any:
         """Instantiate it."""
-        return load_policy_class(self.name)(**(self.model_extra or {}))
+        return load_policy_class(self.name)(**self.params)
 
 
 class WrappingPolicy(Policy):

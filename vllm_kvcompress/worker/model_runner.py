@@ -27,6 +27,7 @@ from vllm_kvcompress.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.messages import StepPlan
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.codebook_meter import CodebookMeter
@@ -276,18 +277,19 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Run the step, then compact what the scheduler planned for it."""
-        self.model_state.tasks.update(getattr(scheduler_output, "kv_compression_tasks", {}))
-        self.model_state.num_draft_steps = getattr(scheduler_output, "kv_draft_steps", 0)
+        step = StepPlan.of(scheduler_output)
+        self.model_state.setups = dict(step.setups)
+        self.model_state.num_draft_steps = step.num_draft_steps
+        self.model_state.drop_views(step.views_given_up)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if self.model_state.codebooks is not None:
             self.model_state.codebooks.end_batch()
         self.model_state.window.end_batch()
         if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
             self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
-        plans = getattr(scheduler_output, "kv_compression_plans", ())
-        if plans:
+        if step.plans:
             with self._timer:
-                self._compact(plans)
+                self._compact(step.plans)
             self._meter.add(self.compactor.codebooks.take_measures())
             # At once: left for the next step, the write could race with a new owner of the row.
             self.block_tables.apply_staged_writes()

@@ -14,10 +14,10 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_kvcompress.budgets import compaction_lengths
 from vllm_kvcompress.config import CONFIG_KEY, parse_config
+from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.request_options import decode_window, parse_request, resolve_request
+from vllm_kvcompress.request_options import decode_window
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 from vllm_kvcompress.worker.codebook_rows import CodebookState
@@ -44,8 +44,8 @@ class CompressedModelState(DefaultModelState):
         Last queries of every row, for compactions while decoding.
     taps : QueryTaps
         What shows these three the queries.
-    tasks : dict[str, str]
-        Tasks of new requests, as the scheduler decided them.
+    setups : dict[str, RequestSetup]
+        Of requests that start in the current step, as the scheduler decided them.
     lengths : CompressionState or None
         Evicted tokens per row; None until the KV cache exists.
     codebooks : CodebookState or None
@@ -73,7 +73,7 @@ class CompressedModelState(DefaultModelState):
             self.device,
         )
         self.taps = QueryTaps([self.window, self.prompt_queries, self.ring])
-        self.tasks: dict[str, str] = {}
+        self.setups: dict[str, RequestSetup] = {}
         self.lengths: CompressionState | None = None
         self.codebooks: CodebookState | None = None
         self.views: DraftViews | None = None
@@ -85,7 +85,7 @@ class CompressedModelState(DefaultModelState):
     # --- requests -------------------------------------------------------------------------
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Reset the row; expect queries if the request will be compressed by a policy of that kind.
+        """Reset the row; expect queries if the scheduler says that the request's policy reads them.
 
         A preempted request comes back through here and starts again from nothing.
         """
@@ -93,29 +93,16 @@ class CompressedModelState(DefaultModelState):
         assert self.lengths is not None
         self._reset_row(req_index)
         self._rows[new_req_data.req_id] = req_index
-        params = new_req_data.sampling_params
-        options = parse_request(params.extra_args if params else None)
         request_id, prompt_len = new_req_data.req_id, new_req_data.prompt_len
-        config = resolve_request(self.config, options, self.tasks.pop(request_id, None))
-        if config is None:
+        setup = self.setups.pop(request_id, None)
+        if setup is None:
             return
-        compresses_prompt = any(
-            compaction_lengths(
-                prompt_len,
-                config,
-                self._groups.num_layer_groups,
-                self._groups.block_size,
-                self._groups.codes_per_row,
-            )  # fmt: skip
-        )
-        if not compresses_prompt and not config.compresses_while_decoding:
-            return
-        self.request_configs[request_id] = config
-        policy = config.build_policy()
-        if compresses_prompt and policy.queries is Queries.WINDOW:
-            self.window.add_request(request_id, prompt_len, config.observation_window)
-        elif compresses_prompt and policy.queries is Queries.PROMPT:
-            sinks = config.num_sink_tokens
+        self.request_configs[request_id] = setup.config
+        policy = setup.config.build_policy()
+        if setup.awaits_prompt and policy.queries is Queries.WINDOW:
+            self.window.add_request(request_id, prompt_len, setup.config.observation_window)
+        elif setup.awaits_prompt and policy.queries is Queries.PROMPT:
+            sinks = setup.config.num_sink_tokens
             self.prompt_queries.add_request(request_id, policy, prompt_len, sinks)
 
     def remove_request(self, req_id: str) -> None:
@@ -134,6 +121,13 @@ class CompressedModelState(DefaultModelState):
             self.codebooks.reset_row(req_index)
         if self.views is not None:
             self.views.reset_row(req_index)
+
+    def drop_views(self, request_ids: Sequence[str]) -> None:
+        """Forget views that the scheduler gave up: their blocks belong to others now."""
+        for request_id in request_ids:
+            row = self._rows.get(request_id)
+            if row is not None and self.views is not None:
+                self.views.reset_row(row)
 
     def forget_queries(self, req_id: str) -> None:
         """Drop what was collected of a request's prompt."""

@@ -1,0 +1,221 @@
+"""Plans what a step does to its requests' caches, and commits it one step later."""
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.request import Request
+
+from vllm_kvcompress.budgets import forced_ranges
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.room import Room
+from vllm_kvcompress.core.tracked_request import State, TrackedRequest
+from vllm_kvcompress.metrics import CompressionStats
+from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
+
+Lengths = Sequence[GroupLengths | None]
+
+
+def prompt_checksum(request: Request) -> int:
+    """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
+    return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
+
+
+class Compactions:
+    """Evictions and views under way.
+
+    Parameters
+    ----------
+    planner : Planner
+        States of all requests.
+    managers : sequence of CompressedAttentionManager
+        One per KV cache group.
+    layer_group_of : sequence of (int or None)
+        Layer group of every KV cache group; None for one that is never compacted.
+    pool : BlockPool
+        vLLM's.
+    max_model_len : int
+        Tokens of the longest sequence.
+    stats : CompressionStats
+        Where to count.
+
+    Attributes
+    ----------
+    room : Room
+        The pool, and who gives way.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        managers: Sequence[CompressedAttentionManager],
+        layer_group_of: Sequence[int | None],
+        pool: Any,
+        max_model_len: int,
+        stats: CompressionStats,
+    ) -> None:
+        self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
+        self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
+        self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
+        self._planned: list[str] = []
+        self._given_up: list[str] = []
+
+    # --- plan -----------------------------------------------------------------------------
+
+    def plan(self, due: Sequence[Request]) -> list[CompactionPlan]:
+        """Plans of a step for the requests of it that are due."""
+        tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
+        evictions = {name: t.lengths for name, t in tracked.items() if not t.is_view_only}
+        worthwhile = self.room.worthwhile(evictions) if evictions else set()
+        plans: list[CompactionPlan] = []
+        for request in due:
+            each = tracked[request.request_id]
+            each.is_shared = not each.is_view_only and request.request_id not in worthwhile
+            if not each.is_shared:
+                plans += self._plan_one(request, each)
+        self.room.reserve(
+            (name, lengths, tracked[name].num_waited)
+            for name, lengths in evictions.items()
+            if tracked[name].state is State.DUE and not tracked[name].is_shared
+        )
+        return plans
+
+    def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
+        """Evict, take a view, or both from one region; nothing where there is no room."""
+        is_draft, room = tracked.is_view_only, self.room
+        wanted = [(tracked.lengths, is_draft)]
+        if any(tracked.view_lengths):
+            wanted.append((tracked.view_lengths, True))
+        is_linked = is_draft and self.planner.links_blocks(tracked)
+        num_needed = sum(room.num_needed(lengths) for lengths, _ in wanted)
+        if len(wanted) > 1 and num_needed > room.num_free:
+            # An eviction gives memory back and must not wait for a view, which takes some.
+            wanted.pop()
+            tracked.view_lengths = []
+        if not is_linked and not self._has_room(request, tracked):
+            self.stats.deferrals += 1
+            tracked.num_waited += 1
+            return []
+        tracked.state = State.PLANNED
+        if len(wanted) > 1 or is_draft:
+            self.planner.start_view(tracked)
+        self._planned.append(request.request_id)
+        return [
+            self._make_plan(request, tracked, lengths, is_view, is_linked)
+            for lengths, is_view in wanted
+        ]
+
+    def _has_room(self, request: Request, tracked: TrackedRequest) -> bool:
+        """Whether there are blocks for a compaction or a view."""
+        num_needed = self.room.num_needed(tracked.lengths)
+        if not tracked.is_view_only:
+            return self.room.make_free(num_needed)
+        if request.num_preemptions:
+            # The pool was too small once: a view must not be what makes it so again.
+            end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            num_needed += self.room.num_growth(request.request_id, end)
+        return num_needed + self.room.num_reserved <= self.room.num_free
+
+    def _make_plan(
+        self,
+        request: Request,
+        tracked: TrackedRequest,
+        lengths: Lengths,
+        is_view: bool,
+        is_linked: bool,
+    ) -> CompactionPlan:
+        assert tracked.config is not None
+        caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
+        groups: list[GroupPlan | None] = []
+        for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+            each = None if number is None else lengths[number]
+            if number is None or each is None:
+                groups.append(None)
+                continue
+            cache = caches[number]
+            what = (request.request_id, each, cache, forced_ranges(cache, window))
+            groups.append(manager.link(*what) if is_linked else manager.plan(*what, is_view))
+        return CompactionPlan(
+            request_id=request.request_id,
+            position=tracked.position,
+            while_decoding=tracked.position > tracked.prompt_len,
+            seed=prompt_checksum(request),
+            groups=tuple(groups),
+            is_view=is_view,
+            is_linked=is_linked,
+        )
+
+    def is_planned(self, request_id: str) -> bool:
+        """Whether the last step plans something for a request that is not committed yet."""
+        return request_id in self._planned
+
+    # --- commit ---------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Swap the blocks of what the previous step compacted, and free the old ones."""
+        planned, self._planned = self._planned, []
+        for request_id in planned:
+            tracked = self.planner.requests.get(request_id)
+            if tracked is None or tracked.state is not State.PLANNED:
+                continue  # finished, aborted or preempted since; its blocks are free already
+            if tracked.is_view_only:
+                self._commit_view(request_id, tracked, tracked.lengths)
+                self.planner.commit_view(tracked)
+                continue
+            if any(tracked.view_lengths):
+                self._commit_view(request_id, tracked, tracked.view_lengths)
+            before = self.room.num_free
+            for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+                manager.commit(request_id)
+                if number is not None:
+                    # Layers that kept everything read what layers below computed, too.
+                    manager.mark_lossy(request_id)
+            self.room.note_change()
+            self._record(tracked, self.room.num_free - before)
+            self.planner.commit(tracked)
+
+    def _commit_view(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
+        for manager in self.managers:
+            manager.commit_view(request_id)
+        lost = [each.evicted if each else 0 for each in lengths]
+        held = tracked.position - sum(lost) // len(lost)
+        is_first = tracked.position == tracked.prompt_len
+        self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
+
+    def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
+        evicted = sum(each.evicted for each in tracked.lengths if each)
+        held = sum(cache.num_tokens for cache in self.planner.current_caches(tracked))
+        self.stats.record_compaction(
+            tracked.policy,
+            "decode" if tracked.while_decoding else "prompt",
+            [each.tokens_evicted if each else 0 for each in tracked.lengths],
+            kept_ratio=(held - evicted) / (len(tracked.lengths) * tracked.position),
+            blocks_taken=self.room.num_needed(tracked.lengths),
+            blocks_returned=num_returned,
+            first=not tracked.counted,
+        )
+        tracked.counted = True
+
+    # --- views ----------------------------------------------------------------------------
+
+    def _give_up_view(self) -> bool:
+        """Give back the view that was taken last; False if there is none.
+
+        One that the step being planned takes or replaces stays.
+        """
+        for name, tracked in reversed(self.planner.requests.items()):
+            if tracked.state is State.PLANNED or tracked.drafts is None:
+                continue
+            if sum(manager.give_up_view(name) for manager in self.managers):
+                self.planner.give_up_view(name)
+                self._given_up.append(name)
+                self.stats.record_view_given_up(tracked.policy)
+                return True
+        return False
+
+    def take_given_up(self) -> tuple[str, ...]:
+        """Requests whose views were given up since the last call."""
+        given_up, self._given_up = self._given_up, []
+        return tuple(given_up)

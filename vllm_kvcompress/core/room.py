@@ -1,0 +1,227 @@
+"""Blocks of the pool: what a compaction gains, what is kept free for it, and what gives way.
+
+Three rules, so that compression never makes a server slower to serve than without it:
+
+1. A compaction happens where it frees more blocks than it takes. A block that another request
+   holds too does not come free, unless that request is compacted in the same step.
+2. A compaction that found no blocks has some kept free for it, before waiting requests get them.
+   Not for ever: one that waits in vain lets others in every other `RESERVED_STEPS` steps.
+3. Views that drafts read are memory for speed alone. They are given back before a request is
+   preempted, and before one has to wait.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.plans import GroupLengths
+
+RESERVED_STEPS = 64
+"""Steps that blocks are kept free for one compaction before others are let in for as many."""
+
+Lengths = Sequence[GroupLengths | None]
+
+
+@dataclass
+class Room:
+    """The pool from the point of view of compactions and views.
+
+    Attributes
+    ----------
+    managers : sequence of CompressedAttentionManager
+        One per KV cache group.
+    layer_group_of : sequence of (int or None)
+        Layer group of every KV cache group; None for one that is never compacted.
+    pool : BlockPool
+        vLLM's.
+    max_model_len : int
+        Tokens of the longest sequence.
+    give_up_view : callable
+        Gives the blocks of one view back; False if there is none.
+    num_reserved : int
+        Blocks that waiting requests must leave free.
+    """
+
+    managers: Sequence[CompressedAttentionManager]
+    layer_group_of: Sequence[int | None]
+    pool: Any
+    max_model_len: int
+    give_up_view: Callable[[], bool] = lambda: False
+    num_reserved: int = 0
+    _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _changes: int = 0
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that are free now."""
+        return self.pool.get_num_free_blocks()
+
+    def _groups(self, lengths: Lengths) -> list[tuple[CompressedAttentionManager, GroupLengths]]:
+        """The KV cache groups that a compaction of such lengths touches."""
+        found = []
+        for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+            each = None if number is None else lengths[number]
+            if each is not None:
+                found.append((manager, each))
+        return found
+
+    def num_needed(self, lengths: Lengths) -> int:
+        """Destination blocks of all KV cache groups."""
+        groups = self._groups(lengths)
+        return sum(each.kept_len // manager.block_size for manager, each in groups)
+
+    def num_growth(self, request_id: str, num_tokens: int) -> int:
+        """Blocks a request still needs until it has `num_tokens` tokens."""
+        missing = 0
+        for manager in self.managers:
+            physical = num_tokens - manager.evicted.get(request_id, 0)
+            held = len(manager.req_to_blocks.get(request_id, ()))
+            missing += max(-(-physical // manager.block_size) - held, 0)
+        return missing
+
+    # --- what a compaction gains ----------------------------------------------------------
+
+    def note_change(self, request_id: str | None = None) -> None:
+        """Blocks have lost an owner: what was declined may be worth it now.
+
+        `request_id` is a request that has gone.
+        """
+        self._changes += 1
+        if request_id is not None:
+            self._declined.pop(request_id, None)
+
+    def _sources(self, request_id: str, lengths: Lengths) -> list[KVCacheBlock]:
+        return [
+            block
+            for manager, each in self._groups(lengths)
+            for block in manager.req_to_blocks[request_id][: each.region_len // manager.block_size]
+        ]
+
+    def worthwhile(self, due: Mapping[str, Lengths]) -> set[str]:
+        """Of the compactions that are due, those that give back more blocks than they take.
+
+        Alone, a request gives back the blocks that only it holds. Requests that share blocks and
+        are due together give these back too, if nobody else holds them.
+        """
+        # What decides: who holds which blocks, and how far a region has grown.
+        seen = {
+            name: (self._changes, sum(each.region_len for each in lengths if each))
+            for name, lengths in due.items()
+        }
+        if all(self._declined.get(name) == state for name, state in seen.items()):
+            return set()
+        needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
+        sources = {name: self._sources(name, lengths) for name, lengths in due.items()}
+        own = {name: sum(b.ref_cnt == 1 for b in blocks) for name, blocks in sources.items()}
+        shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
+        chosen = {name for name in due if own[name] > needs[name]}
+        num_free = self.num_free - sum(needs[name] for name in chosen)
+        for family in _families(shared):
+            alone = family & chosen
+            others = family - chosen
+            taken = sum(needs[name] for name in others)
+            given = sum(own[name] for name in others)
+            given += _shared_gain(shared, family) - _shared_gain(shared, alone)
+            if given > taken and taken <= num_free:
+                num_free -= taken
+                chosen |= others
+        for name, state in seen.items():
+            if name in chosen:
+                self._declined.pop(name, None)
+            else:
+                self._declined[name] = state
+        return chosen
+
+    # --- what is kept free ----------------------------------------------------------------
+
+    def reserve(self, waiting: Iterable[tuple[str, Lengths, int]]) -> None:
+        """Keep blocks free for compactions that found none.
+
+        Each comes with the steps it has waited. One that could not have its blocks even with the
+        pool to itself gets none.
+        """
+        self.num_reserved = 0
+        for request_id, lengths, num_waited in waiting:
+            held = sum(len(manager.req_to_blocks.get(request_id, ())) for manager in self.managers)
+            needed = self.num_needed(lengths)
+            is_turn = num_waited // RESERVED_STEPS % 2 == 0
+            if is_turn and needed + held < self.pool.num_gpu_blocks:
+                self.num_reserved += needed
+
+    # --- what gives way -------------------------------------------------------------------
+
+    def allocate(
+        self,
+        allocate_slots: Callable[..., Any],
+        request: Request,
+        num_new_tokens: int,
+        **options: Any,
+    ) -> Any:
+        """What vLLM's ``KVCacheManager.allocate_slots`` gives, under the rules above.
+
+        Its caller relies on None leaving everything as it was, and on blocks for the tokens
+        otherwise; a running request that gets None is preempted, or another one for it.
+        """
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        num_tokens += options.get("num_new_computed_tokens", 0)
+        if options.get("full_sequence_must_fit"):
+            num_tokens = max(num_tokens, request.num_tokens)
+        num_tokens += options.get("num_lookahead_tokens", 0)
+        num_tokens = min(num_tokens, self.max_model_len)
+        hits = options.get("new_computed_blocks")
+
+        def num_missing() -> int:
+            growth = self.num_growth(request.request_id, num_tokens)
+            # Hits that nobody holds are among the free blocks.
+            return growth - (sum(b.ref_cnt > 0 for g in hits.blocks for b in g) if hits else 0)
+
+        num_reserved = 0 if request.status == RequestStatus.RUNNING else self.num_reserved
+        if num_reserved and not self.make_free(num_missing() + num_reserved):
+            return None
+        blocks = allocate_slots(request, num_new_tokens, **options)
+        while blocks is None and self._give_way(num_missing()):
+            blocks = allocate_slots(request, num_new_tokens, **options)
+        return blocks
+
+    def make_free(self, num_blocks: int) -> bool:
+        """Whether so many blocks are free, after giving back views if need be."""
+        while self.num_free < num_blocks:
+            if not self._give_way(num_blocks):
+                return False
+        return True
+
+    def _give_way(self, num_blocks: int) -> bool:
+        """Give one view back; False if there is none, or all of them would not be enough."""
+        held = sum(len(view) for manager in self.managers for view in manager.views.values())
+        return held > 0 and self.num_free + held >= num_blocks and self.give_up_view()
+
+
+def _families(shared: Mapping[str, Sequence[KVCacheBlock]]) -> list[set[str]]:
+    """Requests that hold a block in common, directly or through others; none that share nothing."""
+    families: list[tuple[set[str], set[int]]] = []
+    for name, blocks in shared.items():
+        ids = {block.block_id for block in blocks}
+        if not ids:
+            continue
+        names = {name}
+        apart = []
+        for other_names, other_ids in families:
+            if ids & other_ids:
+                names |= other_names
+                ids |= other_ids
+            else:
+                apart.append((other_names, other_ids))
+        families = [*apart, (names, ids)]
+    return [names for names, _ in families]
+
+
+def _shared_gain(shared: Mapping[str, Sequence[KVCacheBlock]], family: Iterable[str]) -> int:
+    """Blocks that come free if all of a family are compacted, of those that several hold."""
+    owners = Counter(block.block_id for name in family for block in shared[name])
+    blocks = {block.block_id: block for name in family for block in shared[name]}
+    return sum(blocks[number].ref_cnt == count for number, count in owners.items())

@@ -351,7 +351,10 @@ def measure(client: Client, endpoint: str, sample: NeedleSample) -> Row:
     before = client.metrics()
     text, prompt_tokens = client.ask(endpoint, sample.prompt)
     after = client.metrics()
-    freed = "vllm:kv_compression_blocks_freed_total"
+    returned = "vllm:kv_compression_blocks_returned_total"
+    taken = "vllm:kv_compression_blocks_taken_total"
+    freed = total(after, returned) - total(before, returned)
+    freed -= total(after, taken) - total(before, taken)
     # The repeats find the prompt in the prefix cache. That saves time, not blocks: cached blocks
     # that a running request uses count as held like any others.
     compressed = client.held(endpoint, sample.prompt)
@@ -363,7 +366,7 @@ def measure(client: Client, endpoint: str, sample: NeedleSample) -> Row:
         expected=sample.answer,
         answer=first_number(text),
         kept=kept_per_group(before, after, prompt_tokens),
-        blocks_freed=round(total(after, freed) - total(before, freed)),
+        blocks_freed=round(freed),
         # Decoding only adds blocks, so the least reading is the one nearest to the prompt's end;
         # at the first token a compressed request still has what the next step gives back.
         held_compressed=min(compressed),

@@ -58,6 +58,7 @@ def test_wrong_settings_are_refused_by_the_library_too(probe_model: str) -> None
 MODEL = "model_config"
 REFUSALS = [
     (MODEL, {"runner_type": "pooling"}, ["--runner pooling"]),
+    (MODEL, {"enable_sleep_mode": True}, ["--enable-sleep-mode"]),
     (MODEL, {"is_encoder_decoder": True}, ["encoder-decoder", "decoder-only"]),
     (MODEL, {"use_mla": True}, ["MLA"]),
     (MODEL, {"is_hybrid": True}, ["hybrid"]),
@@ -316,3 +317,9 @@ def test_drafts_and_data_parallel_experts_exclude_each_other(config) -> None:
     check_setting(parse_config("snapkv"), both)
     with pytest.raises(ConfigError, match=r"mode: .*experts.*--data-parallel-size"):
         check_setting(drafts, both)
+
+
+def test_a_front_end_that_skips_our_checks_is_refused(config, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedModelError, match="unset VLLM_USE_RUST_FRONTEND"):
+        check_config(config)

@@ -18,6 +18,7 @@ LAYERS = {
     "kernels": 0,
     "configs": 0,
     "metrics": 1,
+    "prometheus": 1,
     "registry": 1,
     "spec": 1,
     "task_classifier": 1,

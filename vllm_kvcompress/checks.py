@@ -168,6 +168,26 @@ def _cache(config: Any) -> str | None:
     return None
 
 
+def _sleep_mode(config: Any) -> str | None:
+    if config.model_config.enable_sleep_mode:
+        return (
+            "sleeping discards device memory that compression keeps queries and lengths in: remove "
+            "--enable-sleep-mode"
+        )
+    return None
+
+
+def _front_end(config: Any) -> str | None:
+    import vllm.envs as envs
+
+    if envs.VLLM_USE_RUST_FRONTEND:
+        return (
+            "the Rust front end takes requests without checking their vllm_xargs and shows none of "
+            "our metrics: unset VLLM_USE_RUST_FRONTEND"
+        )
+    return None
+
+
 def _cudagraphs(config: Any) -> str | None:
     mode = config.compilation_config.cudagraph_mode
     if mode is not None and mode.mixed_mode().name == "FULL":
@@ -199,6 +219,8 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _speculation,
     _cache,
     _cudagraphs,
+    _sleep_mode,
+    _front_end,
     _own_classes,
 )
 

@@ -1,29 +1,26 @@
-"""What compression did, counted where it happens and shown on the server's own /metrics.
+"""What compression did, counted where it happens.
 
-The scheduler process counts into `CompressionStats`. A snapshot of what is new travels with
-vLLM's scheduler statistics to the API server, whose `PrometheusRecorder` adds it to Prometheus.
+The scheduler process counts into `CompressionStats`. A snapshot of what is new travels with vLLM's
+scheduler statistics to the API server, where prometheus.py adds it to the server's /metrics.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Any
-
-from prometheus_client import Counter, Histogram
 
 STATS_KEY = "vllm_kvcompress"
 """Marks our payload among the statistics that travel from scheduler to API server."""
 
-POLICY_LABELS = ("policy",)
-KEPT_RATIO_BUCKETS = (0.03, 0.06, 0.12, 0.18, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 CODEBOOK_MEASURES = ("vectors", "entries", "forced", "forced_distance")
-CODEBOOK_TEXTS = (
-    "Keys and values of tokens that were coded by a codebook, one per layer and KV head.",
-    "Entries that codebooks got for them.",
-    "Of these keys and values, those without an entry above the threshold in a full codebook.",
-    "Sum of 1 - cosine between these and the nearest entry, which stands for them.",
-)
-SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+MAX_SAMPLES = 4096
+"""Single observations that are kept until they are sent; where vLLM's statistics are off, nobody
+takes them, and the oldest go."""
+
+
+def _samples() -> Any:
+    return field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
 
 
 def _add(counts: dict[str, int], key: str, amount: int) -> None:
@@ -62,10 +59,10 @@ class CompressionStats:
         ones, and their "forced_distance".
     deferrals : int
         Steps in which a due compaction found no room for its survivors.
-    kept_ratios : list[tuple[str, float]]
+    kept_ratios : deque of (str, float)
         Per compaction: policy, and share of the sequence so far that is still held, averaged
         over layer groups.
-    seconds : list[float]
+    seconds : deque of float
         Per step with compactions: time the worker spent on them.
     """
 
@@ -81,8 +78,8 @@ class CompressionStats:
     views_given_up: dict[str, int] = field(default_factory=dict)
     codebooks: dict[str, float] = field(default_factory=dict)
     deferrals: int = 0
-    kept_ratios: list[tuple[str, float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    kept_ratios: deque[tuple[str, float]] = _samples()
+    seconds: deque[float] = _samples()
 
     def record_compaction(
         self,
@@ -154,94 +151,9 @@ class CompressionStats:
 
     def snapshot(self) -> dict[str, Any] | None:
         """What was counted, as plain data; None if nothing was."""
-        return {name: value for name, value in asdict(self).items() if value} or None
-
-
-class PrometheusRecorder:
-    """Adds snapshots of `CompressionStats` to the process's Prometheus registry."""
-
-    def __init__(self) -> None:
-        self.requests = Counter(
-            "vllm:kv_compression_requests", "Requests whose KV cache was compressed.", POLICY_LABELS
-        )
-        self.compactions = Counter(
-            "vllm:kv_compression_compactions",
-            "Compactions at the end of a prompt or while decoding, those of requests that were "
-            "preempted and ran again included.",
-            ("policy", "trigger"),
-        )
-        self.tokens_evicted = Counter(
-            "vllm:kv_compression_tokens_evicted",
-            "Tokens evicted, per layer group.",
-            ("policy", "layer_group"),
-        )
-        self.blocks_freed = Counter(
-            "vllm:kv_compression_blocks_freed",
-            "KV cache blocks given back to the pool by compactions, net of those they took.",
-            POLICY_LABELS,
-        )
-        self.uncompressed = Counter(
-            "vllm:kv_compression_uncompressed_requests",
-            "Requests served without compression, by reason.",
-            ("reason",),
-        )
-        self.tasks = Counter(
-            "vllm:kv_compression_tasks",
-            "Requests whose setting depends on their task, by task and by who decided it.",
-            ("task", "decided_by"),
-        )
-        self.views = Counter(
-            "vllm:kv_compression_views",
-            "Compressed views of a request's cache taken for drafting, at the end of its prompt or "
-            "again while decoding.",
-            ("policy", "trigger"),
-        )
-        self.view_tokens = Counter(
-            "vllm:kv_compression_view_tokens",
-            "Tokens in views when they were taken, averaged over layer groups.",
-            POLICY_LABELS,
-        )
-        self.codebooks = {
-            what: Counter(f"vllm:kv_compression_codebook_{what}", text, ("kind",))
-            for what, text in zip(CODEBOOK_MEASURES, CODEBOOK_TEXTS, strict=True)
+        counted = {
+            name: list(value) if isinstance(value, deque) else value
+            for name, value in asdict(self).items()
+            if value
         }
-        self.deferrals = Counter(
-            "vllm:kv_compression_deferrals",
-            "Steps in which a due compaction found no free blocks for its survivors.",
-        )
-        self.kept_ratio = Histogram(
-            "vllm:kv_compression_kept_ratio",
-            "Share of the sequence still held after a compaction, averaged over layer groups.",
-            POLICY_LABELS,
-            buckets=KEPT_RATIO_BUCKETS,
-        )
-        self.seconds = Histogram(
-            "vllm:kv_compression_time_seconds",
-            "Time the worker spent scoring, selecting and copying, per step with compactions.",
-            buckets=SECONDS_BUCKETS,
-        )
-
-    def record(self, snapshot: dict[str, Any]) -> None:
-        """Add one `CompressionStats.snapshot`."""
-        for name in ("requests", "blocks_freed", "view_tokens"):
-            for policy, count in snapshot.get(name, {}).items():
-                getattr(self, name).labels(policy).inc(count)
-        for name in ("compactions", "tokens_evicted", "tasks", "views"):
-            for key, count in snapshot.get(name, {}).items():
-                getattr(self, name).labels(*key.rsplit("/", 1)).inc(count)
-        for place, number in snapshot.get("codebooks", {}).items():
-            kind, what = place.split("/")
-            self.codebooks[what].labels(kind).inc(number)
-        for reason, count in snapshot.get("uncompressed", {}).items():
-            self.uncompressed.labels(reason).inc(count)
-        self.deferrals.inc(snapshot.get("deferrals", 0))
-        for policy, ratio in snapshot.get("kept_ratios", []):
-            self.kept_ratio.labels(policy).observe(ratio)
-        for seconds in snapshot.get("seconds", []):
-            self.seconds.observe(seconds)
-
-
-@cache
-def recorder() -> PrometheusRecorder:
-    """The process's recorder; Prometheus metrics may be registered only once."""
-    return PrometheusRecorder()
+        return counted or None

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_config, check_setting
 from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE
-from vllm_kvcompress.metrics import STATS_KEY, recorder
+from vllm_kvcompress.metrics import STATS_KEY
+from vllm_kvcompress.prometheus import PrometheusRecorder
 from vllm_kvcompress.request_options import (
     REQUEST_KEYS,
     check_fits_server,
@@ -236,13 +238,15 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(self, *args, **kwargs)
         extra = getattr(request.sampling_params, "extra_args", None)
         if extra:
-            _check_request(self.vllm_config, extra, request.prompt_token_ids)
+            _check_request(self.vllm_config, extra, request.prompt_token_ids, request.resumable)
         return request
 
     return process_inputs
 
 
-def _check_request(vllm_config: Any, extra: dict[str, Any], prompt: list[int] | None) -> None:
+def _check_request(
+    vllm_config: Any, extra: dict[str, Any], prompt: list[int] | None, is_session: bool
+) -> None:
     """Refuse bad ``vllm_xargs``; the server answers HTTP 400."""
     from vllm.exceptions import VLLMValidationError
 
@@ -251,6 +255,11 @@ def _check_request(vllm_config: Any, extra: dict[str, Any], prompt: list[int] | 
     ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
     try:
         options = parse_request(extra, len(prompt) if prompt is not None else None)
+        if options.pins and is_session:
+            raise ConfigError(
+                "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
+                "leave it out."
+            )
         if ours and not enabled:
             raise ConfigError(f"{ours[0]}: this server was started without --kv-compression.")
         if ours:
@@ -287,15 +296,45 @@ def _allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 # --- metrics ------------------------------------------------------------------------------
 
 
+_RECORDER = "_kvcompress_recorder"
+
+
+def _init_stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        additional = vllm_config.additional_config
+        if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+            return
+        setting = _server_setting(json.dumps(additional[CONFIG_KEY]))
+        model = vllm_config.model_config
+        groups = layer_groups(model.hf_text_config.num_hidden_layers, setting.layer_groups)
+        recorder = PrometheusRecorder(
+            model.served_model_name,
+            self.engine_indexes,
+            {each.policy.name for each in (setting, *setting.by_task.values())},
+            max(groups) + 1,
+        )
+        setattr(self, _RECORDER, recorder)
+
+    return init
+
+
 def _record(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def record(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
+    def record(
+        self: Any,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int | None = None,
+    ) -> Any:
         payload = getattr(scheduler_stats, "kv_connector_stats", None)
         if payload and STATS_KEY in payload:
             # Taken out: vLLM's own loggers expect a KV connector's statistics here.
             scheduler_stats.kv_connector_stats = None
-            recorder().record(payload[STATS_KEY])
-        return original(self, scheduler_stats, *args, **kwargs)
+            getattr(self, _RECORDER).record(payload[STATS_KEY], engine_idx or 0)
+        return original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     return record
 
@@ -334,8 +373,14 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "vllm.v1.metrics.loggers:StatLoggerManager.record",
         "the entry point for stat loggers switches statistics on for servers that turned them off",
-        ("self", "scheduler_stats"),
+        ("self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
         _record,
+    ),
+    Hook(
+        "vllm.v1.metrics.loggers:StatLoggerManager.__init__",
+        "our counters must be there before the first event, and after vLLM has dropped old ones",
+        ("self", "vllm_config", "engine_idxs"),
+        _init_stat_loggers,
     ),
 )
 

@@ -9,12 +9,12 @@ from typing import Any
 from vllm_kvcompress.evaluation.engine import Engine
 
 MAX_STEP_SECONDS = 60
-MAX_STALLED_STEPS = 300
+MAX_STALLED_STEPS = 60
 """Steps in which no request at all gets further."""
-MAX_STARVED_STEPS = 3000
+MAX_STARVED_STEPS = 2000
 """Steps in which one request gets no further while others do: more than all others together
 need if they run one after another."""
-MAX_STUCK_STEPS = 600
+MAX_STUCK_STEPS = 150
 """The same for a request that is running: being computed again after preemptions included."""
 _OURS = "vllm_kvcompress"
 

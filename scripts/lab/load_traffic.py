@@ -18,6 +18,8 @@ from vllm_kvcompress.settings import CompressionConfig
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 2048
 MAX_OUTPUT = 200
+SAMPLED = 0.08
+"""Share of requests with a temperature: on CPU a drawn token costs as much as ten greedy ones."""
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -98,12 +100,20 @@ class Traffic:
         The engine's, against which presets are checked.
     setting : mapping
         The server's setting.
+    max_output : int
+        Most tokens a request generates.
     """
 
-    def __init__(self, rng: random.Random, vllm_config: Any, setting: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        vllm_config: Any,
+        setting: Mapping[str, Any],
+        max_output: int = MAX_OUTPUT,
+    ) -> None:
         server = parse_config(setting)
         assert server is not None
-        self.rng, self.server = rng, server
+        self.rng, self.server, self.max_output = rng, server, max_output
         self.presets = accepted_presets(server, vllm_config)
         self.prefixes = [self._tokens(MAX_MODEL_LEN) for _ in range(NUM_PREFIXES)]
         self.earlier: list[list[int]] = []
@@ -114,16 +124,16 @@ class Traffic:
         rng = self.rng
         prompt = self._prompt()
         xargs = self._xargs(len(prompt))
-        sampling: dict[str, Any] = {
-            "temperature": rng.choice([0.0, 0.0, 1.0]),
-            "max_tokens": rng.choice([1, 2, rng.randint(3, 40), rng.randint(41, MAX_OUTPUT)]),
-            "n": rng.choice([1] * 8 + [2, 3]),
-            "ignore_eos": True,
-            "extra_args": xargs or None,
-        }
-        if sampling["temperature"] or sampling["n"] > 1:
+        few, many = min(40, self.max_output), self.max_output
+        num_output = rng.choice(
+            [1, 2, rng.randint(3, few), rng.randint(3, few), rng.randint(few, many)]
+        )
+        sampling: dict[str, Any] = {"max_tokens": num_output, "temperature": 0.0, "n": 1}
+        if rng.random() < SAMPLED:
             # Without a seed of its own a request draws from a generator that all share.
             sampling |= {"temperature": 1.0, "seed": rng.randrange(2**31)}
+            sampling |= {"n": rng.choice([1, 2, 3]), "max_tokens": min(num_output, 24)}
+        sampling |= {"ignore_eos": True, "extra_args": xargs or None}
         self.count += 1
         return Arrival(f"load-{self.count}", prompt, sampling, rng.choice(FATES))
 

@@ -28,7 +28,7 @@ from load_checks import (
     num_missing,
     step_limit,
 )
-from load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MODES, Arrival, Traffic
+from load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, Traffic
 
 from vllm_kvcompress.evaluation.engine import Engine, Result
 
@@ -54,6 +54,8 @@ class Load:
         Most running requests; None lets the seed choose.
     async_scheduling : bool
         Schedule one step ahead.
+    max_output : int
+        Most tokens a request generates.
     """
 
     mode: str
@@ -61,6 +63,7 @@ class Load:
     pool: float = 1.2
     max_num_seqs: int | None = None
     async_scheduling: bool = False
+    max_output: int = MAX_OUTPUT
 
     @property
     def command(self) -> str:
@@ -69,6 +72,8 @@ class Load:
         words += ["--pool", f"{self.pool:g}"]
         if self.max_num_seqs is not None:
             words += ["--max-num-seqs", str(self.max_num_seqs)]
+        if self.max_output != MAX_OUTPUT:
+            words += ["--max-output", str(self.max_output)]
         return " ".join(words + ["--async-scheduling"] * self.async_scheduling)
 
 
@@ -117,7 +122,8 @@ class Run:
         self.engine, self.load = engine, load
         self.rng = random.Random(load.seed)
         mode = MODES[load.mode]
-        self.traffic = Traffic(self.rng, engine.engine.vllm_config, mode.setting)
+        config = engine.engine.vllm_config
+        self.traffic = Traffic(self.rng, config, mode.setting, load.max_output)
         self.progress = Progress()
         self.arrivals: dict[str, Arrival] = {}
         self.names: set[str] = set()
@@ -256,11 +262,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=float, default=1.2, help="in requests of longest length")
     parser.add_argument("--max-num-seqs", type=int, help="default: the seed chooses")
+    parser.add_argument("--max-output", type=int, default=MAX_OUTPUT, help="tokens per request")
     parser.add_argument("--async-scheduling", action="store_true")
     parser.add_argument("--json", type=Path, help="file for the report")
     args = parser.parse_args()
     seconds = args.seconds if args.seconds or args.steps else 600.0
-    load = Load(args.mode, args.seed, args.pool, args.max_num_seqs, args.async_scheduling)
+    load = Load(
+        args.mode, args.seed, args.pool, args.max_num_seqs, args.async_scheduling, args.max_output
+    )  # fmt: skip
     with opened(load) as engine, Bar() as bar:
         task = bar.add_task(load.mode, total=args.steps or seconds)
 

@@ -88,7 +88,8 @@ def test_streaming_llm_is_wrong_where_the_number_is_not_kept(engine, samples, pr
 
 def test_blocks_held_and_freed_are_exactly_the_planned_ones(engine, prompts) -> None:
     prompt = [7 + token % 1000 for token in prompts[0]]  # not in the prefix cache
-    freed = engine.scheduler.stats.blocks_freed.get("keydiff", 0)
+    stats = engine.scheduler.stats
+    taken, returned = stats.blocks_taken.get("keydiff", 0), stats.blocks_returned.get("keydiff", 0)
     engine.add("r", prompt, 60, {"kv_compression": "keydiff", "kv_budget_tokens": 300})
     config = parse_config({"preset": "keydiff", "budget": {"tokens": 300}})
     lengths = compaction_lengths(len(prompt), config, 4, 32)
@@ -108,7 +109,9 @@ def test_blocks_held_and_freed_are_exactly_the_planned_ones(engine, prompts) -> 
             assert len({block.block_id for block in blocks}) == len(blocks)
     assert committed
     saved = sum(each.evicted // 32 for each in lengths)
-    assert engine.scheduler.stats.blocks_freed["keydiff"] - freed == saved
+    taken = stats.blocks_taken["keydiff"] - taken
+    assert taken == sum(each.kept_len // 32 for each in lengths)
+    assert stats.blocks_returned["keydiff"] - returned - taken == saved
     assert (lengths[0].region_len - lengths[0].kept_len) // 32 * 4 == saved
 
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from vllm_kvcompress.evaluation.tasks.needle import is_right
+from vllm_kvcompress.prometheus import COUNTERS
 
 pytestmark = pytest.mark.engine
 
@@ -23,6 +24,7 @@ VLLM = Path(sys.executable).parent / "vllm"
 OPTIONS = [
     *["--max-model-len", "4096", "--kv-cache-memory-bytes", "67108864", "--max-num-seqs", "4"],
 ]
+COUNTED = ("requests_total", "compactions_total", "blocks_taken_total", "blocks_returned_total")
 
 
 @dataclass
@@ -102,6 +104,20 @@ def test_one_line_at_start_up_says_what_it_saves(server: Server) -> None:
         assert words in lines[0]
 
 
+def test_every_family_is_there_from_the_start(server: Server) -> None:
+    """Runs before the first request that compresses; vLLM's own labels are on every sample."""
+    text = httpx.get(f"{server.url}/metrics", timeout=30).text
+    for name, family in COUNTERS.items():
+        samples = re.findall(rf"^vllm:kv_compression_{name}_total(\{{.*\}}) (\S+)$", text, re.M)
+        assert samples, name
+        for labels, value in samples:
+            assert 'model_name="probe"' in labels and 'engine="0"' in labels
+            assert all(f'{label}="' in labels for label in family.labels)
+            assert float(value) == 0, (name, labels)
+    for name in ("kept_ratio", "time_seconds"):
+        assert re.search(rf'^vllm:kv_compression_{name}_count\{{.*engine="0".*\}} 0.0$', text, re.M)
+
+
 def test_answers_and_counts(server: Server, samples) -> None:
     sample = samples[4]
     before = server.metric("vllm:kv_compression_requests_total", policy="windowkv")
@@ -109,11 +125,10 @@ def test_answers_and_counts(server: Server, samples) -> None:
     assert response.status_code == 200
     assert is_right(response.json()["choices"][0]["text"], sample.answer)
     counted = {
-        name: server.metric(f"vllm:kv_compression_{name}", policy="windowkv")
-        for name in ("requests_total", "compactions_total", "blocks_freed_total")
+        name: server.metric(f"vllm:kv_compression_{name}", policy="windowkv") for name in COUNTED
     }
     assert counted["requests_total"] == before + 1
-    assert counted["blocks_freed_total"] > 0
+    assert counted["blocks_returned_total"] > counted["blocks_taken_total"] > 0
     at_the_end = server.metric("vllm:kv_compression_compactions_total", trigger="prompt")
     assert at_the_end == counted["compactions_total"]
     assert server.metric("vllm:kv_compression_tasks_total", decided_by="classifier") >= 1

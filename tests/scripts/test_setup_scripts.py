@@ -159,10 +159,10 @@ vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 # HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="32",kv_cache_memory_bytes="1024",num_gpu_blocks="129"} 1.0
-# HELP vllm:kv_compression_blocks_freed_total KV cache blocks given back to the pool.
-# TYPE vllm:kv_compression_blocks_freed_total counter
-vllm:kv_compression_blocks_freed_total{policy="windowkv"} 220.0
-vllm:kv_compression_blocks_freed_total{policy="snapkv"} 3.0
+# HELP vllm:kv_compression_blocks_returned_total KV cache blocks that the pool got back.
+# TYPE vllm:kv_compression_blocks_returned_total counter
+vllm:kv_compression_blocks_returned_total{engine="0",model_name="m",policy="windowkv"} 220.0
+vllm:kv_compression_blocks_returned_total{engine="0",model_name="m",policy="snapkv"} 3.0
 # HELP vllm:kv_compression_tokens_evicted_total Prompt tokens evicted, per layer group.
 # TYPE vllm:kv_compression_tokens_evicted_total counter
 vllm:kv_compression_tokens_evicted_total{layer_group="10",policy="windowkv"} 80.0
@@ -188,7 +188,7 @@ ROW = demo.Row(
 
 def test_metrics_are_read():
     samples = demo.parse_metrics(METRICS)
-    assert demo.total(samples, "vllm:kv_compression_blocks_freed_total") == 223
+    assert demo.total(samples, "vllm:kv_compression_blocks_returned_total") == 223
     assert demo.total(samples, "vllm:no_such_metric") == 0
     assert demo.blocks_held(samples) == 32  # a quarter of 128: the null block does not count
     assert demo.block_bytes(samples) == 1024 / 129

@@ -27,7 +27,8 @@ COUNTERS = {
     "compactions": "vllm:kv_compression_compactions_total",
     "deferrals": "vllm:kv_compression_deferrals_total",
     "uncompressed_requests": "vllm:kv_compression_uncompressed_requests_total",
-    "blocks_freed": "vllm:kv_compression_blocks_freed_total",
+    "blocks_taken": "vllm:kv_compression_blocks_taken_total",
+    "blocks_returned": "vllm:kv_compression_blocks_returned_total",
     "compaction_seconds": "vllm:kv_compression_time_seconds_sum",
 }
 

@@ -42,7 +42,8 @@ UNITS = {
     "compactions": "count",
     "deferrals": "engine steps",
     "uncompressed_requests": "count",
-    "blocks_freed": "blocks",
+    "blocks_taken": "blocks",
+    "blocks_returned": "blocks",
     "compaction_seconds": "s",
 }
 HEADERS = {

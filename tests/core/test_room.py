@@ -1,0 +1,219 @@
+"""What a compaction gains, what is kept free for it, and what gives way: vLLM's real block pool."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.core.test_block_manager import BLOCK, fill, manager
+from vllm_kvcompress.core.room import RESERVED_STEPS, Room
+from vllm_kvcompress.plans import GroupLengths
+
+
+class Pool:
+    """One KV cache group over 64 blocks; requests that may share their first blocks."""
+
+    def __init__(self, num_blocks: int = 65) -> None:
+        self.books = manager(num_blocks)
+        self.views_left = 0
+        self.room = Room([self.books], [0], self.books.block_pool, 4096, self.give_up)
+
+    def add(
+        self, name: str, num_blocks: int, shares: str | None = None, num_shared: int = 0
+    ) -> None:
+        if shares is not None:
+            hits = self.books.req_to_blocks[shares][:num_shared]
+            self.books.block_pool.touch(hits)
+            self.books.req_to_blocks[name] = list(hits)
+        fill(self.books, name, num_blocks * BLOCK)
+
+    def free(self, name: str) -> None:
+        self.books.free(name)
+        self.room.note_change(name)
+
+    def give_up(self) -> bool:
+        for name in reversed(self.books.views):
+            return self.books.give_up_view(name) > 0
+        return False
+
+    def take_view(self, name: str, num_blocks: int) -> None:
+        self.books.views[name] = self.books.block_pool.get_new_blocks(num_blocks)
+
+
+def due(num_blocks: int, num_kept: int) -> list[GroupLengths | None]:
+    return [GroupLengths(num_blocks * BLOCK, num_kept * BLOCK)]
+
+
+# --- what a compaction gains --------------------------------------------------------------
+
+
+def test_private_blocks_are_worth_it() -> None:
+    pool = Pool()
+    pool.add("r", 10)
+    assert pool.room.worthwhile({"r": due(10, 9)}) == {"r"}
+
+
+def test_blocks_that_stay_with_others_are_not() -> None:
+    pool = Pool()
+    pool.add("other", 10)
+    pool.add("r", 12, "other", 10)
+    assert pool.room.worthwhile({"r": due(12, 3)}) == set(), "2 come free, 3 are taken"
+    pool.room.note_change()
+    assert pool.room.worthwhile({"r": due(12, 1)}) == {"r"}, "1 is taken"
+
+
+def test_siblings_are_compacted_together_where_that_gains() -> None:
+    pool = Pool()
+    for name in "abc":
+        pool.add(name, 10, None if name == "a" else "a", 10)
+    lengths = {name: due(10, 3) for name in "abc"}
+    assert pool.room.worthwhile({"a": due(10, 3), "b": due(10, 3)}) == set(), "c holds all of them"
+    assert pool.room.worthwhile(lengths) == set("abc"), "10 come free, 9 are taken"
+    pool.room.note_change()
+    assert pool.room.worthwhile({name: due(10, 4) for name in "abc"}) == set(), "12 are taken"
+
+
+def test_siblings_need_room_for_all() -> None:
+    pool = Pool(1 + 10 + 5)
+    pool.add("a", 10)
+    pool.add("b", 10, "a", 10)
+    assert pool.room.worthwhile({"a": due(10, 3), "b": due(10, 3)}) == set()
+    pool.room.note_change()
+    assert pool.room.worthwhile({"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}
+
+
+def test_what_some_free_anyway_does_not_speak_for_others() -> None:
+    """a and b are worth it alone; the blocks that only they share are no gain of c's."""
+    pool = Pool(1 + 100)
+    pool.add("a", 20)
+    pool.add("b", 25, "a", 5)
+    pool.books.block_pool.touch(shared := pool.books.req_to_blocks["a"][4:5])
+    pool.books.req_to_blocks["c"] = list(shared)
+    lengths = {"a": due(20, 2), "b": due(25, 2), "c": due(1, 1)}
+    assert pool.room.worthwhile(lengths) == {"a", "b"}
+
+
+def test_a_declined_compaction_is_looked_at_again_when_an_owner_goes() -> None:
+    pool = Pool()
+    pool.add("other", 10)
+    pool.add("r", 10, "other", 10)
+    lengths = {"r": due(10, 3)}
+    for _ in range(3):
+        assert pool.room.worthwhile(lengths) == set()
+    pool.free("other")
+    assert pool.room.worthwhile(lengths) == {"r"}
+    pool.free("r")
+    assert not pool.room._declined, "nothing is left behind"
+
+
+def test_a_declined_compaction_is_looked_at_again_when_it_has_grown() -> None:
+    pool = Pool()
+    pool.add("other", 10)
+    pool.add("r", 12, "other", 10)
+    assert pool.room.worthwhile({"r": due(12, 3)}) == set()
+    fill(pool.books, "r", 20 * BLOCK)
+    assert pool.room.worthwhile({"r": due(20, 3)}) == {"r"}
+
+
+# --- what is kept free --------------------------------------------------------------------
+
+
+def test_blocks_are_reserved_by_turns() -> None:
+    pool = Pool()
+    pool.add("r", 10)
+    reserved = []
+    for waited in range(4 * RESERVED_STEPS):
+        pool.room.reserve([("r", due(10, 3), waited)])
+        reserved.append(pool.room.num_reserved)
+    assert reserved[:RESERVED_STEPS] == [3] * RESERVED_STEPS
+    assert reserved[RESERVED_STEPS : 2 * RESERVED_STEPS] == [0] * RESERVED_STEPS
+    assert reserved[2 * RESERVED_STEPS] == 3
+    pool.room.reserve([])
+    assert pool.room.num_reserved == 0
+
+
+def test_nothing_is_reserved_for_what_can_never_be() -> None:
+    pool = Pool(1 + 12)
+    pool.add("r", 10)
+    pool.room.reserve([("r", due(10, 3), 1)])
+    assert pool.room.num_reserved == 0, "10 held and 3 taken are more than the pool's 12"
+    pool.room.reserve([("r", due(10, 2), 1)])
+    assert pool.room.num_reserved == 2
+
+
+# --- admission and what gives way ---------------------------------------------------------
+
+
+def request(name: str, num_tokens: int, status: RequestStatus, computed: int = 0) -> Any:
+    return SimpleNamespace(
+        request_id=name, num_tokens=num_tokens, num_computed_tokens=computed, status=status
+    )
+
+
+class Host:
+    """What vLLM's allocate_slots does, as far as `Room` is concerned: all or nothing."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.calls = 0
+
+    def __call__(self, request: Any, num_new_tokens: int, **options: Any) -> list | None:
+        self.calls += 1
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        missing = self.pool.room.num_growth(request.request_id, num_tokens)
+        if missing > self.pool.room.num_free:
+            return None
+        return self.pool.books.allocate_new_blocks(request.request_id, num_tokens, num_tokens)
+
+
+def test_a_waiting_request_leaves_what_is_reserved() -> None:
+    pool = Pool(1 + 20)
+    pool.add("r", 10)
+    pool.room.reserve([("r", due(10, 5), 1)])
+    host = Host(pool)
+    new = request("new", 6 * BLOCK, RequestStatus.WAITING)
+    options = {"full_sequence_must_fit": True}
+    assert pool.room.allocate(host, new, 2 * BLOCK, **options) is None, "6 + 5 of 10 in the end"
+    assert host.calls == 0
+    new.num_tokens = 5 * BLOCK
+    assert len(pool.room.allocate(host, new, 2 * BLOCK, **options)) == 2
+
+
+def test_a_running_request_takes_what_is_reserved() -> None:
+    pool = Pool(1 + 12)
+    pool.add("r", 10)
+    pool.room.num_reserved = 2
+    running = request("r", 12 * BLOCK, RequestStatus.RUNNING, 10 * BLOCK)
+    assert len(pool.room.allocate(Host(pool), running, 2 * BLOCK)) == 2
+
+
+@pytest.mark.parametrize("status", [RequestStatus.RUNNING, RequestStatus.WAITING])
+def test_views_give_way_newest_first_and_no_more_than_needed(status: RequestStatus) -> None:
+    pool = Pool(1 + 30)
+    pool.add("a", 10)
+    pool.add("b", 5)
+    pool.take_view("a", 6)
+    pool.take_view("b", 6)
+    assert pool.room.num_free == 3
+    new = request("new", 8 * BLOCK, status)
+    assert len(pool.room.allocate(Host(pool), new, 8 * BLOCK)) == 8
+    assert list(pool.books.views) == ["a"]
+    pool.books.check_integrity()
+
+
+def test_views_stay_where_giving_them_up_would_not_help() -> None:
+    pool = Pool(1 + 20)
+    pool.add("a", 10)
+    pool.take_view("a", 6)
+    new = request("new", 11 * BLOCK, RequestStatus.WAITING)
+    assert pool.room.allocate(Host(pool), new, 11 * BLOCK) is None
+    assert list(pool.books.views) == ["a"]
+
+
+def test_a_view_gives_way_to_an_eviction() -> None:
+    pool = Pool(1 + 20)
+    pool.add("a", 10)
+    pool.take_view("a", 6)
+    assert not pool.room.make_free(11)
+    assert pool.room.make_free(9) and not pool.books.views

@@ -1,0 +1,93 @@
+"""Small pools: views are given back before anybody waits, and no compaction starves."""
+
+import pytest
+
+from tests.e2e.conftest import assert_idle, opened
+from vllm_kvcompress.evaluation.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+LONG = [5 + (i * 7919) % 900 for i in range(1300)]
+DRAFT = {
+    "preset": "snapkv", "mode": "draft", "budget": {"ratio": 0.5}, "draft": {"tokens": 3}
+}  # fmt: skip
+DRAFT_OVER_EVICTED = {
+    "preset": "snapkv", "budget": {"ratio": 0.5}, "draft": {"tokens": 3, "budget": {"ratio": 0.25}}
+}  # fmt: skip
+
+
+def serve(engine: Engine) -> tuple[int, dict[str, list[int]]]:
+    """Steps and tokens of a long request beside short ones that come later."""
+    engine.add("long", LONG, 500, ignore_eos=True)
+    engine.add("short", LONG[:100], 5, ignore_eos=True)
+    for step in range(3000):
+        if not engine.engine.has_unfinished_requests():
+            break
+        if step in (5, 40, 200):
+            engine.add(f"late-{step}", LONG[100 : 500 + step], 40, ignore_eos=True)
+        engine.step()
+        if hasattr(engine.scheduler, "check_integrity"):
+            engine.scheduler.check_integrity()
+    assert all(result.finished for result in engine.results.values())
+    return step, {name: result.token_ids for name, result in engine.results.items()}
+
+
+@pytest.mark.parametrize("num_blocks", [58, 66, 80])
+def test_views_never_cost_steps(probe_model: str, num_blocks: int) -> None:
+    """A cache and its view above the pool once preempted themselves for ever.
+
+    57 blocks are just enough for the long request alone.
+    """
+    options = {
+        "max_model_len": 1824, "num_blocks": num_blocks, "max_num_batched_tokens": 2048
+    }  # fmt: skip
+    with opened(probe_model, None, **options) as engine:
+        stock_steps, expected = serve(engine)
+    with opened(probe_model, DRAFT, **options) as engine:
+        steps, tokens = serve(engine)
+        stats = engine.scheduler.stats
+        assert tokens == expected, "draft mode is lossless"
+        assert steps <= stock_steps, stats
+        if num_blocks < 80:
+            assert stats.views_given_up or not stats.views
+        assert_idle(engine)
+
+
+def test_a_view_over_an_evicted_cache_gives_way_too(probe_model: str) -> None:
+    options = {"max_model_len": 1824, "num_blocks": 66, "max_num_batched_tokens": 2048}
+    with opened(probe_model, None, **options) as engine:
+        stock_steps, _ = serve(engine)
+    with opened(probe_model, DRAFT_OVER_EVICTED, **options) as engine:
+        steps, _ = serve(engine)
+        assert steps <= stock_steps
+        assert_idle(engine)
+
+
+def test_a_due_compaction_gets_its_blocks_under_sustained_load(probe_model: str) -> None:
+    """It needs 6 blocks, up to 18 come free at a time, and waiting prompts once took them all."""
+    setting = {"preset": "snapkv", "budget": {"ratio": 0.12}, "min_prompt_len": 512}
+    options = {"max_model_len": 2048, "num_blocks": 67, "max_num_batched_tokens": 2048}
+    with opened(probe_model, setting, max_num_seqs=64, **options) as engine:
+        count = 0
+
+        def feed() -> None:
+            nonlocal count
+            while len(engine.scheduler.waiting) < 4:
+                count += 1
+                prompt = [6 + (count * 31 + i * 17) % 900 for i in range(100)]
+                engine.add(f"s{count}", prompt, 25, ignore_eos=True)
+
+        for _ in range(12):
+            feed()
+            engine.step()
+        long = [5 + (i * 7919) % 900 for i in range(1500)]
+        engine.add("long", long, 150, ignore_eos=True)
+        while not engine.results["long"].finished and engine.num_steps < 700:
+            feed()
+            engine.step()
+            engine.scheduler.check_integrity()
+        stats = engine.scheduler.stats
+        assert stats.compactions == {"snapkv/prompt": 1}
+        assert 0 < stats.deferrals <= 64, "there was room at once, or it starved"
+        served = sum(result.finished for result in engine.results.values())
+        assert served > 50, "the others go on meanwhile"

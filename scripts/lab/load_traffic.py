@@ -30,7 +30,7 @@ NUM_PREFIXES = 4
 NUM_REMEMBERED = 12
 """Earlier prompts that may be sent again."""
 
-FATES = ("finish", "finish", "finish", "finish", "prefill", "prompt_end", "decode", "any")
+FATES = (*["finish"] * 6, "prefill", "prompt_end", "decode", "any")
 """When a request is aborted; "any" may be at any step, while it waits too."""
 
 
@@ -125,9 +125,7 @@ class Traffic:
         prompt = self._prompt()
         xargs = self._xargs(len(prompt))
         few, many = min(40, self.max_output), self.max_output
-        num_output = rng.choice(
-            [1, 2, rng.randint(3, few), rng.randint(3, few), rng.randint(few, many)]
-        )
+        num_output = rng.choice([1, rng.randint(2, few), *[rng.randint(few, many)] * 3])
         sampling: dict[str, Any] = {"max_tokens": num_output, "temperature": 0.0, "n": 1}
         if rng.random() < SAMPLED:
             # Without a seed of its own a request draws from a generator that all share.

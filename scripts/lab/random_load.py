@@ -33,8 +33,8 @@ from load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, 
 from vllm_kvcompress.evaluation.engine import Engine, Result
 
 MODEL = Path(__file__).parents[2] / "examples" / "probe-model"
-MAX_IN_FLIGHT = 10
-SEQS = (4, 8, 3)
+MAX_IN_FLIGHT = 16
+SEQS = (8, 16, 4)
 """Values of max_num_seqs; the seed picks one."""
 
 

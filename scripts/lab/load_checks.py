@@ -114,8 +114,9 @@ def check_empty(engine: Engine, names: Set[str]) -> None:
     missing = num_missing(engine)
     if missing:
         raise LoadError(f"left: {missing} blocks are missing")
-    rows = getattr(runner.req_states, "req_id_to_index", {})
-    roots = {"scheduler": scheduler, "runner": runner, "rows": rows}
+    # The speculator names the requests of its last step, until the next one.
+    roots = {"scheduler": scheduler, "model state": runner.model_state}
+    roots |= {"compactor": runner.compactor, "rows": runner.req_states.req_id_to_index}
     roots |= {f"manager {i}": manager for i, manager in enumerate(scheduler._managers)}
     left = [path for name, root in roots.items() for path in _mentions(root, names, name, set())]
     if left:

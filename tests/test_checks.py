@@ -258,6 +258,17 @@ def test_typical_acceptance_and_a_watermark_exclude_each_other(config, monkeypat
     check_setting(parse_config({**typical, "draft": {}}), config)
 
 
+def test_drafts_and_adapters_exclude_each_other(config) -> None:
+    """Tried on a CPU: the first draft step ended the engine."""
+    lora = Overlay(config, {"lora_config": object()})
+    check_setting(parse_config("snapkv"), lora)
+    over_evicted = {"preset": "snapkv", "draft": {"budget": {"ratio": 0.06}}}
+    for setting in ({"preset": "snapkv", "mode": "draft"}, over_evicted):
+        check_setting(parse_config(setting), config)
+        with pytest.raises(ConfigError, match="leave out draft mode.*--enable-lora"):
+            check_setting(parse_config(setting), lora)
+
+
 def rotary(config: Any, kind: str | None) -> Any:
     """The configuration with another rotary embedding, or none."""
     text = vars(config.model_config.hf_text_config) | {

@@ -275,6 +275,11 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             "ranks without drafts would leave the others waiting; leave out draft mode, or "
             "--data-parallel-size."
         )
+    if setting.drafts and vllm_config.lora_config is not None:
+        raise ConfigError(
+            "mode: a draft step has other rows than the step whose adapters LoRA has laid out; "
+            "leave out draft mode and draft.budget, or --enable-lora."
+        )
     if setting.drafts and setting.draft.typical_thresholds and vllm_config.watermark_config:
         raise ConfigError(
             "draft.acceptance: tokens that typical acceptance samples carry no watermark; set "

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
@@ -44,10 +45,15 @@ def find_output_projection(
 ) -> Callable[[], torch.Tensor] | None:
     """A function that returns [num_heads, hidden_size, head_dim]; None if there is no projection.
 
-    Where the weight is a plain matrix it is a view. Where it is packed or quantised (vLLM packs it
-    on CPU), it is read back by projecting unit vectors, anew each time: nothing is kept.
+    With LoRA it is the model's own, without an adapter: policies rank tokens by it, and rank them
+    alike for all adapters. Where the weight is a plain matrix it is a view. Where it is packed or
+    quantised (vLLM packs it on CPU), it is read back by projecting unit vectors, anew each time:
+    nothing is kept.
     """
-    children = _parent(model, layer_name).children()
+    children = [
+        each.base_layer if isinstance(each, BaseLayerWithLoRA) else each
+        for each in _parent(model, layer_name).children()
+    ]
     found = [module for module in children if isinstance(module, RowParallelLinear)]
     if len(found) != 1 or found[0].input_size_per_partition != num_heads * head_dim:
         return None

@@ -26,8 +26,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "preset": "snapkv", "budget": {"ratio": 0.55}, "layer_groups": {"count": 2},
         "layer_budget": {"shape": "preference", "preferences": [1.0, 0.01]},
     },
-    "pyramid": {"preset": "pyramidkv", **FOUR},
-    "windowkv": {"preset": "windowkv"},
     "interval": {"preset": "snapkv", "trigger": "both", "interval": 64, "budget": {"tokens": 256}},
     "one coded": {
         "preset": "spindlekv", "budget": {"ratio": 1.0}, **FOUR,

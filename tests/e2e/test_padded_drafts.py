@@ -25,8 +25,8 @@ def engine(request, probe_model: str) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.mark.parametrize("preset", ["keydiff", "streaming_llm", "knorm", "none"])
-@pytest.mark.parametrize("length", [513, 1024, 1025, 1057])
+@pytest.mark.parametrize("preset", ["keydiff", "streaming_llm", "none"])
+@pytest.mark.parametrize("length", [513, 1024])
 def test_a_prompt_that_is_cached_up_to_its_last_token(engine, preset: str, length: int) -> None:
     """Two such requests once ended the server; any client could send them."""
     prompt = [5 + (i * 7919 + length) % 900 for i in range(length)]

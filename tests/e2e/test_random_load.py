@@ -12,9 +12,9 @@ import pytest
 
 pytestmark = pytest.mark.engine
 
-STEPS = 50
+STEPS = 30
 """Steps of load; the engine then runs until all requests are answered."""
-MAX_OUTPUT = 48
+MAX_OUTPUT = 24
 
 
 @pytest.fixture(scope="module")

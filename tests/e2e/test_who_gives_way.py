@@ -88,4 +88,4 @@ def test_a_due_compaction_gets_its_blocks_under_sustained_load(probe_model: str)
         assert stats.compactions == {"snapkv/prompt": 1}
         assert 0 < stats.deferrals <= 64, "there was room at once, or it starved"
         served = sum(result.finished for result in engine.results.values())
-        assert served > 50, "the others go on meanwhile"
+        assert served > 30, "the others go on meanwhile"

@@ -1,5 +1,6 @@
 """The command line of ``vllm serve``: options, overrides, errors before anything is loaded."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -18,6 +19,21 @@ def engine_args(model: str, *options: str) -> Any:
 
 def setting(model: str, *options: str) -> dict[str, Any]:
     return engine_args(model, *options).additional_config["kv_compression"]
+
+
+def test_processes_that_read_the_arguments_without_plugins_see_the_setting(
+    probe_model: str,
+) -> None:
+    """Those of --api-server-count build engine arguments before vLLM loads plugins there."""
+    install_hooks()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", probe_model, "--kv-compression", "snapkv"])
+    first = AsyncEngineArgs.from_cli_args(args)
+    args = pickle.loads(pickle.dumps(args))
+    host_function = AsyncEngineArgs.from_cli_args.__wrapped__
+    for again in (host_function(AsyncEngineArgs, args), AsyncEngineArgs.from_cli_args(args)):
+        assert again.additional_config == first.additional_config
+        assert again.additional_config["kv_compression"]["policy"]["name"] == "snapkv"
 
 
 def test_off_by_default_and_with_none(probe_model: str) -> None:
@@ -137,6 +153,21 @@ def test_draft_mode(probe_model: str) -> None:
         (
             ["--kv-compression", "snapkv", "--kv-draft-tokens", "4"],
             ["--kv-draft-tokens", "nothing is drafted", "--kv-compression-mode draft"],
+        ),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-mode", "draft"]
+            + ["--kv-compression-config", '{"mode": "evict"}'],
+            ["--kv-compression-mode", "--kv-compression-config", "mode", "keep one"],
+        ),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-mode", "draft"]
+            + ["--kv-draft-tokens", "2", "--kv-compression-config.draft.tokens=3"],
+            ["--kv-draft-tokens", "--kv-compression-config", "tokens", "keep one"],
+        ),
+        (
+            ["--kv-compression", "snapkv", "--kv-compression-mode", "draft"]
+            + ["--kv-draft-tokens", "2", "--kv-compression-config", '{"draft": 3}'],
+            ["draft", "3"],
         ),
     ],
 )

@@ -11,12 +11,15 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from vllm.logger import init_logger
 
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_config, check_setting
 from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.merging import merge_fields
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE
 from vllm_kvcompress.metrics import STATS_KEY
 from vllm_kvcompress.prometheus import PrometheusRecorder
@@ -26,7 +29,9 @@ from vllm_kvcompress.request_options import (
     named_config,
     parse_request,
 )
-from vllm_kvcompress.settings import CompressionConfig, merge_fields
+from vllm_kvcompress.settings import CompressionConfig
+
+logger = init_logger(f"vllm.{__name__}")
 
 _MARK = "_kvcompress_wrapped"
 _FROM_CLI = "_kvcompress_from_cli"
@@ -125,11 +130,11 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
-def _exit_with(error: Exception) -> None:
+def _exit_with(error: Exception) -> NoReturn:
     sys.exit(f"vllm: error: {error}")
 
 
-def _with_mode(overrides: Any, args: Any, preset: str) -> Any:
+def _with_mode(overrides: dict[str, Any] | None, args: Any, preset: str) -> dict[str, Any] | None:
     """Overrides with what --kv-compression-mode and --kv-draft-tokens lay over them."""
     mode = getattr(args, "kv_compression_mode", None)
     tokens = getattr(args, "kv_draft_tokens", None)
@@ -138,35 +143,57 @@ def _with_mode(overrides: Any, args: Any, preset: str) -> Any:
     option = "--kv-compression-mode" if mode is not None else "--kv-draft-tokens"
     if preset == NONE:
         raise ConfigError(f"{option}: needs --kv-compression PRESET, whose budget a view has.")
-    fields: dict[str, Any] = {} if mode is None else {"mode": mode}
+    overrides = overrides or {}
+    fields: dict[str, Any] = {}
+    if mode is not None:
+        _refuse_twice(option, "mode", overrides)
+        fields["mode"] = mode
     if tokens is not None:
+        draft = overrides.get("draft", {})
+        if not isinstance(draft, dict):
+            return overrides  # refused with the rest
+        _refuse_twice("--kv-draft-tokens", "tokens", draft)
         fields["draft"] = {"tokens": tokens}
-    return merge_fields(overrides or {}, fields)
+    return merge_fields(overrides, fields)
+
+
+def _refuse_twice(option: str, name: str, fields: dict[str, Any]) -> None:
+    if name in fields:
+        raise ConfigError(f"{option}: --kv-compression-config sets {name}, too; keep one of them.")
+
+
+def _move_to_additional_config(args: Any) -> None:
+    """Turn our options into a field of vLLM's own --additional-config, and take them out.
+
+    The arguments go on to the processes of --api-server-count, which read them before they load
+    plugins: there nobody would look at options of ours.
+    """
+    preset = getattr(args, "kv_compression", NONE)
+    text = getattr(args, "kv_compression_config", None)
+    try:
+        overrides = parse_json(text) if isinstance(text, str) else text
+        config = parse_config(preset, _with_mode(overrides, args, preset))
+        if config is None:
+            return
+        additional = dict(args.additional_config or {})
+        if CONFIG_KEY in additional:
+            raise ConfigError(
+                "--kv-compression and --additional-config both set kv_compression: "
+                "keep one of the two."
+            )
+    except ConfigError as error:
+        _exit_with(error)
+    args.additional_config = {**additional, CONFIG_KEY: config.to_dict()}
+    args.kv_compression = NONE
+    args.kv_compression_config = args.kv_compression_mode = args.kv_draft_tokens = None
 
 
 def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
+        _move_to_additional_config(args)
         engine_args = original(cls, args)
         setattr(engine_args, _FROM_CLI, True)
-        preset = getattr(args, "kv_compression", NONE)
-        text = getattr(args, "kv_compression_config", None)
-        try:
-            overrides = parse_json(text) if isinstance(text, str) else text
-            overrides = _with_mode(overrides, args, preset)
-            config = parse_config(preset, overrides)
-        except ConfigError as error:
-            _exit_with(error)
-        if config is not None:
-            additional = dict(engine_args.additional_config or {})
-            if CONFIG_KEY in additional:
-                _exit_with(
-                    ConfigError(
-                        "--kv-compression and --additional-config both set kv_compression: "
-                        "keep one of the two."
-                    )
-                )
-            engine_args.additional_config = {**additional, CONFIG_KEY: config.to_dict()}
         return engine_args
 
     return from_cli_args
@@ -333,7 +360,11 @@ def _record(original: Callable[..., Any]) -> Callable[..., Any]:
         if payload and STATS_KEY in payload:
             # Taken out: vLLM's own loggers expect a KV connector's statistics here.
             scheduler_stats.kv_connector_stats = None
-            getattr(self, _RECORDER).record(payload[STATS_KEY], engine_idx or 0)
+            recorder = getattr(self, _RECORDER, None)
+            if recorder is None:  # must not end the server for it
+                logger.warning_once("No metrics of KV compression: this process has no setting.")
+            else:
+                recorder.record(payload[STATS_KEY], engine_idx or 0)
         return original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     return record

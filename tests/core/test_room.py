@@ -45,22 +45,28 @@ def due(num_blocks: int, num_kept: int) -> list[GroupLengths | None]:
     return [GroupLengths(num_blocks * BLOCK, num_kept * BLOCK)]
 
 
+def worth(pool: Pool, due: dict[str, Any]) -> set[str]:
+    """Those that are compacted now."""
+    chosen, _ = pool.room.worthwhile(due)
+    return chosen
+
+
 # --- what a compaction gains --------------------------------------------------------------
 
 
 def test_private_blocks_are_worth_it() -> None:
     pool = Pool()
     pool.add("r", 10)
-    assert pool.room.worthwhile({"r": due(10, 9)}) == {"r"}
+    assert worth(pool, {"r": due(10, 9)}) == {"r"}
 
 
 def test_blocks_that_stay_with_others_are_not() -> None:
     pool = Pool()
     pool.add("other", 10)
     pool.add("r", 12, "other", 10)
-    assert pool.room.worthwhile({"r": due(12, 3)}) == set(), "2 come free, 3 are taken"
+    assert worth(pool, {"r": due(12, 3)}) == set(), "2 come free, 3 are taken"
     pool.room.note_change()
-    assert pool.room.worthwhile({"r": due(12, 1)}) == {"r"}, "1 is taken"
+    assert worth(pool, {"r": due(12, 1)}) == {"r"}, "1 is taken"
 
 
 def test_siblings_are_compacted_together_where_that_gains() -> None:
@@ -68,19 +74,25 @@ def test_siblings_are_compacted_together_where_that_gains() -> None:
     for name in "abc":
         pool.add(name, 10, None if name == "a" else "a", 10)
     lengths = {name: due(10, 3) for name in "abc"}
-    assert pool.room.worthwhile({"a": due(10, 3), "b": due(10, 3)}) == set(), "c holds all of them"
-    assert pool.room.worthwhile(lengths) == set("abc"), "10 come free, 9 are taken"
+    assert worth(pool, {"a": due(10, 3), "b": due(10, 3)}) == set(), "c holds all of them"
+    assert worth(pool, lengths) == set("abc"), "10 come free, 9 are taken"
     pool.room.note_change()
-    assert pool.room.worthwhile({name: due(10, 4) for name in "abc"}) == set(), "12 are taken"
+    assert worth(pool, {name: due(10, 4) for name in "abc"}) == set(), "12 are taken"
 
 
 def test_siblings_need_room_for_all() -> None:
     pool = Pool(1 + 10 + 5)
     pool.add("a", 10)
     pool.add("b", 10, "a", 10)
-    assert pool.room.worthwhile({"a": due(10, 3), "b": due(10, 3)}) == set()
-    pool.room.note_change()
-    assert pool.room.worthwhile({"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}
+    both = {"a": due(10, 3), "b": due(10, 3)}
+    pool.take_view("a", 1)
+    for _ in range(2):
+        assert pool.room.worthwhile(both) == (set(), {"a", "b"}), "6 are taken, 4 are free"
+    assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}
+    pool.add("other", 1)
+    assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == set()
+    pool.give_up()
+    assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}, "no owner has changed"
 
 
 def test_what_some_free_anyway_does_not_speak_for_others() -> None:
@@ -91,7 +103,7 @@ def test_what_some_free_anyway_does_not_speak_for_others() -> None:
     pool.books.block_pool.touch(shared := pool.books.req_to_blocks["a"][4:5])
     pool.books.req_to_blocks["c"] = list(shared)
     lengths = {"a": due(20, 2), "b": due(25, 2), "c": due(1, 1)}
-    assert pool.room.worthwhile(lengths) == {"a", "b"}
+    assert worth(pool, lengths) == {"a", "b"}
 
 
 def test_a_declined_compaction_is_looked_at_again_when_an_owner_goes() -> None:
@@ -100,9 +112,9 @@ def test_a_declined_compaction_is_looked_at_again_when_an_owner_goes() -> None:
     pool.add("r", 10, "other", 10)
     lengths = {"r": due(10, 3)}
     for _ in range(3):
-        assert pool.room.worthwhile(lengths) == set()
+        assert worth(pool, lengths) == set()
     pool.free("other")
-    assert pool.room.worthwhile(lengths) == {"r"}
+    assert worth(pool, lengths) == {"r"}
     pool.free("r")
     assert not pool.room._declined, "nothing is left behind"
 
@@ -111,9 +123,9 @@ def test_a_declined_compaction_is_looked_at_again_when_it_has_grown() -> None:
     pool = Pool()
     pool.add("other", 10)
     pool.add("r", 12, "other", 10)
-    assert pool.room.worthwhile({"r": due(12, 3)}) == set()
+    assert worth(pool, {"r": due(12, 3)}) == set()
     fill(pool.books, "r", 20 * BLOCK)
-    assert pool.room.worthwhile({"r": due(20, 3)}) == {"r"}
+    assert worth(pool, {"r": due(20, 3)}) == {"r"}
 
 
 # --- what is kept free --------------------------------------------------------------------

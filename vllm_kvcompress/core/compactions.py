@@ -68,12 +68,14 @@ class Compactions:
         """Plans of a step for the requests of it that are due."""
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
         evictions = {name: t.lengths for name, t in tracked.items() if not t.is_view_only}
-        worthwhile = self.room.worthwhile(evictions) if evictions else set()
+        worthwhile, waiting = self.room.worthwhile(evictions) if evictions else (set(), set())
         plans: list[CompactionPlan] = []
         for request in due:
-            each = tracked[request.request_id]
-            each.is_shared = not each.is_view_only and request.request_id not in worthwhile
-            if not each.is_shared:
+            name, each = request.request_id, tracked[request.request_id]
+            each.is_shared = not (each.is_view_only or name in worthwhile or name in waiting)
+            if name in waiting:
+                self._put_off(each)
+            elif not each.is_shared:
                 plans += self._plan_one(request, each)
         self.room.reserve(
             (name, lengths, tracked[name].num_waited)
@@ -95,8 +97,7 @@ class Compactions:
             wanted.pop()
             tracked.view_lengths = []
         if not is_linked and not self._has_room(request, tracked):
-            self.stats.deferrals += 1
-            tracked.num_waited += 1
+            self._put_off(tracked)
             return []
         tracked.state = State.PLANNED
         if len(wanted) > 1 or is_draft:
@@ -106,6 +107,10 @@ class Compactions:
             self._make_plan(request, tracked, lengths, is_view, is_linked)
             for lengths, is_view in wanted
         ]
+
+    def _put_off(self, tracked: TrackedRequest) -> None:
+        self.stats.deferrals += 1
+        tracked.num_waited += 1
 
     def _has_room(self, request: Request, tracked: TrackedRequest) -> bool:
         """Whether there are blocks for a compaction or a view."""

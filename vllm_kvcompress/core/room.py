@@ -102,11 +102,12 @@ class Room:
             for block in manager.req_to_blocks[request_id][: each.region_len // manager.block_size]
         ]
 
-    def worthwhile(self, due: Mapping[str, Lengths]) -> set[str]:
+    def worthwhile(self, due: Mapping[str, Lengths]) -> tuple[set[str], set[str]]:
         """Of the compactions that are due, those that give back more blocks than they take.
 
         Alone, a request gives back the blocks that only it holds. Requests that share blocks and
-        are due together give these back too, if nobody else holds them.
+        are due together give these back too, if nobody else holds them. The second set has those
+        that would, and for which there are too few free blocks to do it together.
         """
         # What decides: who holds which blocks, and how far a region has grown.
         seen = {
@@ -114,13 +115,14 @@ class Room:
             for name, lengths in due.items()
         }
         if all(self._declined.get(name) == state for name, state in seen.items()):
-            return set()
+            return set(), set()
         needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
         sources = {name: self._sources(name, lengths) for name, lengths in due.items()}
         own = {name: sum(b.ref_cnt == 1 for b in blocks) for name, blocks in sources.items()}
         shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
         chosen = {name for name in due if own[name] > needs[name]}
         num_free = self.num_free - sum(needs[name] for name in chosen)
+        waiting: set[str] = set()
         for family in _families(shared):
             alone = family & chosen
             others = family - chosen
@@ -130,12 +132,14 @@ class Room:
             if given > taken and taken <= num_free:
                 num_free -= taken
                 chosen |= others
+            elif given > taken:
+                waiting |= others
         for name, state in seen.items():
-            if name in chosen:
+            if name in chosen or name in waiting:
                 self._declined.pop(name, None)
             else:
                 self._declined[name] = state
-        return chosen
+        return chosen, waiting
 
     # --- what is kept free ----------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""`kvcompress eval`: does a model still answer right under a compressed cache?"""

@@ -43,6 +43,8 @@ setup(
         "eval": [
             "matplotlib>=3.8",  # plots of measurements
             "httpx>=0.27",  # client of the demo and of the HTTP tests
+            "rouge>=1.0",  # ROUGE-L as LongBench computes it
+            "rapidfuzz>=3",  # edit similarity of LongBench's code completion
         ],
         "xformers": ["xformers"],  # outside check of attention over a compacted cache
         "dev": [

@@ -35,6 +35,7 @@ LAYERS = {
     "config": 4,
     "budgets": 4,
     "request_options": 5,
+    "serve_options": 5,
     "policies": 4,
     "messages": 4,
     "sizing": 5,
@@ -44,13 +45,20 @@ LAYERS = {
     "vllm_hooks": 7,
     "plugin": 8,
     "evaluation": 8,
+    "findings": 5,
+    "doctor_savings": 6,
+    "doctor": 8,
     "cli_codebook": 9,
+    "cli_doctor": 9,
+    "cli_eval": 9,
+    "cli_inspect": 9,
     "cli": 10,
 }
 PURE = {"errors", "plans", "registry", "settings", "config", "request_options", "layer_budgets"}
 PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classifier", "sizing"}
 PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
 PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
+PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "doctor_savings", "findings"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -19,6 +19,9 @@ import yaml
 from vllm_kvcompress import __version__
 from vllm_kvcompress.cli_codebook import add_codebook_options, run_codebook
 from vllm_kvcompress.cli_common import at_least, complain, make_table, say, show
+from vllm_kvcompress.cli_doctor import add_doctor_options, run_doctor
+from vllm_kvcompress.cli_eval import add_eval_options, run_eval
+from vllm_kvcompress.cli_inspect import add_inspect_options, run_inspect
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
@@ -337,6 +340,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_plan_options(add("plan", _run_plan, text))
     text = "measure on a model which layers a codebook pays for, and how large it must be"
     add_codebook_options(add("codebook", run_codebook, text))
+    text = "compare a model's answers under compressed caches with those from the whole cache"
+    add_eval_options(add("eval", run_eval, text))
+    text = "show which tokens of a prompt survive, per layer group and KV head"
+    add_inspect_options(add("inspect", run_inspect, text))
+    text = "check this installation, and whether a server would start with a model and a setting"
+    add_doctor_options(add("doctor", run_doctor, text))
     return parser
 
 

@@ -8,18 +8,16 @@ import functools
 import importlib
 import inspect
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from vllm.logger import init_logger
 
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_config, check_setting
-from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, parse_json, preset_names
+from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.merging import merge_fields
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE
 from vllm_kvcompress.metrics import STATS_KEY
 from vllm_kvcompress.prometheus import PrometheusRecorder
@@ -29,6 +27,7 @@ from vllm_kvcompress.request_options import (
     named_config,
     parse_request,
 )
+from vllm_kvcompress.serve_options import exit_with, move_to_additional_config
 from vllm_kvcompress.settings import CompressionConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -130,68 +129,10 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
-def _exit_with(error: Exception) -> NoReturn:
-    sys.exit(f"vllm: error: {error}")
-
-
-def _with_mode(overrides: dict[str, Any] | None, args: Any, preset: str) -> dict[str, Any] | None:
-    """Overrides with what --kv-compression-mode and --kv-draft-tokens lay over them."""
-    mode = getattr(args, "kv_compression_mode", None)
-    tokens = getattr(args, "kv_draft_tokens", None)
-    if mode is None and tokens is None:
-        return overrides
-    option = "--kv-compression-mode" if mode is not None else "--kv-draft-tokens"
-    if preset == NONE:
-        raise ConfigError(f"{option}: needs --kv-compression PRESET, whose budget a view has.")
-    overrides = overrides or {}
-    fields: dict[str, Any] = {}
-    if mode is not None:
-        _refuse_twice(option, "mode", overrides)
-        fields["mode"] = mode
-    if tokens is not None:
-        draft = overrides.get("draft", {})
-        if not isinstance(draft, dict):
-            return overrides  # refused with the rest
-        _refuse_twice("--kv-draft-tokens", "tokens", draft)
-        fields["draft"] = {"tokens": tokens}
-    return merge_fields(overrides, fields)
-
-
-def _refuse_twice(option: str, name: str, fields: dict[str, Any]) -> None:
-    if name in fields:
-        raise ConfigError(f"{option}: --kv-compression-config sets {name}, too; keep one of them.")
-
-
-def _move_to_additional_config(args: Any) -> None:
-    """Turn our options into a field of vLLM's own --additional-config, and take them out.
-
-    The arguments go on to the processes of --api-server-count, which read them before they load
-    plugins: there nobody would look at options of ours.
-    """
-    preset = getattr(args, "kv_compression", NONE)
-    text = getattr(args, "kv_compression_config", None)
-    try:
-        overrides = parse_json(text) if isinstance(text, str) else text
-        config = parse_config(preset, _with_mode(overrides, args, preset))
-        if config is None:
-            return
-        additional = dict(args.additional_config or {})
-        if CONFIG_KEY in additional:
-            raise ConfigError(
-                "--kv-compression and --additional-config both set kv_compression: "
-                "keep one of the two."
-            )
-    except ConfigError as error:
-        _exit_with(error)
-    args.additional_config = {**additional, CONFIG_KEY: config.to_dict()}
-    args.kv_compression = NONE
-    args.kv_compression_config = args.kv_compression_mode = args.kv_draft_tokens = None
-
-
 def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_cli_args(cls: Any, args: Any) -> Any:
-        _move_to_additional_config(args)
+        move_to_additional_config(args)
         engine_args = original(cls, args)
         setattr(engine_args, _FROM_CLI, True)
         return engine_args
@@ -248,7 +189,7 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             check_setting(config, vllm_config)
         except (ConfigError, UnsupportedModelError) as error:
             if getattr(self, _FROM_CLI, False):
-                _exit_with(error)
+                exit_with(error)
             raise
         _install(vllm_config, config)
         return vllm_config

@@ -6,7 +6,9 @@ and queries to the `Compactor`, and decodes over what it kept. ``tests/e2e/test_
 its tokens against the engine's.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,7 @@ from vllm_kvcompress.worker.layout import CacheLayout
 
 ATTENTION = "kvcompress_replay"
 CHUNK = 1024
+_numbers = itertools.count()
 
 
 class _Rows(CacheLayout):
@@ -76,6 +79,7 @@ class _Rows(CacheLayout):
         entries = coded.keys.entries.to(keys.dtype), coded.values.entries.to(keys.dtype)
         stored = CodedTokens.unpack(entries, coded.num_entries, rows, book.num_tokens)
         self.kept, self.num_entries = stored.read(self.prefilled.rotary), coded.num_entries
+        self.positions = coded.positions
 
     def plain(self, cache: torch.Tensor) -> torch.Tensor:
         """There are no blocks."""
@@ -149,22 +153,46 @@ class Replay:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
-        AttentionInterface.register(ATTENTION, self._attend)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        attention = f"{ATTENTION}_{next(_numbers)}"  # one each: several may live in a process
+        AttentionInterface.register(attention, self._attend)
+        AttentionMaskInterface.register(attention, sdpa_mask)
         self.device = torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation=ATTENTION
+            model_dir, dtype=dtype, attn_implementation=attention
         )
         self.model = model.to(self.device).eval()
         self.block_size = block_size
         self.layers = self.model.model.layers
         self.rotary = Rotary(self.model.model.rotary_emb.inv_freq, is_neox=True)
         self._queries: list[torch.Tensor] | None = None
+        self._masks: Sequence[torch.Tensor] | None = None
 
-    def _attend(self, module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
         if self._queries is not None:
             self._queries.append(query[0])
-        return sdpa_attention_forward(module, query, *args, **kwargs)
+        if self._masks is not None:
+            attention_mask = self._masks[module.layer_idx]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    @contextmanager
+    def masked(self, masks: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Attend under these masks, bool [batch, 1, n, cache length] per layer, True is seen.
+
+        Transformers make one mask for all layers, which may hold different numbers of tokens here.
+        """
+        self._masks = masks
+        try:
+            yield
+        finally:
+            self._masks = None
 
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int]) -> Prefilled:
@@ -218,7 +246,7 @@ class Replay:
     ) -> Compressed:
         """The `view`, and what its codebooks hold."""
         cache = DynamicCache(config=self.model.config)
-        rows, num_entries = self._compressed(prompt, config, seed)
+        rows, num_entries = self.rows(prompt, config, seed)
         for layer, (keys, values) in enumerate(rows):
             cache.update(keys[None].clone(), values[None].clone(), layer)
         return Compressed(cache, num_entries)
@@ -234,10 +262,14 @@ class Replay:
         )
         return int(output.logits[0, -1].argmax())
 
-    def _compressed(
-        self, prompt: Prefilled, config: CompressionConfig | None, seed: int
+    @torch.inference_mode()
+    def rows(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
     ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor | None]]:
-        """Keys and values [KV, kept, D] of every layer, and the entries of its books."""
+        """Keys and values [KV, kept, D] of every layer, and the entries of its books.
+
+        Where nothing is evicted they are the prompt's own.
+        """
         rows = list(zip(prompt.keys, prompt.values, strict=True))
         if config is None:
             return rows, [None] * len(rows)

@@ -1,8 +1,8 @@
 """What was measured, one JSON line per sample and setting, in a folder that a run can go on with.
 
-    report/run.json        what was asked for and with what it was measured
-    report/records.jsonl   one line per sample, policy and budget
-    report/failures.jsonl  samples that could not be measured, with the sentence that says why
+report/run.json        what was asked for and with what it was measured
+report/records.jsonl   one line per sample, policy and budget
+report/failures.jsonl  samples that could not be measured, with the sentence that says why
 """
 
 import json
@@ -133,7 +133,8 @@ class RecordFolder:
         self._append(FAILURES, [{"task": task, "sample": sample, "why": why}])
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # ASCII alone: answers may hold line separators and halves of characters.
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         path = self.path / name
         with path.open("a", encoding="utf-8") as file:
             file.write(lines)
@@ -162,7 +163,7 @@ def read_records(folder: Path) -> Iterator[Record]:
     if not path.is_file():
         return
     names = {each.name for each in fields(Record)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         try:
             found = json.loads(line)
         except ValueError:

@@ -1,0 +1,189 @@
+"""The replay runner: both protocols, continuations, and the command around it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vllm_kvcompress.cli import main
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.quality.prompts import Prompter
+from vllm_kvcompress.evaluation.quality.records import read_records
+from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner, _batches
+from vllm_kvcompress.evaluation.quality.sample import Sample
+from vllm_kvcompress.evaluation.quality.variants import Variant
+
+VARIANTS = [
+    Variant("none"),
+    Variant("keydiff", 0.5),
+    Variant("keydiff", 0.12),
+    Variant("windowkv", 0.12),
+]
+
+
+@pytest.fixture(scope="module")
+def runner(probe_model: str) -> ReplayRunner:
+    torch.set_num_threads(1)
+    prompter = Prompter(AutoTokenizer.from_pretrained(probe_model))
+    return ReplayRunner(Path(probe_model), prompter, 32, "cpu")
+
+
+def words(runner: ReplayRunner, count: int, start: int = 0) -> str:
+    found = runner.prompter.words
+    return " ".join(found[(start + 37 * i) % len(found)] for i in range(count))
+
+
+def sample_of(runner: ReplayRunner, **fields: Any) -> Sample:
+    known = {"answers": ("nothing",), "metric": "all_in", "max_tokens": 6}
+    text, question = words(runner, 600), "\nWhat now? " + words(runner, 8, 5)
+    return Sample("1", "t", text, question, **{**known, **fields})
+
+
+def test_visible_answers_are_those_of_the_whole_prompt(runner: ReplayRunner) -> None:
+    sample = sample_of(runner)
+    found = {r.policy + str(r.budget): r for r in runner.measure(sample, "visible", VARIANTS)}
+    assert len(found) == len(VARIANTS)
+    prompt = runner.prompter.of(sample)
+    prefilled = runner.replay.prefill(prompt.token_ids)
+    for variant in VARIANTS[:3]:
+        tokens = runner.replay.generate(prefilled, variant.setting(), 6)
+        record = found[variant.policy + str(variant.budget)]
+        assert record.answer == runner.prompter.text(tokens)
+        assert record.prompt_tokens == len(prompt.token_ids)
+    assert found["none1.0"].kept == 1 and found["keydiff0.12"].kept < found["keydiff0.5"].kept < 0.6
+
+
+def test_hidden_questions_are_read_over_the_compressed_text(runner: ReplayRunner) -> None:
+    """The reference: the question token by token behind the compressed text."""
+    sample = sample_of(runner)
+    prompt = runner.prompter.of(sample)
+    prefilled = runner.replay.prefill(prompt.context)
+    found = {r.budget: r for r in runner.measure(sample, "hidden", VARIANTS[:3])}
+    for variant in VARIANTS[:3]:
+        cache = runner.replay.view(prefilled, variant.setting())
+        position = len(prompt.context)
+        for token in prompt.rest:
+            following = runner.replay.next_token(cache, token, position)
+            position += 1
+        tokens = [following]
+        while len(tokens) < 6:
+            tokens.append(runner.replay.next_token(cache, tokens[-1], position))
+            position += 1
+        assert found[variant.budget].answer == runner.prompter.text(tokens)
+
+
+def test_a_short_prompt_is_left_alone_as_the_server_does(runner: ReplayRunner) -> None:
+    sample = Sample("1", "t", words(runner, 40), "\nWhy?", ("x",), "all_in", 4)
+    found = list(runner.measure(sample, "visible", VARIANTS))
+    assert {record.kept for record in found} == {1.0}
+    assert len({record.answer for record in found}) == 1
+
+
+def test_a_continuation_is_measured_against_the_whole_cache(runner: ReplayRunner) -> None:
+    text, more = words(runner, 600), " " + words(runner, 20, 11)
+    sample = Sample("1", "text", text, "", (), "continuation", 0, continuation=more)
+    found = {r.budget: r for r in runner.measure(sample, "visible", VARIANTS[:3])}
+    whole = found[1.0]
+    assert whole.score == 1 and whole.kl == pytest.approx(0, abs=1e-6)
+    # The reference: one pass of the model itself over text and continuation.
+    prompt = runner.prompter.of(sample).token_ids
+    tokens = runner.prompter.continuation(more)
+    logits = runner.replay.model(torch.tensor([prompt + tokens])).logits[0].detach()
+    expected = logits[len(prompt) : -1].log_softmax(-1)
+    nll = -expected.gather(1, torch.tensor(tokens[1:])[:, None]).mean()
+    assert whole.nll == pytest.approx(float(nll), rel=1e-3)
+    assert whole.answer_tokens == len(tokens) - 1
+    lossy = found[0.12]
+    assert 0 <= lossy.score <= 1 and lossy.kl > whole.kl and math.isfinite(lossy.nll)
+
+
+def test_a_prompt_longer_than_the_model_is_refused(runner: ReplayRunner, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "longest", 200)
+    sample = sample_of(runner, length=500)
+    with pytest.raises(ConfigError, match="the model takes 200"):
+        list(runner.measure(sample, "visible", VARIANTS))
+
+
+def test_batches_hold_everything_once_and_are_not_too_large() -> None:
+    variants = [Variant(name, b) for name in "abcdefgh" for b in (0.5, 0.12)] + [Variant("none")]
+    batches = list(_batches(variants, 8000))
+    assert sorted(v.label + str(v.budget) for b in batches for v in b) == sorted(
+        v.label + str(v.budget) for v in variants
+    )
+    assert all(max(v.budget for v in b) * 8000 * len(b) <= 16_384 or len(b) == 1 for b in batches)
+
+
+# --- the command --------------------------------------------------------------------------
+
+
+def command(probe_model: str, out: Path, *options: str) -> list[str]:
+    given = ["--policies", "keydiff,streaming_llm", "--budgets", "0.5,0.12", "--samples", "2"]
+    return ["eval", "--model", probe_model, *given, "--lengths", "700", "--out", str(out), *options]
+
+
+def test_the_command_measures_reports_and_goes_on(probe_model: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "report"
+    assert main(command(probe_model, out)) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    first = list(read_records(out))
+    assert len(first) == 2 * 5
+    assert "niah_single" in (out / "report.html").read_text()
+    assert (out / "cells.csv").is_file()
+    asked = json.loads((out / "run.json").read_text())
+    assert asked["asked"]["runner"] == "replay" and asked["measured_with"]["torch"]
+    assert main(command(probe_model, out, "--protocol", "both")) == 0
+    again = list(read_records(out))
+    assert again[:10] == first and len(again) == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policies", "nope"], "nope"),
+        (["--policies", "rkv"], "rkv compresses only while decoding"),
+        (["--tasks", "nope"], "there is no task 'nope'"),
+        (["--tasks", "longbench:/nowhere"], "/nowhere"),
+        (["--tasks", "text:/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "--model: /nowhere holds no tokenizer"),
+        (["--url", "http://127.0.0.1:9"], "--url: http://127.0.0.1:9 names no model"),
+        (["--url", "http://127.0.0.1:9", "--policies", "a.yaml"], "allowed are none, server"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(
+    probe_model: str, tmp_path: Path, capsys, options: list[str], words: str
+) -> None:
+    assert main(command(probe_model, tmp_path / "out", *options)) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("kvcompress: error: ") and words in error and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    "options", [["--budgets", "0"], ["--budgets", "x"], ["--lengths", "3"], ["--samples", "0"]]
+)
+def test_numbers_out_of_range_are_refused(probe_model: str, tmp_path: Path, options) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(command(probe_model, tmp_path / "out", *options))
+    assert error.value.code == 2
+
+
+def test_another_seed_does_not_go_on_in_the_same_folder(
+    probe_model: str, tmp_path: Path, capsys
+) -> None:
+    options = ["--samples", "1", "--policies", "keydiff", "--budgets", "0.5"]
+    assert main(command(probe_model, tmp_path, *options)) == 0
+    assert main(command(probe_model, tmp_path, *options, "--seed", "1")) == 1
+    assert "holds another run (seed was 0, is 1)" in capsys.readouterr().err
+
+
+def test_samples_that_fail_are_counted_and_the_report_is_written(
+    probe_model: str, tmp_path: Path, capsys
+) -> None:
+    options = ["--samples", "1", "--lengths", "700,9000", "--policies", "keydiff"]
+    assert main(command(probe_model, tmp_path, *options)) == 0
+    captured = capsys.readouterr()
+    assert "1 samples could not be measured" in captured.err
+    assert len(list(read_records(tmp_path))) == 3

@@ -1,0 +1,603 @@
+"""The report of `kvcompress eval`: intervals, cells, and the page that shows them."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.quality.answers import find_drifts, find_flips
+from vllm_kvcompress.evaluation.quality.cells import (
+    COLUMNS,
+    Cell,
+    continuation_tasks,
+    make_cells,
+    make_overall,
+    write_csv,
+)
+from vllm_kvcompress.evaluation.quality.charts import TOP, XAxis, marker, swatch
+from vllm_kvcompress.evaluation.quality.intervals import (
+    Interval,
+    bootstrap,
+    mean_interval,
+    mean_of_parts,
+    newcombe,
+    paired_interval,
+    wilson,
+)
+from vllm_kvcompress.evaluation.quality.page import (
+    CSS,
+    DARK_LINES,
+    LIGHT_LINES,
+    luminance,
+)
+from vllm_kvcompress.evaluation.quality.records import BASELINE, Record, RecordFolder
+from vllm_kvcompress.evaluation.quality.report import write_report
+from vllm_kvcompress.evaluation.quality.section_tables import MOST_FLIPS
+from vllm_kvcompress.evaluation.quality.text import percent, signed, tokens
+
+ABOUT = {"command": "kvcompress eval --tasks niah", "vllm": "0.32.0"}
+
+
+def record(policy: str = BASELINE, budget: float = 1.0, score: float = 1.0, **more: Any) -> Record:
+    given: dict[str, Any] = {
+        "task": "niah_single",
+        "sample": "a",
+        "length": 4096,
+        "depth": 0.5,
+        "protocol": "visible",
+        "kept": budget,
+        "prompt_tokens": 4096,
+        "answer": "4827193",
+        "answer_tokens": 8,
+        "seconds": 1.0,
+    }
+    return Record(policy=policy, budget=budget, score=score, **{**given, **more})
+
+
+def only(cells: list[Cell], **where: Any) -> Cell:
+    (cell,) = [c for c in cells if all(getattr(c, name) == value for name, value in where.items())]
+    return cell
+
+
+# --- intervals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [  # Newcombe (1998), Stat. Med. 17:857, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_is_the_textbooks(right: int, total: int, low: float, high: float) -> None:
+    found = wilson(right, total)
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+    mirrored = wilson(total - right, total)
+    assert mirrored.low == pytest.approx(1 - found.high)
+    assert mirrored.high == pytest.approx(1 - found.low)
+    scores = [1.0] * right + [0.0] * (total - right)
+    assert mean_interval(scores) == found
+
+
+def test_all_right_leaves_room_for_wrong_ones() -> None:
+    assert wilson(10, 10).high == 1.0
+    assert wilson(10, 10).low == pytest.approx(10 / (10 + 1.959964**2))
+
+
+def test_newcombe_by_hand() -> None:
+    # 14 both, 5 and 0 in one only, 22 neither. Wilson of 19 and of 14 in 41; phi is the
+    # correlation with 41 / 2 taken off the product.
+    one, other = wilson(19, 41), wilson(14, 41)
+    phi = (14 * 22 - 5 * 0 - 41 / 2) / math.sqrt(19 * 22 * 14 * 27)
+    down, up = 19 / 41 - one.low, other.high - 14 / 41
+    low = 5 / 41 - math.sqrt(down**2 - 2 * phi * down * up + up**2)
+    found = newcombe(14, 5, 0, 22)
+    assert found.low == pytest.approx(low)
+    assert (round(found.low, 3), round(found.high, 3)) == (0.011, 0.226)
+    swapped = newcombe(14, 0, 5, 22)
+    assert (swapped.low, swapped.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_no_difference_seen_is_no_proof_of_none() -> None:
+    """All samples right under both: the interval narrows with their number, it never closes."""
+    few, many = (paired_interval([1.0] * n, [1.0] * n) for n in (10, 1000))
+    assert few.low < -0.2 and few.high > 0.2
+    assert -0.01 < many.low < 0 < many.high < 0.01
+    alike = paired_interval([0.4, 0.7] * 10, [0.4, 0.7] * 10)
+    assert alike.low == pytest.approx(-wilson(0, 20).high)
+    assert alike.high == pytest.approx(wilson(0, 20).high)
+
+
+def test_paired_is_narrower_than_unpaired_where_samples_agree() -> None:
+    baseline = [1.0] * 30 + [0.0] * 30
+    scores = [1.0] * 27 + [0.0] * 33
+    paired, apart = paired_interval(scores, baseline), paired_interval(scores[::-1], baseline)
+    assert paired.high - paired.low < 0.7 * (apart.high - apart.low)
+    assert paired.low < -0.05 < paired.high
+
+
+@pytest.mark.parametrize("count", [8, 40])
+def test_bootstrap_covers_the_mean(count: int) -> None:
+    generator = np.random.default_rng(7)
+    truth, tries, hits = 2 / 5, 400, 0
+    for _ in range(tries):
+        found = mean_interval(generator.beta(2, 3, count).tolist())
+        hits += found.low <= truth <= found.high
+    # Three standard deviations of a count of 400 at 95 % are 3.3 %.
+    assert 0.917 <= hits / tries <= 0.983
+
+
+def test_paired_bootstrap_covers_the_difference() -> None:
+    generator = np.random.default_rng(8)
+    tries, hits = 300, 0
+    for _ in range(tries):
+        base = generator.uniform(0.2, 1.0, 25)
+        shift = generator.uniform(0.0, 0.2, 25)
+        found = paired_interval((base - shift).tolist(), base.tolist())
+        hits += found.low <= -0.1 <= found.high
+    assert 0.912 <= hits / tries <= 0.988
+
+
+def test_newcombe_covers_the_difference() -> None:
+    generator = np.random.default_rng(9)
+    table = [0.5, 0.05, 0.25, 0.2]  # both, first, second, neither
+    tables = generator.multinomial(40, table, 1000)
+    found = [newcombe(*map(int, each)) for each in tables]
+    hits = sum(each.low <= -0.2 <= each.high for each in found)
+    assert 0.93 <= hits / 1000 <= 0.98
+
+
+def test_bootstrap_is_the_same_every_time_and_stays_on_the_scale() -> None:
+    values = [0.1, 0.9, 0.4, 0.35, 1.0]
+    assert bootstrap(values) == bootstrap(values)
+    assert 0.1 <= bootstrap(values).low < np.mean(values) < bootstrap(values).high <= 1.0
+    one = bootstrap([0.5])
+    assert 0 <= one.low < 0.2 and 0.8 < one.high <= 1
+
+
+def test_mean_of_parts_adds_squares() -> None:
+    parts = [Interval(0.5, 0.9), Interval(0.1, 0.4)]
+    found = mean_of_parts([0.8, 0.2], parts)
+    assert found.low == pytest.approx(0.5 - math.hypot(0.3, 0.1) / 2)
+    assert found.high == pytest.approx(0.5 + math.hypot(0.1, 0.2) / 2)
+
+
+# --- cells --------------------------------------------------------------------------------
+
+
+def small_run() -> list[Record]:
+    """Four samples under the whole cache, three of them under half of it."""
+    found = []
+    for name, before, after, length in (
+        ("a", 1.0, 1.0, 10),
+        ("b", 1.0, 0.0, 40),
+        ("c", 0.0, 1.0, 10),
+        ("d", 1.0, None, 0),
+    ):
+        found.append(record(sample=name, score=before, answer=f"whole {name}"))
+        if after is not None:
+            more = {"sample": name, "answer": f"half {name}", "answer_tokens": length}
+            found.append(record("snapkv", 0.5, after, kept=0.52, **more))
+    return found
+
+
+def test_a_cell_by_hand() -> None:
+    cells = make_cells(small_run())
+    whole, half = only(cells, policy=BASELINE), only(cells, policy="snapkv")
+    assert (whole.n, whole.mean, whole.against) == (4, 0.75, None)
+    assert (half.n, half.length, half.kept) == (3, 4096, pytest.approx(0.52))
+    assert half.mean == pytest.approx(2 / 3)
+    assert half.interval == wilson(2, 3)
+    against = half.against
+    assert against is not None
+    # d has no compressed answer: the baseline is a, b and c.
+    assert (against.n, against.lost, against.gained) == (3, 1, 1)
+    assert against.baseline == pytest.approx(2 / 3)
+    assert against.share == pytest.approx(1.0)
+    assert against.difference == newcombe(1, 1, 1, 0)
+    assert against.drift == pytest.approx((10 + 40 + 10) / (8 * 3))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lost", "gained"),
+    [(1.0, 0.49, 1, 0), (0.5, 0.4, 1, 0), (0.49, 0.5, 0, 1), (0.5, 1.0, 0, 0), (0.4, 0.1, 0, 0)],
+)
+def test_half_right_is_right(before: float, after: float, lost: int, gained: int) -> None:
+    records = [record(score=before), record("snapkv", 0.5, after)]
+    against = only(make_cells(records), policy="snapkv").against
+    assert against is not None and (against.lost, against.gained) == (lost, gained)
+    assert [flip.lost for flip in find_flips(records)] == [True] * lost + [False] * gained
+
+
+def test_the_baseline_of_the_other_protocol_does_not_count() -> None:
+    records = [record(), record("snapkv", 0.5, protocol="hidden")]
+    assert only(make_cells(records), policy="snapkv").against is None
+
+
+def test_a_sample_measured_twice_counts_once() -> None:
+    cell = only(make_cells([record(score=0.0), record(score=1.0)]), policy=BASELINE)
+    assert (cell.n, cell.mean) == (1, 1.0)
+
+
+def test_lengths_apart_and_together() -> None:
+    records = [record(sample="a"), record(sample="b", length=8192, score=0.0)]
+    assert [(c.length, c.mean) for c in make_cells(records)] == [(4096, 1.0), (8192, 0.0)]
+    (pooled,) = make_cells(records, by_length=False)
+    assert (pooled.length, pooled.n, pooled.mean) == (None, 2, 0.5)
+
+
+def test_kept_is_known_only_if_every_samples_is() -> None:
+    records = [
+        record("snapkv", 0.5, sample=name, kept=kept)
+        for name, kept in zip("ab", (0.5, None), strict=True)
+    ]
+    assert make_cells(records)[0].kept is None
+
+
+def test_every_task_counts_the_same() -> None:
+    records = small_run()
+    for name, after in (("x", 0.25), ("y", 0.75)):
+        records.append(record(task="hotpotqa", sample=name, score=1.0))
+        records.append(record("snapkv", 0.5, after, task="hotpotqa", sample=name))
+    pooled = make_cells(records, by_length=False)
+    half = next(each for each in make_overall(pooled) if each.policy == "snapkv")
+    assert (half.tasks, half.n) == (2, 5)
+    assert half.mean == pytest.approx((2 / 3 + 0.5) / 2)
+    assert half.share == pytest.approx((2 / 3 + 0.5) / (2 / 3 + 1.0))
+    assert half.interval.low < half.mean < half.interval.high
+    alone = next(e for e in make_overall(pooled, ["hotpotqa"]) if e.policy == "snapkv")
+    assert (alone.tasks, alone.mean) == (1, pytest.approx(2 / 3))
+
+
+def test_predicted_texts_have_means_of_nll_and_kl() -> None:
+    records = [record(task="text", nll=2.0)]
+    for name, kl in (("a", 0.1), ("b", 0.3)):
+        records.append(record("snapkv", 0.5, 0.9, task="text", sample=name, nll=2.0 + kl, kl=kl))
+    cell = only(make_cells(records), policy="snapkv")
+    assert (cell.kl, cell.nll) == (pytest.approx(0.2), pytest.approx(2.2))
+    assert continuation_tasks([*records, record()]) == {"text"}
+
+
+def test_flips_name_both_answers_and_tasks_take_turns() -> None:
+    flips = find_flips(small_run())
+    assert [(f.before.answer, f.after.answer, f.lost) for f in flips] == [
+        ("whole b", "half b", True),
+        ("whole c", "half c", False),
+    ]
+    many = []
+    for task in ("first", "second"):
+        for name in "ab":
+            many.append(record(task=task, sample=name))
+            many += [record("snapkv", b, 0.0, task=task, sample=name) for b in (0.1, 0.5)]
+    order = [(flip.after.budget, flip.after.task) for flip in find_flips(many)]
+    turns = ["first", "second"] * 2
+    assert order == [*((0.5, task) for task in turns), *((0.1, task) for task in turns)]
+
+
+def test_drift_is_over_samples_with_a_baseline() -> None:
+    (found,) = find_drifts([*small_run(), record("snapkv", 0.5, sample="e", answer_tokens=999)])
+    assert (found.n, found.mean, found.baseline) == (3, 20.0, 8.0)
+    assert found.ratio == pytest.approx(2.5)
+    (silent,) = find_drifts([record(answer_tokens=0), record("snapkv", 0.5)])
+    assert silent.ratio is None
+
+
+def test_the_csv_says_what_it_was_measured_with(tmp_path: Path) -> None:
+    path = tmp_path / "cells.csv"
+    write_csv(small_run(), path, ABOUT)
+    about, *rest = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(about.removeprefix("# ")) == ABOUT
+    whole, half = csv.DictReader(rest)
+    assert list(whole) == list(COLUMNS)
+    assert whole["share_of_baseline"] == whole["lost"] == ""
+    assert (half["n"], half["paired"], half["lost"], half["gained"]) == ("3", "3", "1", "1")
+    assert float(half["mean"]) == pytest.approx(2 / 3, abs=1e-5)
+    assert float(half["low"]) == pytest.approx(wilson(2, 3).low, abs=1e-5)
+
+
+# --- the page -----------------------------------------------------------------------------
+
+VOID = {"meta", "br", "input", "hr", "img", "link"}
+
+
+class Page(HTMLParser):
+    """Reads a page, and fails on what a browser would have to guess."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.idents: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.cells: list[tuple[dict[str, str | None], str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), (tag, names)
+        given = dict(attrs)
+        assert not [name for name in names if name.startswith("on")], names
+        self.tags.add(tag)
+        self.idents += [value for name, value in attrs if name == "id" and value]
+        self.links += [v or "" for name, v in attrs if name in ("href", "src", "xlink:href")]
+        if tag == "td":
+            self.cells.append((given, ""))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if "td" in self.open:
+            given, text = self.cells[-1]
+            self.cells[-1] = given, text + data
+
+    def cell(self, **where: Any) -> str:
+        """Text of the first cell that says it belongs there."""
+        wanted = {f"data-{name}": str(value) for name, value in where.items()}
+        return next(text for given, text in self.cells if wanted.items() <= given.items())
+
+
+def made(folder: Path, records: list[Record], failures: int = 0, **asked: Any) -> Page:
+    files = RecordFolder(folder)
+    files.start({"model": "a/model", **asked}, ABOUT)
+    files.add(records)
+    for index in range(failures):
+        files.add_failure("ruler_vt", f"f{index}", "The prompt is <too> long.")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert (folder / "cells.csv").is_file()
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(page.idents) == len(set(page.idents))
+    assert all(link[1:] in page.idents for link in page.links if link.startswith("#"))
+    assert [link for link in page.links if not link.startswith("#")] == []
+    assert not page.tags & {"script", "link", "iframe", "img", "object"}
+    assert not re.search(r"https?://|url\(|@import|//[a-z]", html)
+    assert not re.search(r"\b(nan|None|inf)\b", page.text)
+    return page
+
+
+def wide_run(policies: int, budgets: int, lengths: int, samples: int = 3) -> list[Record]:
+    generator = np.random.default_rng(5)
+    settings = [(BASELINE, 1.0)]
+    settings += [(f"p{p}", 0.5 / 2**b) for p in range(policies) for b in range(budgets)]
+    found = []
+    for task in ("niah_single", "ruler_vt", "text"):
+        for length in range(lengths):
+            for index in range(samples):
+                for policy, budget in settings:
+                    more: dict[str, Any] = {"sample": f"{length}-{index}", "task": task}
+                    more["length"] = 4096 * 2**length
+                    more["depth"] = index / samples if task == "niah_single" else None
+                    score = float(generator.random() < 0.7)
+                    if task != "niah_single":
+                        score = float(generator.random())
+                    if task == "text":
+                        kl = float(generator.random())
+                        more |= {"nll": 2 + kl, "kl": kl, "answer": "", "answer_tokens": 0}
+                    found.append(record(policy, budget, score, **more))
+    return found
+
+
+def test_the_pages_numbers_are_the_cells(tmp_path: Path) -> None:
+    records = wide_run(policies=2, budgets=2, lengths=2)
+    page = made(tmp_path, records)
+    pooled = make_cells(records, by_length=False)
+    for each in make_overall(pooled, {"text"}):
+        where = {"policy": each.policy, "budget": each.budget, "protocol": "visible"}
+        shown = page.cell(**where)
+        bounds = f"[{percent(each.interval.low)}, {percent(each.interval.high)}]"
+        assert shown.startswith(f"{percent(each.mean)} {bounds}")
+        if each.policy != BASELINE:
+            assert each.share is not None
+            assert f"{percent(each.share)} % of whole" in shown
+    for cell in pooled:
+        where = {"task": cell.task, "policy": cell.policy, "budget": cell.budget}
+        tables = [
+            text
+            for given, text in page.cells
+            if {f"data-{k}": str(v) for k, v in where.items()}.items() <= given.items()
+        ]
+        bounds = f"[{percent(cell.interval.low)}, {percent(cell.interval.high)}]"
+        assert f"{percent(cell.mean)} {bounds}" in tables
+        if cell.against is not None:
+            step = signed(cell.against.mean - cell.against.baseline)
+            assert any(text.startswith(step) for _, text in page.cells)
+    text_cell = only(pooled, task="text", policy="p0", budget=0.25)
+    where = {"task": "text", "policy": "p0", "budget": 0.25}
+    assert text_cell.kl is not None and text_cell.nll is not None
+    assert page.cell(kl=text_cell.kl, **where) == f"{text_cell.kl:.4f}"
+    assert page.cell(nll=text_cell.nll, **where) == f"{math.exp(text_cell.nll):.2f}"
+    for cell in make_cells(records):
+        where = {"policy": cell.policy, "budget": cell.budget, "length": cell.length}
+        assert page.cell(task=cell.task, **where) == percent(cell.mean)
+
+
+def test_what_models_and_files_say_stays_text(tmp_path: Path) -> None:
+    bad = '<script>alert("x")</script><img src=x onerror=y> & \x00\x1b[31m \u202eabc 東京 🦙'
+    records = [
+        record(sample=bad, task="<i>t</i>", answer="4"),
+        record("<b>p'\"", 0.5, 0.0, sample=bad, task="<i>t</i>", answer=bad),
+    ]
+    page = made(tmp_path, records, failures=2, **{"tasks": [bad], "<u>": {"x": bad}})
+    assert not page.tags & {"i", "u"}
+    assert bad.replace("\x00", "␀").replace("\x1b", "␛") in page.text
+    assert "The prompt is <too> long." in page.text
+    assert "2 samples could not be measured when tried" in page.text
+
+
+def test_long_answers_and_many_flips_are_cut_and_counted(tmp_path: Path) -> None:
+    count = MOST_FLIPS + 7
+    records = []
+    for index in range(count):
+        records.append(record(sample=f"s{index}"))
+        records.append(record("snapkv", 0.5, 0.0, sample=f"s{index}", answer="y" * 1000))
+    page = made(tmp_path, records)
+    assert f"{count} answers changed sides: {count} lost" in page.text
+    assert f"The first {MOST_FLIPS} of {count}" in page.text
+    assert page.text.count("600 more characters") == MOST_FLIPS
+
+
+def test_only_a_baseline(tmp_path: Path) -> None:
+    page = made(tmp_path, [record(sample=name) for name in "ab"])
+    assert page.cell(policy=BASELINE).startswith("100.0 [34.2, 100.0]")
+    assert "2 samples, 1 task and the whole cache alone" in page.text
+    assert "not measured (no records" not in page.text
+    assert "shaded" not in page.text and "Below it" not in page.text
+    assert "changed sides" not in page.text
+
+
+def test_one_record_without_depth_or_baseline(tmp_path: Path) -> None:
+    page = made(tmp_path, [record("snapkv", 0.25, 0.3, depth=None, length=0)])
+    assert "The whole cache was not measured" in page.text
+    assert page.cell(policy="snapkv").startswith("30.0")
+    assert "% of whole" not in page.text
+    assert "Needles by depth" not in page.text
+
+
+def test_no_record_yet(tmp_path: Path) -> None:
+    page = made(tmp_path, [], failures=1)
+    assert "Nothing was measured yet." in page.text
+    assert "1 sample could not be measured when tried" in page.text
+
+
+def test_a_failure_counts_once_however_often_it_was_tried(tmp_path: Path) -> None:
+    files = RecordFolder(tmp_path)
+    files.start({}, ABOUT)
+    for name, why in (("b", "out of memory"), ("b", "too long"), ("c", "too long")):
+        files.add_failure("niah_single", name, why)
+    files.add([record(sample="a"), record(sample="c")])
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "2 samples could not be measured when tried; 1 of them could, under" in page.text
+    assert "out of memory" not in page.text
+    assert [text for _, text in page.cells].count("too long") == 1
+
+
+def test_two_protocols_stay_apart(tmp_path: Path) -> None:
+    records = []
+    for protocol, score in (("visible", 1.0), ("hidden", 0.0)):
+        records.append(record(protocol=protocol))
+        records.append(record("snapkv", 0.5, score, protocol=protocol))
+    page = made(tmp_path, records)
+    assert page.cell(policy="snapkv", protocol="visible").startswith("100.0")
+    assert page.cell(policy="snapkv", protocol="hidden").startswith("0.0")
+    assert page.text.count("Protocol: hidden") >= 2
+
+
+def test_unknown_bytes_make_the_budget_the_axis(tmp_path: Path) -> None:
+    known = [record(), record("snapkv", 0.5, 0.0)]
+    assert "share of cache bytes kept" in made(tmp_path / "known", known).text
+    unknown = [known[0], replace(known[1], kept=None)]
+    page = made(tmp_path / "unknown", unknown)
+    assert "charts use the asked budget" in page.text
+    assert "asked budget (bytes kept unknown)" in page.text
+    assert "share of cache bytes kept" not in page.text
+
+
+def test_points_are_where_the_bytes_kept_are(tmp_path: Path) -> None:
+    records = [record(), record("snapkv", 0.25, 0.0, kept=0.4)]
+    made(tmp_path, records)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    mark = r'class="mark" transform="translate\(([\d.]+) ([\d.]+)\)" d="[^"]+"><title>'
+    ((x, y),) = re.findall(mark, html)
+    assert float(x) == pytest.approx(XAxis([0.4]).place(0.4), abs=0.06)
+    (whole,) = re.findall(r'class="whole" d="M\d+ ([\d.]+)H', html)
+    assert float(whole) < float(y)
+    assert float(whole) == TOP
+    assert "budget 25\N{NO-BREAK SPACE}%, holds 40\N{NO-BREAK SPACE}%: 0.0 [0.0, 79.3]" in html
+
+
+def test_needle_maps_show_their_means(tmp_path: Path) -> None:
+    records = [
+        record("snapkv", 0.5, score, sample=f"{depth}{score}", depth=depth)
+        for depth, score in ((0.0, 1.0), (0.0, 0.0), (1.0, 0.0))
+    ]
+    page = made(tmp_path, records)
+    assert "Lowest: 0.0 at depth 100 %, length 4K." in page.text
+    spread = [record(sample=str(i), depth=i / 40, score=float(i < 4)) for i in range(41)]
+    page = made(tmp_path / "many", spread)
+    assert "90–100" in page.text and "97.5 %" not in page.text
+
+
+def test_continuation_alone_has_no_headline(tmp_path: Path) -> None:
+    records = [
+        record(task="text", nll=2.0, kl=0.0),
+        record("snapkv", 0.5, 0.3, task="text", nll=800.0, kl=0.5),
+    ]
+    page = made(tmp_path, records)
+    assert "Scores over all tasks" not in page.text
+    assert "No answer changed" in page.text
+    assert "7.39" in page.text  # exp(2)
+
+
+def test_twenty_policies_five_budgets_four_lengths(tmp_path: Path) -> None:
+    page = made(tmp_path, wide_run(policies=20, budgets=5, lengths=4, samples=2))
+    assert page.cell(policy="p19", budget=0.5 / 16, task="ruler_vt")
+    assert "20 policies and 5 budgets" in page.text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        write_report(tmp_path)
+
+
+# --- looks --------------------------------------------------------------------------------
+
+
+def contrast(one: str, other: str) -> float:
+    values = ([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in (one, other))
+    dark, light = sorted(luminance(value) for value in values)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_lines_stand_out_from_the_page() -> None:
+    assert min(contrast(color, "#ffffff") for color in LIGHT_LINES) >= 3
+    assert min(contrast(color, "#14181d") for color in DARK_LINES) >= 3
+
+
+def test_twenty_policies_look_different() -> None:
+    looks = {(swatch(style), marker(style)) for style in range(56)}
+    assert len(looks) == 56
+    assert "prefers-color-scheme" not in CSS  # colours come from variables alone
+
+
+def test_axis_spreads_small_shares() -> None:
+    axis = XAxis([0.03, 0.06, 0.5])
+    steps = [axis.place(x) for x in (0.03, 0.06, 0.12, 0.24)]
+    gaps = np.diff(steps)
+    assert gaps == pytest.approx([gaps[0]] * 3)
+    assert axis.log and not XAxis([0.0, 0.5]).log
+    assert XAxis([]).place(1.0) > XAxis([]).place(0.6)
+
+
+@pytest.mark.parametrize(
+    ("length", "shown"), [(0, "own length"), (4096, "4K"), (131072, "128K"), (3000, "3,000")]
+)
+def test_lengths_as_people_say_them(length: int, shown: str) -> None:
+    assert tokens(length) == shown

@@ -1,0 +1,210 @@
+"""Samples answered by transformers over caches that the worker's own code has compressed."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.evaluation.inspection import load_replay
+from vllm_kvcompress.evaluation.quality.metrics import METRICS
+from vllm_kvcompress.evaluation.quality.prompts import Prompt, Prompter
+from vllm_kvcompress.evaluation.quality.records import Record
+from vllm_kvcompress.evaluation.quality.sample import Sample
+from vllm_kvcompress.evaluation.quality.variants import Variant, kept_share
+from vllm_kvcompress.evaluation.replay import Prefilled
+from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
+
+BATCH_TOKENS = 16_384
+"""Cached tokens that are decoded together: more take memory and save nothing."""
+
+CONTINUATION = "continuation"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A sample on its way through the settings."""
+
+    sample: Sample
+    protocol: str
+    prompt: Prompt
+    prefilled: Prefilled
+    task: str | None
+
+    @property
+    def length(self) -> int:
+        """Tokens that are compressed."""
+        return len(self.prefilled.token_ids)
+
+    def setting(self, variant: Variant) -> CompressionConfig | None:
+        """A variant's setting for this prompt; None where the server would leave it alone."""
+        setting = variant.setting(self.task)
+        return None if setting is None or self.length < setting.min_prompt_len else setting
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What one setting gave."""
+
+    answer: str
+    num_tokens: int
+    score: float
+    seconds: float
+    nll: float | None = None
+    kl: float | None = None
+
+
+class ReplayRunner:
+    """A model on transformers; prompts are prefilled once for all settings.
+
+    Parameters
+    ----------
+    model : Path
+        Folder of a Llama-like model.
+    prompter : Prompter
+        Of its tokenizer.
+    block_size : int
+        Tokens per block of the server that is meant.
+    device : str
+        Of torch.
+
+    Raises
+    ------
+    ConfigError, UnsupportedModelError
+        If the model does not run this way; behind a server (``--url``) any does.
+    """
+
+    def __init__(self, model: Path, prompter: Prompter, block_size: int, device: str) -> None:
+        self.prompter = prompter
+        self.replay = load_replay(model, block_size, device=device)
+        config = self.replay.model.config
+        self.longest = int(config.max_position_embeddings)
+        head_size = self.replay.layers[0].self_attn.head_dim
+        self.codes_per_row = codes_per_row(head_size * self.replay.model.dtype.itemsize)
+        ends: Any = self.replay.model.generation_config.eos_token_id
+        ends = [*(ends if isinstance(ends, list) else [ends]), prompter.tokenizer.eos_token_id]
+        self.stop = frozenset(token for token in ends if token is not None)
+        self._classifier: TaskClassifier | None = None
+
+    def measure(
+        self, sample: Sample, protocol: str, variants: Sequence[Variant]
+    ) -> Iterator[Record]:
+        """Records of one sample, one per variant.
+
+        Raises
+        ------
+        ConfigError
+            If the prompt is longer than the model.
+        """
+        prompt = self.prompter.of(sample, self.longest)
+        compressed = prompt.token_ids if protocol == "visible" else prompt.context
+        task = self._task(compressed, variants)
+        asked = _Asked(sample, protocol, prompt, self.replay.prefill(compressed), task)
+        results = self._continue if sample.metric == CONTINUATION else self._answer
+        for variant, result in results(asked, variants):
+            yield self._record(asked, variant, result)
+
+    def _task(self, token_ids: list[int], variants: Sequence[Variant]) -> str | None:
+        """What the server's classifier says of a prompt, if a setting wants to know."""
+        if not any(variant.depends_on_task for variant in variants):
+            return None
+        if self._classifier is None:
+            self._classifier = TaskClassifier.load()
+        head, tail = head_and_tail(token_ids)
+        decode = self.prompter.tokenizer.decode
+        return self._classifier.classify(decode(head), decode(tail))
+
+    # --- answers --------------------------------------------------------------------------
+
+    def _answer(
+        self, asked: _Asked, variants: Sequence[Variant]
+    ) -> Iterator[tuple[Variant, _Result]]:
+        metric = METRICS[asked.sample.metric]
+        for batch in _batches(variants, asked.length):
+            start = time.perf_counter()
+            caches = [self.replay.rows(asked.prefilled, asked.setting(v))[0] for v in batch]
+            found = self._decode(asked, caches)
+            seconds = (time.perf_counter() - start) / len(batch)
+            for variant, tokens in zip(batch, found, strict=True):
+                answer = self.prompter.text(tokens)
+                score = metric(answer, asked.sample)
+                yield variant, _Result(answer, len(tokens), score, seconds)
+
+    def _decode(self, asked: _Asked, caches: Sequence[Rows]) -> list[list[int]]:
+        batch = ReplayBatch(self.replay, caches, asked.length)
+        if asked.protocol == "visible":
+            first = torch.full((batch.size,), asked.prefilled.first_token)
+            first = first.to(self.replay.device)
+        else:
+            rest = torch.tensor([asked.prompt.rest], device=self.replay.device)
+            first = batch.extend(rest.expand(batch.size, -1))[:, -1].argmax(-1)
+        return batch.decode(first, asked.sample.max_tokens, self.stop)
+
+    # --- continuations --------------------------------------------------------------------
+
+    def _continue(
+        self, asked: _Asked, variants: Sequence[Variant]
+    ) -> Iterator[tuple[Variant, _Result]]:
+        """How each cache predicts the text that follows, token by token, beside the whole one.
+
+        The first token is left out: it comes from the prefill, which no setting changes.
+        """
+        tokens = self.prompter.continuation(asked.sample.continuation)
+        whole = self._log_probabilities(asked, None, tokens)
+        best, truth = whole.argmax(-1), torch.tensor(tokens[1:], device=whole.device)
+        for variant in variants:
+            start = time.perf_counter()
+            found = self._log_probabilities(asked, asked.setting(variant), tokens)
+            agreement = float((found.argmax(-1) == best).double().mean())
+            nll = float(-found.gather(1, truth[:, None]).double().mean())
+            kl = float((whole.exp() * (whole - found)).sum(-1).double().mean())
+            seconds = time.perf_counter() - start
+            yield variant, _Result("", len(truth), agreement, seconds, nll, max(kl, 0.0))
+
+    def _log_probabilities(
+        self, asked: _Asked, setting: CompressionConfig | None, tokens: list[int]
+    ) -> torch.Tensor:
+        """Of the tokens behind each of `tokens` but the last: [n - 1, vocabulary] float32."""
+        rows = self.replay.rows(asked.prefilled, setting)[0]
+        batch = ReplayBatch(self.replay, [rows], asked.length)
+        given = torch.tensor([tokens[:-1]], device=self.replay.device)
+        return batch.extend(given)[0].float().log_softmax(-1)
+
+    # --- records --------------------------------------------------------------------------
+
+    def _record(self, asked: _Asked, variant: Variant, result: _Result) -> Record:
+        sizes = asked.length, len(self.replay.layers), self.replay.block_size, self.codes_per_row
+        return Record(
+            task=asked.sample.task,
+            sample=asked.sample.name,
+            length=asked.sample.length,
+            depth=asked.sample.depth,
+            protocol=asked.protocol,
+            policy=variant.label,
+            budget=variant.budget,
+            kept=round(kept_share(asked.setting(variant), *sizes), 5),
+            prompt_tokens=len(asked.prompt.token_ids),
+            answer=result.answer,
+            answer_tokens=result.num_tokens,
+            score=result.score,
+            seconds=round(result.seconds, 4),
+            nll=result.nll,
+            kl=result.kl,
+        )
+
+
+def _batches(variants: Sequence[Variant], length: int) -> Iterator[list[Variant]]:
+    """Variants of about equal budget together, so that little is padding."""
+    batch: list[Variant] = []
+    for variant in sorted(variants, key=lambda each: each.budget):
+        if batch and variant.budget * length * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(variant)
+    if batch:
+        yield batch

@@ -52,13 +52,14 @@ LAYERS = {
     "cli_doctor": 9,
     "cli_eval": 9,
     "cli_inspect": 9,
+    "cli_tune": 9,
     "cli": 10,
 }
 PURE = {"errors", "plans", "registry", "settings", "config", "request_options", "layer_budgets"}
 PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classifier", "sizing"}
 PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
 PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
-PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "doctor_savings", "findings"}
+PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "cli_tune", "doctor_savings", "findings"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from vllm_kvcompress.metrics import MAX_SAMPLES, CompressionStats
 from vllm_kvcompress.prometheus import COUNTERS, SKIP_REASONS, PrometheusRecorder
@@ -12,6 +13,7 @@ from vllm_kvcompress.prometheus import COUNTERS, SKIP_REASONS, PrometheusRecorde
 @pytest.fixture
 def recorder() -> Iterator[PrometheusRecorder]:
     """Of two engines; removed from the process's registry afterwards."""
+    unregister_vllm_metrics()  # of an engine that ran in this process before
     made = PrometheusRecorder("m", [0, 1], ["snapkv"], 2)
     yield made
     for each in (*made.counters.values(), made.kept_ratio, made.seconds):

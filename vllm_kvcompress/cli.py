@@ -22,6 +22,7 @@ from vllm_kvcompress.cli_common import at_least, complain, make_table, say, show
 from vllm_kvcompress.cli_doctor import add_doctor_options, run_doctor
 from vllm_kvcompress.cli_eval import add_eval_options, run_eval
 from vllm_kvcompress.cli_inspect import add_inspect_options, run_inspect
+from vllm_kvcompress.cli_tune import add_tune_options, run_tune
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
@@ -342,6 +343,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_codebook_options(add("codebook", run_codebook, text))
     text = "compare a model's answers under compressed caches with those from the whole cache"
     add_eval_options(add("eval", run_eval, text))
+    text = "choose the cheapest setting that keeps a target on your own prompts"
+    add_tune_options(add("tune", run_tune, text))
     text = "show which tokens of a prompt survive, per layer group and KV head"
     add_inspect_options(add("inspect", run_inspect, text))
     text = "check this installation, and whether a server would start with a model and a setting"

@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_config, check_setting
 from vllm_kvcompress.config import CONFIG_KEY, NONE, parse_config, preset_names
-from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE
 from vllm_kvcompress.metrics import STATS_KEY
 from vllm_kvcompress.prometheus import PrometheusRecorder
@@ -228,6 +228,10 @@ def _check_request(
                 "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
                 "leave it out."
             )
+        odd = [key for key in extra if not isinstance(key, str)]
+        if odd and enabled:
+            # msgspec would end the engine's input thread: every later request would wait for ever.
+            raise config_error("extra_args", "", "a key must be a text", odd[0])
         if ours and not enabled:
             raise ConfigError(f"{ours[0]}: this server was started without --kv-compression.")
         if ours:

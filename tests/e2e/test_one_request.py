@@ -114,8 +114,12 @@ def test_unchecked_options_do_not_end_the_engine(engine, extra: dict) -> None:
     assert_idle(engine)
 
 
-def test_keys_that_are_no_text_are_not_ours(engine) -> None:
-    assert len(engine.generate([PROMPT], 3, {1: 2, "other": None}, ignore_eos=True)[0]) == 3
+def test_keys_that_are_no_text_are_refused(engine) -> None:
+    """In a process of its own the engine could not read such a request, nor any later one."""
+    with pytest.raises(VLLMValidationError, match="extra_args: a key must be a text, got 1"):
+        engine.generate([PROMPT], 3, {1: 2, "other": None}, ignore_eos=True)
+    engine.results.clear()
+    assert len(engine.generate([PROMPT], 3, {"other": None}, ignore_eos=True)[0]) == 3
 
 
 def test_a_prompt_that_cannot_be_read_is_no_task(engine) -> None:

@@ -70,10 +70,12 @@ class EngineRunner:
             longest = engine.llm.model_config.max_model_len
             prompt = self.prompter.of(sample, longest).token_ids
             xargs = [None if v.is_baseline else {"kv_budget_ratio": v.budget} for v in group]
+            from vllm.exceptions import VLLMError
+
             start = time.perf_counter()
             try:
                 found = engine.generate([prompt] * len(group), sample.max_tokens, xargs)
-            except ValueError as error:
+            except (ValueError, VLLMError) as error:
                 raise ConfigError(str(error).strip().partition("\n")[0]) from None
             seconds = (time.perf_counter() - start) / len(group)
             for variant, tokens in zip(group, found, strict=True):

@@ -182,24 +182,23 @@ def _names(rng: random.Random, count: int, num_letters: int) -> list[str]:
 
 def variable_tracking(order: Order) -> Draft:
     """A chain of variables, each set to the one before; all of them are asked for."""
-    names = _names(order.rng, NUM_HOPS + 2, 5)
-    value, names_too = number(order.rng, 5), names[:-1]
-    steps = [f"Set {names_too[0]} = {value}."]
-    steps += [f"Set {b} = {a}." for a, b in zip(names_too, names_too[1:], strict=False)]
+    names, value = _names(order.rng, NUM_HOPS + 1, 5), number(order.rng, 5)
+    sources = [value, *names]
+    steps = [f"Set {name} = {source}." for name, source in zip(names, sources, strict=False)]
     introduction = (
-        "Some sentences of a text set variables. A variable that is set to another one has its "
-        "value.\n\nExample: Set QQQQQ = 12345. Set RRRRR = QQQQQ. Set SSSSS = RRRRR.\n"
-        "The variables that have the value 12345 are: QQQQQ, RRRRR, SSSSS\n\nText: "
+        "The text below sets variables. A variable may be set to another one and then has its "
+        "value: after 'Set QQ = 12. Set RR = QQ.' the variables QQ and RR have the value 12.\n\n"
+        "Text: "
     )
-    question = f"\n\nWhich {len(names_too)} variables have the value {value}? Name all of them."
-    prefix = f"The variables that have the value {value} are:"
+    question = f"\n\nWhich {len(names)} variables have the value {value}? Name all of them."
+    prefix = f"The variables with the value {value} are"
     places = sorted(order.rng.random() for _ in steps)
 
     def build(filler: list[str]) -> str:
         return introduction + " ".join(spread(filler, steps, places))
 
     context = _fit(order, sentences(order.rng, order.style), build, question, prefix)
-    return Draft(context, question, names_too, prefix)
+    return Draft(context, question, names, prefix)
 
 
 def two_facts(order: Order) -> Draft:

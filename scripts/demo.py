@@ -499,7 +499,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Ask a server with a compressed KV cache.")
     parser.add_argument("--model", default=str(ROOT / "examples" / "probe-model"))
-    parser.add_argument("--preset", default="windowkv", help="of --kv-compression")
+    parser.add_argument("--preset", default="auto", help="of --kv-compression")
     parser.add_argument("--questions", type=int, default=4, help="how many (default: 4)")
     parser.add_argument("--prompt-tokens", type=int, default=2000, help="default: 2000")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other prompts")

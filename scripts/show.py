@@ -32,6 +32,7 @@ MODEL = str(ROOT / "examples" / "probe-model")
 POLICIES = ("windowkv", "snapkv", "keydiff", "streaming_llm", "random")
 FOUR_GROUPS = {
     "preset": "windowkv",
+    "policy": {"window_size": 32, "layers_per_leader": None},
     "layer_groups": {"count": 4},
     "layer_budget": {"shape": "uniform"},
     "task": "localization",

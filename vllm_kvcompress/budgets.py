@@ -29,6 +29,24 @@ def layer_groups(num_layers: int, config: LayerGroupsConfig) -> list[int]:
     return [group for group, size in enumerate(sizes) for _ in range(size)]
 
 
+def score_leaders(groups: Sequence[int], layers_per_leader: int | None) -> list[int]:
+    """Return for every layer the one that scores for it, where layers share scores.
+
+    Parameters
+    ----------
+    groups : sequence of int
+        Layer group of every layer, from `layer_groups`.
+    layers_per_leader : int or None
+        Layers that follow one leader, itself counted; None: all of a layer group.
+    """
+    found = []
+    for layer, group in enumerate(groups):
+        first = groups.index(group)
+        size = layers_per_leader or len(groups)
+        found.append(layer - (layer - first) % size)
+    return found
+
+
 def target_tokens(prompt_len: int, config: CompressionConfig) -> int:
     """Tokens of a request to keep, averaged over layers, however many there are."""
     if config.budget.ratio is not None:

@@ -68,6 +68,13 @@ def add_tune_options(option: Callable[..., Any]) -> None:
         "the score of its answers beside the whole cache's (answers)"
     )
     option("--measure", default="agreement", choices=["agreement", "answers"], help=measure)
+    how = (
+        "p-values of the mean loss alone (hoeffding-bentkus), or also of how much losses differ "
+        "(betting, which needs fewer prompts for agreement); choose before you see losses"
+    )
+    option(
+        "--test", default="hoeffding-bentkus", choices=["hoeffding-bentkus", "betting"], help=how
+    )
     known = "grid, its chains, presets or YAML files, with commas (default grid)"
     option("--policies", default=["grid"], metavar="LIST", type=_names, help=known)
     ratios = f"shares of the prompt to keep (default {','.join(map(str, _BUDGETS))})"
@@ -93,7 +100,9 @@ def run_tune(args: argparse.Namespace) -> int:
     from vllm_kvcompress.evaluation.tuning.prompts_file import read_prompts
     from vllm_kvcompress.evaluation.tuning.result import best_provable
 
-    aim = Aim(limit=round(1 - args.target, 12), level=round(1 - args.confidence, 12))
+    aim = Aim(
+        limit=round(1 - args.target, 12), level=round(1 - args.confidence, 12), test=args.test
+    )
     candidates = make_candidates(args.policies, args.budgets)
     prompts = read_prompts(args.prompts, args.measure == "answers", args.tokens)
     if len(prompts) < FEWEST_PROMPTS:

@@ -54,10 +54,16 @@ class Mode:
 
 
 _QUARTER = {"budget": {"ratio": 0.25}, "min_prompt_len": 128}
+_LINKED = {
+    "preset": "windowkv",
+    "policy": {"window_size": 32, "layers_per_leader": None},
+    "layer_groups": {"count": 4},
+}
 _DRAFT = {"mode": "draft", "draft": {"tokens": 3}}
 MODES = {
     "draft-copied": Mode({"preset": "snapkv", **_QUARTER, **_DRAFT}),
-    "draft-linked": Mode({"preset": "windowkv", **_QUARTER, **_DRAFT}, 4),
+    # Windows of whole blocks under one leader: views take blocks, and copy nothing.
+    "draft-linked": Mode({**_LINKED, **_QUARTER, **_DRAFT}, 4),
     "ngram": Mode({"preset": "snapkv", **_QUARTER}, 1, {"speculative_config": NGRAM}),
     "interval": Mode({"preset": "snapkv", **_QUARTER, "trigger": "both", "interval": 64}),
     "codebook": Mode({"preset": "spindlekv", "min_prompt_len": 128, "interval": 64}, 4),

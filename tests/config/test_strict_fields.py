@@ -263,7 +263,7 @@ def test_what_changes_nothing_in_a_file_is_refused(tmp_path) -> None:
         ("rkv", {"trigger": "end_of_prompt"}),  # the preset has an interval
         ("spindlekv", {"codebook": None}),
         ("pyramidkv", {"layer_groups": {"count": 1}}),  # the preset has a shape
-        ("windowkv", {"layer_budget": {"form": "printed"}}),  # the preset has a gamma
+        ("windowkv_llama3", {"layer_budget": {"form": "printed"}}),  # the preset has a gamma
         ("windowkv_qwen2.5", {"policy": {"name": "cake"}}),
         ("rkv", {"trigger": "both", "min_prompt_len": 64}),
         ("spindlekv", {"interval": 64}),

@@ -13,7 +13,13 @@ import pytest
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
 
-FOUR_GROUPS = {"preset": "windowkv", "layer_groups": {"count": 4}}
+FOUR_GROUPS = {
+    "preset": "windowkv",
+    "policy": {"window_size": 32, "layers_per_leader": None},
+    "layer_groups": {"count": 4},
+    "layer_budget": {"shape": "windowkv", "form": "released", "gamma": 8},
+}
+"""Windows of whole blocks, and a leader, a block table and a budget of its own per layer."""
 
 OpenEngine = Callable[..., Any]
 

@@ -30,9 +30,9 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
         40,
         12,
     ),
-    # windowkv's views are blocks of the request's own, snapkv's are copies. The small budget
-    # keeps drafts from being right by themselves: what is accepted tells views apart.
-    "draft": (DRAFT, ("snapkv", "windowkv"), 700, 24, 24),
+    # Views of windowkv_qwen2.5 are blocks of the request's own, snapkv's are copies. The small
+    # budget keeps drafts from being right by themselves: what is accepted tells views apart.
+    "draft": (DRAFT, ("snapkv", "windowkv_qwen2.5"), 700, 24, 24),
 }
 COUNTED = (
     "vllm:kv_compression_requests",

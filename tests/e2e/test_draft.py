@@ -180,7 +180,7 @@ def test_views_of_whole_blocks_copy_nothing(probe_model: str, mixed, stock) -> N
 def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) -> None:
     """Windows of half a block: survivors are copied, a different number in each group."""
     setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
-    setting["policy"] = {"name": "windowkv", "window_size": 16}
+    setting["policy"] = {"window_size": 16, "layers_per_leader": None}
     with opened(probe_model, setting) as engine:
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert engine.scheduler.stats.views["windowkv/prompt"] == 3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.conftest import assert_idle, opened
+from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from vllm_kvcompress.evaluation.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "spindlekv": {"preset": "spindlekv"},
     "copied view": {"preset": "snapkv", "mode": "draft", "draft": {"tokens": 3}},
-    "linked view": {"preset": "windowkv", "mode": "draft", "draft": {"tokens": 3}},
+    "linked view": {**FOUR_GROUPS, "mode": "draft", "draft": {"tokens": 3}},
 }  # fmt: skip
 
 

@@ -267,7 +267,7 @@ def test_captured_graphs_and_real_batches_read_lengths_at_one_address(
         lengths = addresses.pop("lengths")
         assert addresses == captured
     # The last step: logical length less what was evicted, in every group.
-    config = parse_config({"preset": "windowkv", "budget": {"tokens": 320}})
+    config = parse_config({**FOUR_GROUPS, "budget": {"tokens": 320}})
     planned = compaction_lengths(len(prompts[0]), config, 4, 32)
     total = len(prompts[0]) + 5
     assert lengths == [[total - each.evicted] for each in planned]

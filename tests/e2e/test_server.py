@@ -24,7 +24,10 @@ COUNTED = ("requests_total", "compactions_total", "blocks_taken_total", "blocks_
 @pytest.fixture(scope="module")
 def server(probe_model: str, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    setting = ["--kv-compression", "windowkv", "--kv-compression-config.budget.floor=100"]
+    # The probe model's four layers retrieve in layers of their own: each ranks for itself.
+    setting = ["--kv-compression", "windowkv", "--kv-compression-config.layer_groups.count=4"]
+    setting += ["--kv-compression-config.policy.window_size=32"]
+    setting += ["--kv-compression-config.budget.floor=100"]
     with serving(probe_model, log, *OPTIONS, *setting) as running:
         yield running
 

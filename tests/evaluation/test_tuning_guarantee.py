@@ -10,6 +10,12 @@ import pytest
 from vllm_kvcompress.evaluation.tuning import choose as choosing
 from vllm_kvcompress.evaluation.tuning.choose import Aim, Choice, Split, choose, split_prompts
 from vllm_kvcompress.evaluation.tuning.guarantee import (
+    BETTING,
+    HOEFFDING_BENTKUS,
+    TESTS,
+    betting_p_value,
+    bound_of,
+    enough,
     num_rejected,
     p_value,
     prompts_needed,
@@ -115,6 +121,72 @@ def test_bounds_cover_as_often_as_they_say(count: int) -> None:
         assert missed <= 0.1
 
 
+def money_after(losses: list[float], limit: float, level: float) -> list[float]:
+    """The gambler's money, loss by loss, straight from the paper's formulas."""
+    money, found, seen = 1.0, [], []
+    spread = 0.25
+    for place, loss in enumerate(losses):
+        stake = min(1.0, math.sqrt(2 * math.log(1 / level) / (len(losses) * spread)))
+        money *= 1 - stake * (loss - limit)
+        found.append(money)
+        seen.append((loss - (0.5 + sum(losses[: place + 1])) / (place + 2)) ** 2)
+        spread = (0.25 + sum(seen)) / (place + 2)
+    return found
+
+
+def test_betting_is_the_formula() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 10, 50):
+        losses = rng.beta(0.5, 4, count)
+        for limit, level in ((0.05, 0.1), (0.2, 0.03), (0.6, 0.3)):
+            expected = min(1.0, 1 / max(money_after(losses.tolist(), limit, level)))
+            assert betting_p_value(losses, limit, level) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chance", [0.05, 0.1, 0.4])
+def test_betting_gives_small_p_values_seldom(chance: float) -> None:
+    """All 4,096 orders of twelve losses of 0 and 1, whose mean is the limit."""
+    outcomes = np.array(list(np.ndindex(*[2] * 12)), dtype=float)
+    ones = outcomes.sum(axis=1)
+    chances = chance**ones * (1 - chance) ** (12 - ones)
+    for tuned_for in (0.03, 0.1, 0.3):
+        values = [betting_p_value(row, chance, tuned_for) for row in outcomes]
+        for level in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9):
+            assert chance_of(values, chances, level) <= level + 1e-12
+
+
+def test_betting_gives_small_p_values_seldom_for_losses_in_between() -> None:
+    rng, trials = np.random.default_rng(2), 4000
+    for first, second in ((0.1, 0.9), (1, 9), (20, 180)):
+        losses = rng.beta(first, second, (trials, 40))
+        values = np.array([betting_p_value(row, 0.1, 0.1) for row in losses])
+        for level in (0.05, 0.1, 0.3):
+            tolerated = level + 3 * math.sqrt(level * (1 - level) / trials)
+            assert (values <= level).mean() <= tolerated
+
+
+def test_betting_needs_fewer_prompts_where_losses_hardly_differ() -> None:
+    losses = np.tile([0.0, 0.03125, 0.0625], 12)
+    assert betting_p_value(losses, 0.1, 0.1) < 0.1 < p_value(float(losses.sum()), 36, 0.1)
+    for test in TESTS:
+        count = enough(test, losses, 0.05, 0.1)
+        assert count is not None and count > 36
+        repeated = np.resize(losses, count)
+        assert bound_of(test, repeated, 0.1) < 0.06
+        assert enough(test, losses, 0.03, 0.1) is None
+    assert enough(BETTING, losses, 0.05, 0.1) < enough(HOEFFDING_BENTKUS, losses, 0.05, 0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_betting_bounds_are_where_its_tests_reject(seed: int) -> None:
+    losses = np.random.default_rng(seed).beta(0.3, 3, 40)
+    bound = bound_of(BETTING, losses, 0.1)
+    limits = np.linspace(0.01, 0.99, 99)
+    values = [betting_p_value(losses, limit, 0.1) for limit in limits]
+    assert values == sorted(values, reverse=True)
+    assert [v <= 0.1 for v in values] == [bound <= limit for limit in limits]
+
+
 # --- directions ---------------------------------------------------------------------------
 
 
@@ -143,9 +215,12 @@ def test_bounds_fall_with_more_prompts_and_less_confidence() -> None:
 
 
 def test_what_prompts_without_loss_show() -> None:
-    assert smallest_provable(22, 0.1) == pytest.approx(1 - 0.1 ** (1 / 22))
     for count in COUNTS:
-        assert upper_bound(0, count, 0.1) == pytest.approx(smallest_provable(count, 0.1))
+        best = smallest_provable(HOEFFDING_BENTKUS, count, 0.1)
+        assert best == pytest.approx(1 - 0.1 ** (1 / count))
+        # All is staked from the second or third prompt on: (1 + r) ** -count is 0.1.
+        least = min(0.1 ** (-1 / count) - 1, 1.0)
+        assert least * 0.999 <= smallest_provable(BETTING, count, 0.1) <= max(1.2 * least, 0.05)
 
 
 def test_prompts_needed_are_enough() -> None:
@@ -193,8 +268,12 @@ def error_rate(chooser: Chooser, rates: np.ndarray, shared: float) -> float:
     return errors / TRIALS
 
 
-def right(table: LossTable, split: Split) -> Choice:
-    return choose(table, CHAINS, split, AIM)
+def right(table: LossTable, split: Split, aim: Aim = AIM) -> Choice:
+    return choose(table, CHAINS, split, aim, with_bounds=False)
+
+
+def betting(table: LossTable, split: Split) -> Choice:
+    return right(table, split, Aim(AIM.limit, AIM.level, BETTING))
 
 
 ALL_BAD = np.tile([0.301, 0.32, 0.35], NUM_CHAINS)
@@ -205,19 +284,21 @@ HEADS_GOOD = np.tile([0.05, 0.301, 0.35], NUM_CHAINS)
 @pytest.mark.parametrize("rates", [ALL_BAD, HEADS_GOOD], ids=["all bad", "heads good"])
 def test_bad_settings_qualify_as_seldom_as_promised(rates: np.ndarray, shared: float) -> None:
     assert error_rate(right, rates, shared) <= TOLERATED
+    assert error_rate(betting, rates, shared) <= TOLERATED
 
 
 def test_and_with_many_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "num_chains", lambda count, aim: NUM_CHAINS)
     for rates in (ALL_BAD, HEADS_GOOD):
         assert error_rate(right, rates, 0.0) <= TOLERATED
+        assert error_rate(betting, rates, 0.0) <= TOLERATED
 
 
 def test_without_bonferroni_they_would_qualify_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "num_chains", lambda count, aim: NUM_CHAINS)
 
     def broken(table: LossTable, split: Split) -> Choice:
-        return choose(table, CHAINS, split, Aim(AIM.limit, AIM.level * NUM_CHAINS))
+        return right(table, split, Aim(AIM.limit, AIM.level * NUM_CHAINS))
 
     assert error_rate(broken, ALL_BAD, 0.0) > TOLERATED
 
@@ -225,7 +306,7 @@ def test_without_bonferroni_they_would_qualify_too_often(monkeypatch: pytest.Mon
 def test_chains_chosen_by_the_test_prompts_would_too() -> None:
     def broken(table: LossTable, split: Split) -> Choice:
         mixed = Split(split.calibration, split.calibration, split.held_out)
-        return choose(table, CHAINS, mixed, AIM)
+        return right(table, mixed)
 
     assert error_rate(broken, ALL_BAD, 0.0) > TOLERATED
 

@@ -198,6 +198,10 @@ def test_a_setting_is_chosen_that_a_server_takes(
     assert not (out / "tuned.yaml").exists()
     assert json.loads((out / "summary.json").read_text())["chosen"] is None
 
+    assert main([*asked, "--target", "0.1", "--test", "betting"]) == 0
+    assert "(betting, level 0.05)" in (out / "tuned.yaml").read_text()
+    assert json.loads((out / "summary.json").read_text())["test"] == "betting"
+
 
 def test_a_run_goes_on_where_it_was_cut_off(
     probe_model: str, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,5 +23,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"window_score": "top_half", "window_size": 16},
         {"window_size": 1},
         {"window_size": 37, "share_indices": False},
+        {"window_size": 16, "layers_per_leader": 3},
     ],
 }

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from transformers.utils import logging
 
-from vllm_kvcompress.budgets import compaction_lengths, layer_groups
+from vllm_kvcompress.budgets import compaction_lengths, layer_groups, score_leaders
 from vllm_kvcompress.checks import has_plain_rotary
 from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
@@ -224,17 +224,18 @@ class Inspection:
         return None if needle is None else self.kept[:, :, needle].mean(axis=2)
 
     def rows(self, each_layer: bool = False) -> list[LayerSet]:
-        """The shown layers by layer group, or one by one."""
+        """The shown layers by layer group and leader, or one by one."""
         config = self.setting.config
         coded = coded_groups(config.codebook, max(self.group_of) + 1)
-        leads = config.build_policy().shares_scores
+        policy = config.build_policy()
+        leaders = score_leaders(self.group_of, policy.layers_per_ranking)
         found: list[LayerSet] = []
         for layer in self.layers:
             group = self.group_of[layer]
-            if not each_layer and found and found[-1].group == group:
+            leader = leaders[layer] if policy.shares_scores else None
+            if not each_layer and found and (found[-1].group, found[-1].leader) == (group, leader):
                 found[-1].layers.append(layer)
                 continue
-            leader = self.group_of.index(group) if leads else None
             found.append(LayerSet(group, [layer], leader, group in coded))
         return found
 

@@ -58,8 +58,13 @@ class Policy(BaseModel, ABC):
 
     @property
     def shares_scores(self) -> bool:
-        """Whether the first layer of a layer group scores for all layers of it."""
+        """Whether the first layer of a layer group scores for other layers of it."""
         return False
+
+    @property
+    def layers_per_ranking(self) -> int | None:
+        """Layers of a group that share scores, the first of them scoring; None: all of it."""
+        return None
 
     @property
     def granularity(self) -> int:

@@ -28,11 +28,15 @@ class WindowKV(Policy):
         What a window is worth.
     share_indices : bool, default True
         Let the first layer of a group rank for all its layers.
+    layers_per_leader : int or None, default None
+        Let it rank for so many layers only, then the next one. Sharing needs no layer group then,
+        which costs a block table in every step. None: for the whole layer group, as in the paper.
     """
 
     window_size: int = Field(default=32, ge=1)
     window_score: Literal["mean", "top_half"] = "mean"
     share_indices: bool = True
+    layers_per_leader: int | None = Field(default=None, ge=1)
 
     @property
     def queries(self) -> Queries:
@@ -45,9 +49,15 @@ class WindowKV(Policy):
         return self.share_indices
 
     @property
+    def layers_per_ranking(self) -> int | None:
+        """See `layers_per_leader`."""
+        return self.layers_per_leader
+
+    @property
     def granularity(self) -> int:
-        """A window, where the layers of a group share one ranking."""
-        return self.window_size if self.share_indices else 1
+        """A window, where all layers of a group share one ranking."""
+        is_shared = self.share_indices and self.layers_per_leader is None
+        return self.window_size if is_shared else 1
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Give every token the score of its window."""

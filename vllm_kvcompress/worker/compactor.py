@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from vllm_kvcompress.budgets import layer_groups
+from vllm_kvcompress.budgets import layer_groups, score_leaders
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import GroupPlan, PlanKind
@@ -167,11 +167,12 @@ class Compactor:
         shared: dict[tuple, torch.Tensor],
     ) -> list[torch.Tensor]:
         """Scores [num_kv_heads, n] of every request, its leader's where layers share them."""
-        sharing = layer_groups(self.num_layers, group.jobs[0].config.layer_groups)
+        groups = layer_groups(self.num_layers, group.jobs[0].config.layer_groups)
+        leaders = score_leaders(groups, policy.layers_per_ranking)
         # Groups that hold different numbers of tokens cannot share scores any more, nor can an
         # eviction and a view of one request: scores may depend on how many tokens are kept.
         places = [
-            ((job.plan.request_id, job.plan.is_view), sharing[layer.index], length)
+            ((job.plan.request_id, job.plan.is_view), leaders[layer.index], length)
             for job, length in zip(group.jobs, group.lengths, strict=True)
         ]
         if not policy.shares_scores or any(place not in shared for place in places):

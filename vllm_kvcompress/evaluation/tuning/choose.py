@@ -4,15 +4,21 @@ The parts are disjoint and drawn at random. The first chooses which chains are t
 second tests them, so that the tests know nothing of the choice; the third is only reported.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
-from vllm_kvcompress.evaluation.tuning.guarantee import num_rejected, p_value, upper_bound
+from vllm_kvcompress.evaluation.tuning.guarantee import (
+    HOEFFDING_BENTKUS,
+    Losses,
+    bound_of,
+    num_rejected,
+    p_of,
+)
 from vllm_kvcompress.evaluation.tuning.losses import LossTable
 
 SCREENING, HELD_OUT = 0.2, 0.2
@@ -20,6 +26,7 @@ SCREENING, HELD_OUT = 0.2, 0.2
 FEWEST_PROMPTS = 5
 MOST_CHAINS = 3
 _HOPED = 0.25  # see `num_chains`
+_LEAST = 1e-12  # evidence beyond it does not count
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,13 @@ class Aim:
         Largest allowed mean loss, 1 - target.
     level : float
         Largest allowed probability of choosing a setting of a larger one, 1 - confidence.
+    test : str
+        One of `guarantee.TESTS`.
     """
 
     limit: float
     level: float
+    test: str = HOEFFDING_BENTKUS
 
 
 @dataclass(frozen=True)
@@ -82,35 +92,25 @@ class Tested:
         Number of the setting.
     screened : float
         Mean loss of the screening prompts.
-    total, count : float, int
-        Sum of the losses of so many calibration prompts.
+    mean : float
+        Mean loss of the calibration prompts.
     level, p_value : float
-        Of the test, see `guarantee.p_value`.
+        Of the test, see `guarantee.p_of`.
+    bound : float
+        See `guarantee.bound_of`, at this level. It is at most the limit exactly where the test
+        rejects. As a bound it holds for one setting that was fixed beforehand; what holds for the
+        chosen one is the limit.
     is_rejected : bool
         Whether the setting qualifies: its test and all before it in the chain reject.
     """
 
     setting: int
     screened: float
-    total: float
-    count: int
+    mean: float
     level: float
     p_value: float
+    bound: float
     is_rejected: bool
-
-    @property
-    def mean(self) -> float:
-        """Mean loss of the calibration prompts."""
-        return self.total / self.count
-
-    @cached_property
-    def bound(self) -> float:
-        """See `guarantee.upper_bound`, at the level of the test.
-
-        It is at most the limit exactly where the test rejects. As a bound it holds for one setting
-        that was fixed beforehand; what holds for the chosen one is the limit.
-        """
-        return upper_bound(self.total, self.count, self.level)
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,21 @@ def num_chains(count: int, aim: Aim) -> int:
     Every chain makes all tests stricter. A setting of a quarter of the allowed loss should pass;
     where not even one chain allows that, one is tested.
     """
-    hoped = p_value(_HOPED * aim.limit * count, count, aim.limit)
-    return next((k for k in range(MOST_CHAINS, 1, -1) if hoped <= aim.level / k), 1)
+    hoped = np.full(count, _HOPED * aim.limit)
+    for number in range(MOST_CHAINS, 1, -1):
+        level = aim.level / number
+        if p_of(aim.test, hoped, aim.limit, level) <= level:
+            return number
+    return 1
 
 
-def choose(table: LossTable, chains: Sequence[list[int]], split: Split, aim: Aim) -> Choice:
+def choose(
+    table: LossTable,
+    chains: Sequence[list[int]],
+    split: Split,
+    aim: Aim,
+    with_bounds: bool = True,
+) -> Choice:
     """Screen, test, choose.
 
     Parameters
@@ -162,27 +172,14 @@ def choose(table: LossTable, chains: Sequence[list[int]], split: Split, aim: Aim
         From `make_chains`; at least one.
     split, aim
         See there.
+    with_bounds : bool
+        Whether bounds are worked out, which takes most of the time; else they are NaN.
     """
-    screened = table.losses[split.screening].mean(axis=0)
-    # Not the costs of all prompts: lengths tell of losses, and the tests must not be chosen by
-    # anything of the calibration prompts.
-    costs = table.kept[split.screening].mean(axis=0)
-    count = len(split.calibration)
-    most = min(num_chains(count, aim), len(chains))
+    most = min(num_chains(len(split.calibration), aim), len(chains))
     level = aim.level / most
-
-    def promise(chain: list[int]) -> tuple[float, float]:
-        """Cost that the chain would reach if calibration repeated screening, and its loss."""
-        values = (p_value(screened[i] * count, count, aim.limit) for i in chain)
-        reached = num_rejected(values, level)
-        cost = costs[chain[reached - 1]] if reached else 1.0
-        return float(cost), float(screened[chain].mean())
-
-    # A setting that frees nothing of the screening prompts needs no test.
-    saving = [[i for i in chain if costs[i] < 1] or chain for chain in chains]
     tested = [
-        _test_chain(table, chain, split, screened, aim.limit, level)
-        for chain in sorted(saving, key=promise)[:most]
+        _test_chain(table, chain, split, aim, level, with_bounds)
+        for chain in _screen(table, chains, split, aim, level)[:most]
     ]
     qualified = [
         test
@@ -194,29 +191,50 @@ def choose(table: LossTable, chains: Sequence[list[int]], split: Split, aim: Aim
     return Choice(split, level, tested, chosen)
 
 
+def _screen(
+    table: LossTable, chains: Sequence[list[int]], split: Split, aim: Aim, level: float
+) -> list[list[int]]:
+    """Chains by what the screening prompts promise, best first.
+
+    Every setting's p-value is worked out as if the calibration prompts repeated the screening
+    ones. The chain counts by the evidence -log(p) of all its settings, each weighted by the share
+    of the cache that it frees. (How far a chain would get is no good measure: of a dozen prompts,
+    one decides where it ends.)
+    """
+    # Not the costs of all prompts: lengths tell of losses, and the tests must not be chosen by
+    # anything of the calibration prompts.
+    costs = table.kept[split.screening].mean(axis=0)
+
+    def promise(chain: list[int]) -> float:
+        found = 0.0
+        for setting in chain:
+            repeated = np.resize(table.losses[split.screening, setting], len(split.calibration))
+            value = p_of(aim.test, repeated, aim.limit, level)
+            found -= math.log(max(value, _LEAST)) * (1 - costs[setting])
+        return float(found)
+
+    # A setting that frees nothing of the screening prompts needs no test.
+    saving = [[i for i in chain if costs[i] < 1] or chain for chain in chains]
+    return sorted(saving, key=promise, reverse=True)
+
+
 def _test_chain(
-    table: LossTable,
-    chain: list[int],
-    split: Split,
-    screened: npt.NDArray[np.float64],
-    limit: float,
-    level: float,
+    table: LossTable, chain: list[int], split: Split, aim: Aim, level: float, with_bounds: bool
 ) -> list[Tested]:
-    count = len(split.calibration)
-    totals = [float(table.losses[split.calibration, i].sum()) for i in chain]
-    values = [p_value(total, count, limit) for total in totals]
+    columns: list[Losses] = [table.losses[split.calibration, i] for i in chain]
+    values = [p_of(aim.test, losses, aim.limit, level) for losses in columns]
     rejected = num_rejected(values, level)
     return [
         Tested(
             setting=setting,
-            screened=float(screened[setting]),
-            total=totals[place],
-            count=count,
+            screened=float(table.losses[split.screening, setting].mean()),
+            mean=float(losses.mean()),
             level=level,
-            p_value=values[place],
+            p_value=value,
+            bound=bound_of(aim.test, losses, level) if with_bounds else math.nan,
             is_rejected=place < rejected,
         )
-        for place, setting in enumerate(chain)
+        for place, (setting, losses, value) in enumerate(zip(chain, columns, values, strict=True))
     ]
 
 
@@ -246,7 +264,7 @@ def repeat(
     """Choose on splits 1 to `count` of a seed."""
     for number in range(1, count + 1):
         split = split_prompts(len(table.losses), seed, number)
-        chosen = choose(table, chains, split, aim).chosen
+        chosen = choose(table, chains, split, aim, with_bounds=False).chosen
         if chosen is None:
             yield Repetition(None, 1.0, 0.0)
             continue

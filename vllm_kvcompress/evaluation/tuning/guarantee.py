@@ -5,15 +5,29 @@ assumed of them.
 
     p-values      Hoeffding-Bentkus: Bates, Angelopoulos, Lei, Malik, Jordan (2021), "Distribution-
                   free, risk-controlling prediction sets", arXiv 2101.02703, section 3.1
+    betting       Waudby-Smith and Ramdas (2020), "Estimating means of bounded random variables by
+                  betting", arXiv 2010.09686, with the stakes of Bates et al., section 3.1
     several tests Angelopoulos, Bates, Candes, Jordan, Lei (2021), "Learn then test", arXiv
                   2110.01052: fixed sequences, with Bonferroni's correction over the sequences
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+HOEFFDING_BENTKUS, BETTING = "hoeffding-bentkus", "betting"
+TESTS = (HOEFFDING_BENTKUS, BETTING)
+"""Which p-value; to be chosen before the losses are seen. The first looks at the mean loss alone
+and takes every loss for a coin; the second is sharper where losses hardly differ, as shares of
+tokens do, and a little blunter where they are 0 and 1."""
+
+Losses = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-9  # of a sum of losses: 3.0000000000000004 is three whole losses
 _HALVINGS = 50
+_MOST_PROMPTS = 100_000  # looked at to say how many would be enough
 
 
 def p_value(total: float, count: int, limit: float) -> float:
@@ -40,23 +54,19 @@ def upper_bound(total: float, count: int, level: float) -> float:
     The mean loss is below it with a probability of at least 1 - `level`, for one setting that was
     fixed beforehand.
     """
-    low, high = min(total / count, 1.0), 1.0
-    if low <= 0:
-        low = 0.0
+    return _largest(lambda limit: p_value(total, count, limit) > level)
+
+
+def _largest(stands: Callable[[float], bool]) -> float:
+    """Where a condition on (0, 1) that holds below some number ends, not below it."""
+    low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        if p_value(total, count, middle) > level:
+        if stands(middle):
             low = middle
         else:
             high = middle
     return high
-
-
-def smallest_provable(count: int, level: float) -> float:
-    """The `upper_bound` of prompts without any loss: (1 - r) ** count is `level` at this r."""
-    return 1 - level ** (1 / count)
 
 
 def prompts_needed(mean: float, limit: float, level: float) -> int | None:
@@ -67,6 +77,73 @@ def prompts_needed(mean: float, limit: float, level: float) -> int | None:
     if mean >= limit:
         return None
     return math.ceil(-math.log(level) / _divergence(mean, limit))
+
+
+# --- betting ------------------------------------------------------------------------------
+
+
+def betting_p_value(losses: Losses, limit: float, level: float) -> float:
+    """As `p_value`, for losses in random order.
+
+    A gambler stakes a part of his money on every loss being below the limit. Where the mean is
+    above it he does not win on average, so that he multiplies his money by 1/u at any time with a
+    probability of at most u (Ville's inequality).
+
+    Parameters
+    ----------
+    losses : ndarray of float64, [n]
+        At least one.
+    level : float
+        For which the stakes are good; the p-value is valid for every other, too.
+    """
+    number = np.arange(1, len(losses) + 1)
+    means = (0.5 + losses.cumsum()) / (1 + number)
+    variances = (0.25 + ((losses - means) ** 2).cumsum()) / (1 + number)
+    before = np.concatenate([[0.25], variances[:-1]])  # a stake must not know its own loss
+    stakes = np.minimum(1.0, np.sqrt(-2 * math.log(level) / (len(losses) * before)))
+    money = np.log1p(-stakes * (losses - limit)).cumsum()
+    return math.exp(-max(float(money.max()), 0.0))
+
+
+def _enough_for_betting(losses: Losses, limit: float, level: float) -> int | None:
+    count = 1
+    while count <= _MOST_PROMPTS:
+        if betting_p_value(np.resize(losses, count), limit, level) <= level:
+            return count
+        count += 1 + count // 50
+    return None
+
+
+# --- either -------------------------------------------------------------------------------
+
+
+def p_of(test: str, losses: Losses, limit: float, level: float) -> float:
+    """The p-value of one of `TESTS`."""
+    if test == BETTING:
+        return betting_p_value(losses, limit, level)
+    return p_value(float(losses.sum()), len(losses), limit)
+
+
+def bound_of(test: str, losses: Losses, level: float) -> float:
+    """Largest mean loss that the test does not refuse at `level`, see `upper_bound`."""
+    return _largest(lambda limit: p_of(test, losses, limit, level) > level)
+
+
+def smallest_provable(test: str, count: int, level: float) -> float:
+    """The bound of so many prompts without any loss."""
+    return bound_of(test, np.zeros(count), level)
+
+
+def enough(test: str, losses: Losses, limit: float, level: float) -> int | None:
+    """How many prompts would prove `limit` if losses like these went on; None if none do."""
+    if losses.mean() >= limit:
+        return None
+    if test == BETTING:
+        return _enough_for_betting(losses, limit, level)
+    return prompts_needed(float(losses.mean()), limit, level)
+
+
+# --- several tests ------------------------------------------------------------------------
 
 
 def num_rejected(p_values: Iterable[float], level: float) -> int:

@@ -10,6 +10,7 @@ import yaml
 
 from vllm_kvcompress.evaluation.quality.intervals import Interval, mean_interval
 from vllm_kvcompress.evaluation.tuning.choose import (
+    FEWEST_PROMPTS,
     Aim,
     Choice,
     Repetition,
@@ -17,7 +18,7 @@ from vllm_kvcompress.evaluation.tuning.choose import (
     calibration_size,
 )
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
-from vllm_kvcompress.evaluation.tuning.guarantee import prompts_needed, smallest_provable
+from vllm_kvcompress.evaluation.tuning.guarantee import enough, smallest_provable
 from vllm_kvcompress.evaluation.tuning.losses import LossTable
 
 FEW_PROMPTS = 30
@@ -86,7 +87,7 @@ class Tuning:
 def best_provable(num_prompts: int, aim: Aim) -> str | None:
     """A sentence where prompts are few or cannot show what is wanted; None elsewhere."""
     count = calibration_size(num_prompts)
-    best = smallest_provable(count, aim.level)
+    best = smallest_provable(aim.test, count, aim.level)
     if num_prompts >= FEW_PROMPTS and best <= aim.limit:
         return None
     text = (
@@ -95,15 +96,15 @@ def best_provable(num_prompts: int, aim: Aim) -> str | None:
     )
     if best <= aim.limit:
         return f"{text}."
-    return f"{text}: the target {1 - aim.limit:g} takes {_in_all(0.0, aim)} prompts or more."
+    total = _in_all(enough(aim.test, np.zeros(1), aim.limit, aim.level))
+    return f"{text}: the target {1 - aim.limit:g} takes {total} prompts or more."
 
 
-def _in_all(mean: float, aim: Aim, level: float | None = None) -> int | None:
-    """Prompts of which enough are left for the test of one with this mean loss."""
-    needed = prompts_needed(mean, aim.limit, aim.level if level is None else level)
+def _in_all(needed: int | None) -> int | None:
+    """Prompts of which so many are left for the test."""
     if needed is None:
         return None
-    total = needed + 2
+    total = max(needed + 2, FEWEST_PROMPTS)
     while calibration_size(total) < needed:
         total += 1
     return total
@@ -125,10 +126,14 @@ def why_none(tuning: Tuning) -> str:
         f"prompts is {test.mean:.4f}, which shows a mean loss of at most {test.bound:.4f}; allowed "
         f"is {aim.limit:g}."
     )
-    total = _in_all(test.mean, aim, tuning.choice.level)
+    losses = tuning.table.losses[tuning.choice.split.calibration, test.setting]
+    total = _in_all(enough(aim.test, losses, aim.limit, tuning.choice.level))
     if total is None:
         return f"{text} More prompts would not help; a lower target, or larger budgets, would."
-    return f"{text} If the loss stays what it is, {total} prompts are enough to show it."
+    return (
+        f"{text} If losses stay what they are, {total} prompts are enough to show it. Trying one "
+        "--seed after the other until a setting qualifies would void the promise."
+    )
 
 
 # --- for the server -----------------------------------------------------------------------
@@ -148,7 +153,7 @@ def setting_yaml(tuning: Tuning) -> str:
         f"Promised, for prompts drawn like these: mean {about['measure']} of at least "
         f"{1 - aim.limit:g}, at confidence {1 - aim.level:g}.",
         f"Test: mean loss {test.mean:.4f} on {len(tuning.choice.split.calibration)} prompts, "
-        f"bound {test.bound:.4f} (Hoeffding-Bentkus at level {tuning.choice.level:.4g}).",
+        f"bound {test.bound:.4f} ({aim.test}, level {tuning.choice.level:.4g}).",
         f"Held out: {held.agreement:.4f} on {held.count} prompts, 95 % interval "
         f"{held.interval.low:.4f} to {held.interval.high:.4f}.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in about["measured_with"].items()) + ".",
@@ -179,6 +184,7 @@ def summary(tuning: Tuning) -> dict[str, Any]:
         "num_prompts": len(table.losses),
         "target": 1 - tuning.aim.limit,
         "confidence": 1 - tuning.aim.level,
+        "test": tuning.aim.test,
         "level_per_chain": choice.level,
         "chosen": None if choice.chosen is None else _test(tuning, choice.chosen),
         "closest": _test(tuning, choice.closest) if choice.chosen is None else None,
@@ -198,7 +204,7 @@ def summary(tuning: Tuning) -> dict[str, Any]:
 def _test(tuning: Tuning, test: Tested) -> dict[str, Any]:
     name = tuning.candidates[test.setting].name
     cost = float(tuning.table.costs[test.setting])
-    return {"name": name, "kept": cost, **asdict(test), "mean": test.mean, "bound": test.bound}
+    return {"name": name, "kept": cost, **asdict(test)}
 
 
 def _repeated(tuning: Tuning) -> dict[str, Any]:

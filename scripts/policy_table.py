@@ -76,28 +76,35 @@ def presets_table(args: argparse.Namespace) -> list[Variant]:
 
 def windowkv_table(args: argparse.Namespace) -> list[Variant]:
     """WindowKV's switches, one at a time. The question asks for one number: localization."""
+    released = {"shape": "windowkv", "form": "released", "gamma": 8}
 
-    def shape(**fields: Any) -> dict[str, Any]:
-        return {"layer_budget": {"shape": "windowkv", **fields}}
-
-    def groups(count: int, share: bool) -> dict[str, Any]:
-        return {"layer_groups": {"count": count}, "policy": {"share_indices": share}}
+    def changed(
+        budget: dict[str, Any] = released, count: int | None = None, share: bool = True
+    ) -> dict[str, Any]:
+        """Windows of 32 in layer groups that share a ranking, and what differs from that."""
+        policy = {"window_size": 32, "layers_per_leader": None, "share_indices": share}
+        groups = {} if count is None else {"layer_groups": {"count": count}}
+        return {"policy": policy, "layer_budget": budget, **groups}
 
     return [
-        Variant("task: localization (right)", "windowkv"),
-        Variant("task: aggregation (wrong)", "windowkv", task="aggregation"),
-        Variant("task: auto", "windowkv", task="auto"),
+        Variant("task: localization (right)", "windowkv", changed()),
+        Variant("task: aggregation (wrong)", "windowkv", changed(), task="aggregation"),
+        Variant("task: auto", "windowkv", changed(), task="auto"),
         Variant("windowkv_llama3, localization (right)", "windowkv_llama3"),
         Variant("windowkv_llama3, aggregation (wrong)", "windowkv_llama3", task="aggregation"),
         Variant("windowkv_llama3, auto", "windowkv_llama3", task="auto"),
-        Variant("2 groups of 2 layers, shared", "windowkv", groups(2, True)),
-        Variant("2 groups of 2 layers, not shared", "windowkv", groups(2, False)),
-        Variant("1 group of 4 layers, shared", "windowkv", groups(1, True)),
-        Variant("1 group of 4 layers, not shared", "windowkv", groups(1, False)),
-        Variant("pyramid: released, gamma 8 (preset)", "windowkv"),
-        Variant("pyramid: released, gamma 1 (as 4 groups of 1)", "windowkv", shape(gamma=1)),
-        Variant("pyramid: printed", "windowkv", shape(form="printed")),
-        Variant("pyramid: none (uniform)", "windowkv", {"layer_budget": {"shape": "uniform"}}),
+        Variant("2 groups of 2 layers, shared", "windowkv", changed(count=2)),
+        Variant("2 groups of 2 layers, not shared", "windowkv", changed(count=2, share=False)),
+        Variant("1 group of 4 layers, shared", "windowkv", changed(count=1)),
+        Variant("1 group of 4 layers, not shared", "windowkv", changed(count=1, share=False)),
+        Variant("pyramid: released, gamma 8 (preset)", "windowkv", changed()),
+        Variant(
+            "pyramid: released, gamma 1 (as 4 groups of 1)",
+            "windowkv",
+            changed({**released, "gamma": 1}),
+        ),
+        Variant("pyramid: printed", "windowkv", changed({"shape": "windowkv", "form": "printed"})),
+        Variant("pyramid: none (uniform)", "windowkv", changed({"shape": "uniform"})),
     ]
 
 

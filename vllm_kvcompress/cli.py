@@ -8,6 +8,7 @@ needs both, and transformers: see ``cli_codebook.py``.
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -41,7 +42,8 @@ from vllm_kvcompress.sizing import (
 
 _ERRORS = (ConfigError, UnsupportedModelError, OSError, UnicodeError)
 
-LIST_WIDTH = 100  # at least, of the table of policies: words would be broken
+LIST_WIDTH = 116  # at least, of the table of policies: words would be broken
+PARAMETER_WIDTH = 30  # of a parameter and its value there, where there is a space to break at
 
 
 # --- policies -----------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def _policy_row(policy: dict[str, Any]) -> list[str]:
         policy["summary"],
         "\n".join(filter(None, needs)) or "nothing",
         _DECODING[policy["while_decoding"]],
-        "\n".join(parameters),
+        "\n".join(textwrap.fill(each, PARAMETER_WIDTH) for each in parameters),
     ]
 
 
@@ -125,7 +127,7 @@ def _run_policies(args: argparse.Namespace) -> int:
         return 0
     for source in sorted({policy["distribution"] for policy in policies}):
         table = make_table(
-            "policy", "what it does", "needs", "decoding", "parameters", folds=(1, 2, 4)
+            "policy", "what it does", "needs", "decoding", "parameters", folds=(1, 2)
         )
         for policy in policies:
             if policy["distribution"] == source:

@@ -55,7 +55,8 @@ def test_chunking_does_not_matter(probe_model: str, prompts, expected, engine_ar
 
 
 def test_one_layer_group_equals_four_with_one_budget(probe_model: str, prompts, expected) -> None:
-    one = {"policy": {"share_indices": False}, "layer_groups": {"count": 1}}
+    policy = {**FOUR_GROUPS["policy"], "share_indices": False}  # every layer ranks, as above
+    one = {"policy": policy, "layer_groups": {"count": 1}}
     with opened(probe_model, {**UNIFORM, **one}) as engine:
         for length, tokens in expected.items():
             cut = [prompt[-length:] for prompt in prompts[:3]]

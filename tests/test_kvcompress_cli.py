@@ -123,7 +123,8 @@ def uses(preset: str, name: str) -> bool:
     return config is not None and config.policy.name == name
 
 
-def test_the_table_cuts_no_name_off(run: Run) -> None:
+def test_the_table_cuts_no_name_off(run: Run, monkeypatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     status, out, _ = run("policies")
     assert status == 0
     assert "…" not in out

@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_kvcompress.cli_common import at_least, complain, make_console, say, share
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.sizing import parse_size
 
 PROTOCOLS = ("visible", "hidden")
 RUNNERS = ("replay", "engine")
@@ -70,6 +71,8 @@ def add_eval_options(option: Callable[..., Any]) -> None:
     option("--url", metavar="URL", help="ask a running server with OpenAI's API instead")
     option("--parallel", default=4, **number, help="requests at once of --url (default 4)")
     option("--device", default="cpu", help="of --runner replay (default %(default)s)")
+    memory = "of --runner engine for its cache (default %(default)s)"
+    option("--kv-cache-memory", default="2GiB", metavar="SIZE", help=memory)
     option("--block-size", default=32, **number, help="as the server's (default %(default)s)")
     option("--no-chat", action="store_true", help="leave the model's chat template out")
     out = "folder of the results; what it holds of the same run is not measured again"
@@ -86,6 +89,10 @@ def run_eval(args: argparse.Namespace) -> int:
 
     variants = _server_variants(args) if args.url else make_variants(args.policies, args.budgets)
     protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
+    if "hidden" in protocols and (args.url or args.runner == "engine"):
+        raise ConfigError(
+            "--protocol: a server compresses whole prompts; allowed is visible, or --runner replay."
+        )
     prompter = _prompter(args)
     planned = make_plan(args.tasks, _task_options(args), prompter)
     folder = RecordFolder(args.out)
@@ -101,8 +108,9 @@ def run_eval(args: argparse.Namespace) -> int:
     if num_failures:
         where = args.out / "failures.jsonl"
         complain("warning", f"{num_failures} samples could not be measured: see {where}.")
-    if any(args.out.glob("records.jsonl")):
-        say(f"{write_report(args.out)}")
+    if not any(args.out.glob("records.jsonl")):
+        return 1
+    say(f"{write_report(args.out)}")
     return status
 
 
@@ -180,7 +188,13 @@ def _runner(args: argparse.Namespace, prompter: Any) -> Any:
     if args.runner == "engine":
         from vllm_kvcompress.evaluation.quality.engine_runner import EngineRunner
 
-        return closing(EngineRunner(args.model, prompter, block_size=args.block_size))
+        options = {
+            "max_model_len": None,  # the model's, in the model's dtype, as `vllm serve` has it
+            "dtype": "auto",
+            "block_size": args.block_size,
+            "kv_cache_memory_bytes": parse_size(args.kv_cache_memory),
+        }
+        return closing(EngineRunner(args.model, prompter, **options))
     import torch
 
     from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner

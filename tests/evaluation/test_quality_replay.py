@@ -149,6 +149,7 @@ def test_the_command_measures_reports_and_goes_on(probe_model: str, tmp_path: Pa
         (["--tasks", "longbench:/nowhere"], "/nowhere"),
         (["--tasks", "text:/nowhere"], "/nowhere"),
         (["--model", "/nowhere"], "--model: /nowhere holds no tokenizer"),
+        (["--runner", "engine", "--protocol", "both"], "--protocol: a server compresses whole"),
         (["--url", "http://127.0.0.1:9"], "--url: http://127.0.0.1:9 names no model"),
         (["--url", "http://127.0.0.1:9", "--policies", "a.yaml"], "allowed are none, server"),
     ],

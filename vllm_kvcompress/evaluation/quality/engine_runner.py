@@ -10,6 +10,7 @@ from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.records import Record
+from vllm_kvcompress.evaluation.quality.run import Stopped
 from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant
 
@@ -24,7 +25,7 @@ class EngineRunner:
     prompter : Prompter
         Of its tokenizer.
     **engine_args
-        For `Engine`, such as ``max_model_len`` and ``block_size``.
+        For `Engine`, such as ``max_model_len`` and ``block_size``; not what it sets for tests.
     """
 
     def __init__(self, model: Path, prompter: Prompter, **engine_args: Any) -> None:
@@ -40,7 +41,7 @@ class EngineRunner:
                 self.engine = Engine(str(self.model), setting, **self.engine_args)
             except (ConfigError, ValueError, OSError) as error:
                 line = str(error).strip().partition("\n")[0].rstrip(".")
-                raise ConfigError(f"--model: vLLM does not start with it: {line}.") from None
+                raise Stopped(f"--model: vLLM does not start with it: {line}.") from None
             self.policy = variant.policy
         return self.engine
 
@@ -59,6 +60,8 @@ class EngineRunner:
         ------
         ConfigError
             If the engine refuses the request, or the task needs more than answers.
+        Stopped
+            If vLLM does not start.
         """
         if protocol != "visible":
             raise ConfigError("--protocol: vLLM compresses whole prompts; allowed is visible.")

@@ -361,9 +361,11 @@ def test_small_real_run(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     values = {(row["variant"], row["metric"]): float(row["value"]) for row in rows}
     assert str(tmp_path) not in (out / "serving.csv").read_text()
-    # 34 blocks of 32 tokens of 4 layers x 2 KV heads x 32 x float32, keys and values.
-    assert values["stock", "kv_bytes_per_request"] == 34 * 2**16
-    assert values["none", "kv_bytes_per_request"] == 34 * 2**16
+    # A block of 32 tokens of 4 layers x 2 KV heads x 32 x float32, keys and values: 64 KiB.
+    # The last output tokens take the 34th block; a busy machine may not read /metrics by then.
+    whole = {33 * 2**16, 34 * 2**16}
+    assert values["stock", "kv_bytes_per_request"] in whole
+    assert values["none", "kv_bytes_per_request"] in whole
     assert values["0.12", "kv_bytes_per_request"] < 0.2 * 34 * 2**16
     assert [values[v, "compactions"] for v in ("stock", "none", "0.12")] == [0, 0, 2]
     assert {values[v, "peak_running"] for v in ("stock", "none", "0.12")} == {2}

@@ -5,8 +5,11 @@ Starts ``vllm serve MODEL --kv-compression PRESET``, asks through /v1/completion
 blocks given back, and blocks held while the same prompt is decoded with and without compression.
 The exit code is 0 only if every answer is right and every request gave blocks back.
 
+The model is SmolLM2-135M-Instruct, fetched once (scripts/smollm2.py); where it cannot be had, or
+with ``--model probe``, it is the probe model of examples/, which can do nothing but this.
+
     scripts/demo.sh
-    scripts/demo.sh --preset snapkv --json results.json
+    scripts/demo.sh --model probe --preset snapkv --json results.json
 """
 
 import argparse
@@ -33,16 +36,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.quality.plan import TaskOptions, make_plan
+from vllm_kvcompress.evaluation.quality.prompts import Prompter
+from vllm_kvcompress.evaluation.tasks.needle import make_samples
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import smollm2  # the script beside this one
 
 ROOT = Path(__file__).resolve().parents[1]
+PROBE = ROOT / "examples" / "probe-model"
 LOG_FILE = ROOT / ".demo" / "server.log"
 ENDPOINTS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 START_LIMIT = 300
 """Seconds a server may take to start."""
 
-ANSWER_TOKENS = 10
+ANSWER_TOKENS = 24
+"""A chat model says a sentence around the number."""
+
+CACHE_MIB = {"probe": 256, "other": 1024}
+"""Of KV cache: a token of SmolLM2 takes 45 KiB in float32, one of the probe model 2 KiB."""
 
 MEASURE_TOKENS = (32, 128, 512, 2048)
 """Tokens to decode while blocks are read; more where the server outruns the readings."""
@@ -123,13 +137,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def server_command(model: str, preset: str, port: int, on_gpu: bool) -> list[str]:
+def server_command(
+    model: str, preset: str, port: int, on_gpu: bool, cache_mib: int = CACHE_MIB["probe"]
+) -> list[str]:
     """The command line of the server."""
     vllm = str(Path(sys.executable).parent / "vllm")
     command = [vllm, "serve", model, "--kv-compression", preset]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "8192", "--max-num-seqs", "8"]
-    command += ["--kv-cache-memory-bytes", str(256 * 2**20)]
+    command += ["--kv-cache-memory-bytes", str(cache_mib * 2**20)]
     if not on_gpu:
         command += ["--dtype", "float32", "--enforce-eager"]
     return command
@@ -220,6 +236,83 @@ def progress(console: Console) -> Iterator[Callable[[float, str], None]]:
     yield show
 
 
+# --- models and questions -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request.
+
+    Parameters
+    ----------
+    endpoint : str
+        "completions" or "chat".
+    prompt : str or list[int]
+        Text, or token ids where the answer's beginning follows a chat template.
+    answer : str
+        The hidden number.
+    depth : float
+        Where it is hidden, 0 to 1.
+    """
+
+    endpoint: str
+    prompt: str | list[int]
+    answer: str
+    depth: float
+
+
+def endpoint_of(number: int) -> str:
+    """Endpoints take turns in pairs: both get every second sample and its neighbour."""
+    return ("completions", "chat")[number % 4 in (1, 2)]
+
+
+def probe_questions(args: argparse.Namespace, tokenize: Callable[[str], Any]) -> list[Question]:
+    """What the probe model was trained on; noise and English take turns as the filler."""
+    samples = make_samples(args.questions, args.prompt_tokens, tokenize, args.seed)
+    return [
+        Question(endpoint_of(number), each.prompt, each.answer, each.depth)
+        for number, each in enumerate(samples)
+    ]
+
+
+def chat_questions(args: argparse.Namespace) -> list[Question]:
+    """Needles of `kvcompress eval`: a chat message, or a completion of the answer's beginning."""
+    from transformers import AutoTokenizer
+
+    prompter = Prompter(AutoTokenizer.from_pretrained(args.model))
+    options = TaskOptions((args.prompt_tokens,), args.questions, 5, 0, args.seed)
+    questions = []
+    for number, planned in enumerate(make_plan(["niah"], options, prompter)):
+        sample, endpoint = planned.make(), endpoint_of(number)
+        chat = sample.context + sample.question
+        prompt = chat if endpoint == "chat" else prompter.of(sample).token_ids
+        questions.append(Question(endpoint, prompt, sample.answers[0], sample.depth or 0.0))
+    return questions
+
+
+def choose_model(name: str | None, console: Console) -> tuple[str, bool]:
+    """Folder of the model, and whether it is the probe model.
+
+    Without a name: SmolLM2, or the probe model where SmolLM2 cannot be had, and says so.
+    """
+    if name is not None and name not in ("probe", "smollm2"):
+        return name, Path(name).resolve() == PROBE.resolve()
+    if name != "probe":
+        with progress(console) as show:
+            start = time.monotonic()
+            try:
+                return str(smollm2.fetch(say=lambda step: show(_since(start), step))), False
+            except smollm2.FetchError as error:
+                if name == "smollm2":
+                    raise DemoError(str(error)) from None
+                print(f"{smollm2.NAME} cannot be had here: {error} The probe model serves.")
+    return str(PROBE), True
+
+
+def _since(start: float) -> float:
+    return time.monotonic() - start
+
+
 # --- requests -----------------------------------------------------------------------------
 
 
@@ -255,14 +348,16 @@ class Client:
         """Version of vLLM."""
         return self._checked(self.http.get("/version")).json()["version"]
 
-    def body(self, endpoint: str, prompt: str, max_tokens: int, **more: Any) -> dict[str, Any]:
+    def body(
+        self, endpoint: str, prompt: str | list[int], max_tokens: int, **more: Any
+    ) -> dict[str, Any]:
         """JSON of a request."""
         body = {"model": self.model, "temperature": 0, "max_tokens": max_tokens, **more}
         if endpoint == "chat":
             return {**body, "messages": [{"role": "user", "content": prompt}]}
         return {**body, "prompt": prompt}
 
-    def ask(self, endpoint: str, prompt: str) -> tuple[str, int]:
+    def ask(self, endpoint: str, prompt: str | list[int]) -> tuple[str, int]:
         """The model's text, and the prompt's tokens as the server counts them."""
         body = self.body(endpoint, prompt, ANSWER_TOKENS)
         reply = self._checked(self.http.post(ENDPOINTS[endpoint], json=body)).json()
@@ -284,7 +379,7 @@ class Client:
             readings = [blocks_held(self.metrics()) for line in lines if line.startswith("data: {")]
         return [reading for reading in readings if reading > 0]
 
-    def held(self, endpoint: str, prompt: str, **more: Any) -> list[int]:
+    def held(self, endpoint: str, prompt: str | list[int], **more: Any) -> list[int]:
         """Blocks one request holds, read while it decodes; at least `MIN_READINGS` of them."""
         for max_tokens in MEASURE_TOKENS:
             body = self.body(endpoint, prompt, max_tokens, stream=True, ignore_eos=True, **more)
@@ -346,10 +441,11 @@ def first_number(text: str) -> str:
     return found.group() if found else ""
 
 
-def measure(client: Client, endpoint: str, sample: NeedleSample) -> Row:
+def measure(client: Client, question: Question) -> Row:
     """Ask one question, then decode its prompt twice more to see what it holds."""
+    endpoint, prompt = question.endpoint, question.prompt
     before = client.metrics()
-    text, prompt_tokens = client.ask(endpoint, sample.prompt)
+    text, prompt_tokens = client.ask(endpoint, prompt)
     after = client.metrics()
     returned = "vllm:kv_compression_blocks_returned_total"
     taken = "vllm:kv_compression_blocks_taken_total"
@@ -357,13 +453,13 @@ def measure(client: Client, endpoint: str, sample: NeedleSample) -> Row:
     freed -= total(after, taken) - total(before, taken)
     # The repeats find the prompt in the prefix cache. That saves time, not blocks: cached blocks
     # that a running request uses count as held like any others.
-    compressed = client.held(endpoint, sample.prompt)
-    uncompressed = client.held(endpoint, sample.prompt, vllm_xargs={"kv_compression": "none"})
+    compressed = client.held(endpoint, prompt)
+    uncompressed = client.held(endpoint, prompt, vllm_xargs={"kv_compression": "none"})
     return Row(
         endpoint=endpoint,
         prompt_tokens=prompt_tokens,
-        depth=sample.depth,
-        expected=sample.answer,
+        depth=question.depth,
+        expected=question.answer,
         answer=first_number(text),
         kept=kept_per_group(before, after, prompt_tokens),
         blocks_freed=round(freed),
@@ -437,19 +533,19 @@ def results_json(args: argparse.Namespace, client: Client, rows: list[Row]) -> d
 # --- the demo -----------------------------------------------------------------------------
 
 
-def ask_all(client: Client, args: argparse.Namespace) -> list[Row]:
-    """Ask every question, the endpoints in turn."""
+def ask_all(client: Client, args: argparse.Namespace, is_probe: bool) -> list[Row]:
+    """Ask every question, one at a time."""
     print(f"making {args.questions} prompts of about {args.prompt_tokens} tokens", flush=True)
     try:
-        samples = make_samples(args.questions, args.prompt_tokens, client.tokenize, args.seed)
-    except ValueError as error:
-        raise DemoError(f"{error}.") from None
+        questions = probe_questions(args, client.tokenize) if is_probe else chat_questions(args)
+    except (ValueError, OSError, ConfigError) as error:
+        raise DemoError(f"{str(error).rstrip('.')}.") from None
     rows = []
-    for number, sample in enumerate(samples):
-        # Noise and English take turns among the samples: pairs give both styles to both endpoints.
-        endpoint = ("completions", "chat")[number % 4 in (1, 2)]
-        print(f"asking {number + 1}/{len(samples)} through {ENDPOINTS[endpoint]}", flush=True)
-        rows.append(measure(client, endpoint, sample))
+    for number, question in enumerate(questions, 1):
+        print(
+            f"asking {number}/{len(questions)} through {ENDPOINTS[question.endpoint]}", flush=True
+        )
+        rows.append(measure(client, question))
     return rows
 
 
@@ -468,16 +564,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Start the server, ask, report; return the exit code."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = args.server_command or server_command(
-        args.model, args.preset, port, on_gpu=has_nvidia_gpu()
-    )
-    print(f"starting: {shlex.join(command)}", flush=True)
     try:
+        args.model, is_probe = choose_model(args.model, console)
+        command = args.server_command or server_command(
+            args.model,
+            args.preset,
+            port,
+            on_gpu=has_nvidia_gpu(),
+            cache_mib=CACHE_MIB["probe" if is_probe else "other"],
+        )
+        print(f"starting: {shlex.join(command)}", flush=True)
         with running_server(command, LOG_FILE) as process, shown_log(LOG_FILE):
             with progress(console) as show:
                 wait_until_ready(process, url, LOG_FILE, show)
             client = Client(url)
-            return report(console, args, client, ask_all(client, args))
+            return report(console, args, client, ask_all(client, args, is_probe))
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -498,7 +599,8 @@ def shown_log(log_file: Path) -> Iterator[None]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Ask a server with a compressed KV cache.")
-    parser.add_argument("--model", default=str(ROOT / "examples" / "probe-model"))
+    text = "smollm2, probe, or a folder (default: SmolLM2 where it can be fetched, else probe)"
+    parser.add_argument("--model", help=text)
     parser.add_argument("--preset", default="auto", help="of --kv-compression")
     parser.add_argument("--questions", type=int, default=4, help="how many (default: 4)")
     parser.add_argument("--prompt-tokens", type=int, default=2000, help="default: 2000")

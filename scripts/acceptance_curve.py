@@ -2,12 +2,14 @@
 
     python scripts/acceptance_curve.py --out FOLDER
     python scripts/acceptance_curve.py --out FOLDER --policies snapkv --budgets 0.12 --prompts 10
+    python scripts/acceptance_curve.py --out FOLDER --model DIR --texts docs/*.md --prompts 20
 
 Writes acceptance.csv, acceptance.png and run.json into a new folder. Prompts are prefilled and
 continued by Hugging Face transformers on CPU in float32, views are taken by the worker's own code,
 and draft-then-verify is replayed over them (`vllm_kvcompress.evaluation.acceptance`, held against
 the engine by tests/evaluation/test_acceptance.py). One thread: with few cores, threads wait for
-each other longer than they compute.
+each other longer than they compute. With --model, prompts are needles of `kvcompress eval`, pieces
+of the texts to go on with, and pieces to summarize, in the model's chat template.
 """
 
 import argparse
@@ -39,6 +41,8 @@ from vllm_kvcompress.evaluation.acceptance import (
     summarize,
     walk,
 )
+from vllm_kvcompress.evaluation.quality.plan import TaskOptions, make_plan
+from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.random_models import MODELS as RANDOM_MODELS
 from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.evaluation.replay import Replay
@@ -51,7 +55,9 @@ POLICIES = ["windowkv", "snapkv", "keydiff", "streaming_llm", "h2o", "random"]
 BUDGETS = [0.03, 0.06, 0.12, 0.25, 0.5]
 PROBE = "probe"
 RETRIEVAL, TEXT, TOKENS = "retrieval", "plain text", "random tokens"
-NUM_TOKENS = {RETRIEVAL: 32, TEXT: 64, TOKENS: 64}
+NEEDLE, SUMMARY = "needle", "summary"
+# A real model's answer to a needle is the code and a full stop.
+NUM_TOKENS = {RETRIEVAL: 32, TEXT: 64, TOKENS: 64, NEEDLE: 8, SUMMARY: 64}
 RANDOM_PROMPT_LEN = 1500  # no token twice, of a vocabulary of 1,536
 ALL, ENGLISH = "all", "english"
 CSV_NAME, PLOT_NAME, RUN_NAME = "acceptance.csv", "acceptance.png", "run.json"
@@ -137,9 +143,28 @@ def probe_prompts(args: argparse.Namespace, tokenize: Callable[[str], list[int]]
     return needles + [Prompt(tokenize(plain_text(s)), TEXT, s.style) for s in samples]
 
 
+def real_prompts(args: argparse.Namespace, prompter: Prompter) -> list[Prompt]:
+    """Needles, and pieces of texts to go on with and to summarize."""
+    options = TaskOptions((args.prompt_tokens,), args.prompts, 5, NUM_TOKENS[TEXT], args.seed)
+    needles = [planned.make() for planned in make_plan(["niah"], options, prompter)]
+    found = [Prompt(prompter.of(s).token_ids, NEEDLE, ALL, s.answers[0]) for s in needles]
+    texts = "text:" + ":".join(map(str, args.texts))
+    for planned in make_plan([texts], options, prompter):
+        context = planned.make().context
+        found.append(Prompt(prompter.continuation(context), TEXT, ALL))
+        asked = prompter.encode(context, "\n\nSummarize this text in a few sentences.", "")
+        found.append(Prompt(asked.token_ids, SUMMARY, ALL))
+    return found
+
+
 def measure(args: argparse.Namespace) -> Curve:
     """All models."""
     curve = Curve(args)
+    if args.model is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        prompts = real_prompts(args, Prompter(tokenizer))
+        curve.measure(args.model.name, str(args.model), prompts, tokenizer.decode)
+        return curve
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     curve.measure(PROBE, MODEL, probe_prompts(args, tokenizer.encode), tokenizer.decode)
     for model in args.random_models:
@@ -182,17 +207,22 @@ def print_tables(cells: dict[Key, Acceptance], args: argparse.Namespace) -> None
 
 
 def plot(path: Path, cells: dict[Key, Acceptance], args: argparse.Namespace) -> None:
-    """Two panels of the probe model. Over periodic filler plain text is copying: English alone."""
+    """A panel per task. The probe model's filler is periodic, or plain text is copying: English."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    name = PROBE if args.model is None else args.model.name
+    panels = [(RETRIEVAL, ALL), (TEXT, ENGLISH)]
+    if args.model is not None:
+        panels = [(NEEDLE, ALL), (TEXT, ALL), (SUMMARY, ALL)]
+    size = (5.5 * len(panels), 4.5)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
     percent = [100 * budget for budget in args.budgets]
-    for axis, task, style in zip(axes, (RETRIEVAL, TEXT), (ALL, ENGLISH), strict=True):
+    for axis, (task, style) in zip(axes, panels, strict=True):
         for index, policy in enumerate(args.policies):
-            found = [cells[PROBE, task, style, policy, budget] for budget in args.budgets]
+            found = [cells[name, task, style, policy, budget] for budget in args.budgets]
             # A little aside, or intervals of different policies would lie on top of each other.
             shifted = [value * 1.03 ** (index - len(args.policies) / 2) for value in percent]
             axis.errorbar(
@@ -215,11 +245,13 @@ def plot(path: Path, cells: dict[Key, Acceptance], args: argparse.Namespace) -> 
         axis.minorticks_off()
         axis.set_xlabel("view budget (% of the prompt)")
         count = found[0].num_prompts
-        title = f"{task} (filler: {style}): {count} prompts, {NUM_TOKENS[task]} tokens each"
+        filler = f" (filler: {style})" if args.model is None else ""
+        title = f"{task}{filler}: {count} prompts, {NUM_TOKENS[task]} tokens each"
         axis.set_title(title, fontsize=10)
     axes[0].set_ylabel(f"mean accepted length ({args.draft_tokens} drafts)")
     axes[1].legend(fontsize=8)
-    figure.suptitle("Tokens per verification; probe model, replay on CPU, 95 % over prompts")
+    model = "probe model" if args.model is None else name
+    figure.suptitle(f"Tokens per verification; {model}, replay on CPU, 95 % over prompts")
     figure.savefig(path, dpi=130)
 
 
@@ -227,6 +259,9 @@ def main() -> int:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    text = "folder of a real model (default: the probe model and random ones)"
+    parser.add_argument("--model", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], help="of --model; UTF-8")
     parser.add_argument("--policies", nargs="+", default=POLICIES, choices=preset_names())
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--draft-tokens", type=int, default=4)
@@ -238,17 +273,21 @@ def main() -> int:
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"--out: {args.out} exists; name a new folder")
+    if bool(args.texts) != (args.model is not None):
+        parser.error("--model and --texts: give both or none")
     torch.set_num_threads(1)
     started, checkout = time.monotonic(), commit()  # others may change it meanwhile
     curve = measure(args)
     cells = curve.cells()
     args.out.mkdir(parents=True)
     write_csv(args.out / CSV_NAME, cells, args.draft_tokens)
+    paths = [args.out, *args.texts, *([args.model] if args.model else [])]
+    names = {str(path): path.name for path in paths}  # no paths of this machine
     about: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(names.get(word, word) for word in sys.argv)]),
         "commit": checkout,
         "versions": describe(),
-        "arguments": {**vars(args), "out": args.out.name},
+        "arguments": vars(args),
         "generated_tokens": NUM_TOKENS,
         "random_prompt_tokens": RANDOM_PROMPT_LEN,
         "right_answers_of_the_whole_cache": {
@@ -256,7 +295,8 @@ def main() -> int:
         },
         "seconds": round(time.monotonic() - started),
     }
-    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    named = {"indent": 1, "ensure_ascii": False, "default": lambda path: path.name}
+    text = json.dumps(about, **named) + "\n"
     (args.out / RUN_NAME).write_text(text, encoding="utf-8")
     print_tables(cells, args)
     print(about["right_answers_of_the_whole_cache"])

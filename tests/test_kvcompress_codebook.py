@@ -58,13 +58,14 @@ def test_repeated_tokens_pay_in_the_first_layer(run: Run, model: str, tmp_path: 
     out = tmp_path / "made" / "here"
     given = prompts(tmp_path, REPEATED, {"prompt": REPEATED[::-1]}, [2, 3])
     options = ("--num-prompts=2", "--budget-ratio", "1", "0.5", "--entries", "0.1", "0.3")
-    more = ("--error-limit=0.01", "--forced-limit=0", f"--out={out}", "--device=cpu")
+    more = ("--agreement=0.97", f"--out={out}", "--device=cpu")
     status, printed, err = run("--model", model, given, *options, *more)
     assert status == 0, err
     assert "2 prompts of" in printed and "320 to 320 tokens" in printed
     assert "all tokens: books" in printed and "50% of the prompt kept: books" in printed
     assert "Layer groups that pay: 0 of 4, with entries for 10% of the coded tokens." in printed
-    assert "8 tokens" not in printed and "16 of 16 greedy tokens" in printed
+    # A code's length has 11 bits, and the model's weights are random: one near tie falls otherwise.
+    assert "63 of 64 next tokens" in printed and "all of them in 1 of 2 prompts" in printed
     found = setting(printed)
     config = parse_config({"preset": "snapkv", **found})
     assert config is not None
@@ -93,7 +94,12 @@ def test_repeated_tokens_pay_in_the_first_layer(run: Run, model: str, tmp_path: 
     about = json.loads((out / "run.json").read_text())
     assert about["recommended"]["1"] == {"groups": [0], "share": 0.1, "saving": 0.1875}
     assert about["prompt_tokens"] == [320, 320] and about["device"] == "cpu"
-    assert [row["layers"] for row in rows(out / "decoding.csv")] == ["0", "0"]
+    read = rows(out / "decoding.csv")
+    assert len(read) == 2 * 2 * 4
+    parts = ["0", "0 1", "0 1 2", "0 1 2 3"]
+    assert [(row["layers"], row["entries"]) for row in read[:8]] == [
+        (part, share) for share in ("0.1", "0.3") for part in parts
+    ]
 
 
 def test_no_layer_pays(run: Run, model: str, tmp_path: Path) -> None:
@@ -102,13 +108,13 @@ def test_no_layer_pays(run: Run, model: str, tmp_path: Path) -> None:
     options = ("--budget-ratio=1", "--entries=0.5", "--layer-groups=2", "--device=cpu")
     status, printed, err = run("--model", model, given, *options)
     assert status == 0, err
-    assert "No layer pays: none keeps its error at or below 0.25, with at most 1.0%" in printed
+    assert "No layer pays: with no size of the books do 98% of the next tokens stay" in printed
     assert "codebook:" not in printed
 
 
-def test_all_sizes_are_decoded(run: Run, model: str, tmp_path: Path) -> None:
+def test_layer_groups_are_coded_whole(run: Run, model: str, tmp_path: Path) -> None:
     given = prompts(tmp_path, REPEATED[:160])
-    options = ("--budget-ratio=1", "--entries", "0.1", "0.4", "--check-all", "--layer-groups=2")
+    options = ("--budget-ratio=1", "--entries", "0.1", "0.4", "--layer-groups=2")
     out = tmp_path / "out"
     status, _, err = run("--model", model, given, *options, f"--out={out}", "--device=cpu")
     assert status == 0, err
@@ -180,7 +186,7 @@ def test_texts_and_needle_prompts_are_tokenized(run: Run, probe_model: str, tmp_
         (["--budget-ratio", "1.5"], ["--budget-ratio", "must be above 0 and at most 1, got 1.5"]),
         (["--entries", "0"], ["--entries", "must be above 0 and at most 1, got 0"]),
         (["--key-threshold", "2"], ["--key-threshold", "at most 1, got 2"]),
-        (["--forced-limit", "-1"], ["--forced-limit", "got -1"]),
+        (["--agreement", "1.1"], ["--agreement", "at most 1, got 1.1"]),
         (["--prompt-len", "0"], ["--prompt-len", "must be 1 or more, got 0"]),
     ],
 )

@@ -21,11 +21,9 @@ from rich.progress import track
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.cli_common import (
     at_least,
-    complain,
     make_console,
     say,
     share,
-    share_or_zero,
     show,
 )
 from vllm_kvcompress.codebook_settings import CodebookConfig
@@ -35,13 +33,18 @@ from vllm_kvcompress.settings import CompressionConfig, LayerGroupsConfig
 from vllm_kvcompress.sizing import DTYPE_BYTES, ModelGeometry, read_geometry
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.evaluation.codebook_choice import Limits, Recommendation
-    from vllm_kvcompress.evaluation.codebook_profile import CodedPrompt, LayerProfile, Options
+    from vllm_kvcompress.evaluation.codebook_choice import Limits, Recommendation, Tried
+    from vllm_kvcompress.evaluation.codebook_profile import (
+        CodedPrompt,
+        Comparison,
+        LayerProfile,
+        Options,
+    )
     from vllm_kvcompress.evaluation.codebook_report import CheckRow
 
 PRESET = "spindlekv"
 RATIOS = [1.0, 0.5, 0.25]
-SHARES = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7]
+SHARES = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6]
 PROMPT_LEN, NUM_PROMPTS = 2000, 8
 SEED = 0
 SPINDLE_NAME, FITS_NAME, CHECK_NAME = "spindle.csv", "entries.csv", "decoding.csv"
@@ -70,25 +73,21 @@ def add_codebook_options(option: Callable[..., Any]) -> None:
     text = "layer groups to choose among (default: one per layer)"
     option("--layer-groups", **number, help=text)
     text = "entries to try, as shares of the coded tokens"
-    option("--entries", default=SHARES, **some, help=f"{text} (default 0.05 to 0.7)")
+    option("--entries", default=SHARES, **some, help=f"{text} (default 0.1 to 0.6)")
     fields, text = CodebookConfig.model_fields, "cosine above which an entry stands for a"
     for kind in ("key", "value"):
         default = fields[f"{kind}_threshold"].default
         text_of_kind = f"{text} {kind} (default %(default)s)"
         option(f"--{kind}-threshold", default=default, **one, help=text_of_kind)
-    text = "largest relative error of a layer's attention output (default %(default)s)"
-    option("--error-limit", default=0.25, **one, help=text)
-    text = "largest share of vectors that take an entry unlike them (default %(default)s)"
-    option("--forced-limit", default=0.01, metavar="SHARE", type=share_or_zero, help=text)
-    text = "least share of a layer group's blocks to come free (default %(default)s)"
+    text = "least share of next tokens that stay the same (default %(default)s)"
+    option("--agreement", default=0.98, **one, help=text)
+    text = "least share of the coded blocks to come free (default %(default)s)"
     option("--min-saving", default=0.25, **one, help=text)
     option("--block-size", default=16, **number, help="as the server's (default %(default)s)")
     text = "of the cache, as the server's (default %(default)s)"
     option("--dtype", default="auto", choices=["auto", *DTYPE_BYTES], help=text)
     text = "where to run the model, such as cpu or cuda (default: a GPU where there is one)"
     option("--device", metavar="NAME", help=text)
-    text = "decode over every size and shallow part, not over the recommended one alone"
-    option("--check-all", action="store_true", help=text)
     option("--out", metavar="DIR", type=Path, help="write CSV files and a plot into a new folder")
 
 
@@ -123,6 +122,7 @@ def run_codebook(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     _check_output(args)
     run = _prepare(args)
+    from vllm_kvcompress.evaluation.codebook_choice import recommend
     from vllm_kvcompress.evaluation.codebook_report import write_csv
 
     _say_what(run)
@@ -130,17 +130,15 @@ def run_codebook(args: argparse.Namespace) -> int:
     checks: list[CheckRow] = []
     found: dict[float, Recommendation | None] = {}
     for ratio in sorted(set(args.budget_ratio), reverse=True):
-        profiled, checked = _measure(run, ratio)
+        profiled, tried, checked = _measure(run, ratio)
         profiles += profiled
-        found[ratio] = _recommend(run, profiled)
-        checked = checked or _check_chosen(run, ratio, found[ratio])
         checks += checked
-        _print_ratio(run, ratio, profiled)
+        found[ratio] = recommend(tried, _limits(args))
+        _print_ratio(run, ratio, profiled, tried)
         _print_choice(run, found[ratio], checked)
     if args.out is not None:
         _write(run, profiles, found)
-        if checks:
-            write_csv(args.out / CHECK_NAME, checks)
+        write_csv(args.out / CHECK_NAME, checks)
         say(f"Written to {args.out}.")
     return 0
 
@@ -225,55 +223,37 @@ def _check_lengths(
 # --- measuring ----------------------------------------------------------------------------
 
 
-def _measure(run: _Run, ratio: float) -> "tuple[list[LayerProfile], list[CheckRow]]":
-    """All prompts at one budget; with --check-all, decoded over every size and shallow part."""
+def _measure(run: _Run, ratio: float) -> "tuple[list[LayerProfile], list[Tried], list[CheckRow]]":
+    """All prompts at one budget: every layer by itself, and every size and shallow part."""
+    from vllm_kvcompress.evaluation.codebook_choice import shallow_parts
     from vllm_kvcompress.evaluation.codebook_profile import Choice
+    from vllm_kvcompress.evaluation.codebook_report import check_row, tried
 
-    groups = range(1, max(run.group_of) + 2)
-    parts = [run.layers(tuple(range(count))) for count in groups]
-    choices = [Choice(layers, size) for size in run.options.shares for layers in parts]
+    parts = shallow_parts(max(run.group_of) + 1)
+    pairs = [(groups, share) for share in run.options.shares for groups in parts]
+    choices = [Choice(run.layers(groups), share) for groups, share in pairs]
     profiles: list[LayerProfile] = []
-    equal: list[list[int]] = []
+    compared: list[list[Comparison]] = []
     for number, prompt in run.track(ratio, "building codebooks"):
         coded = run.coded(prompt, ratio)
         profiles += coded.profile(number)
-        if run.args.check_all:
-            equal.append(coded.count_equal(choices))
-    if not equal:
-        return profiles, []
-    counts = zip(choices, zip(*equal, strict=True), strict=True)
-    return profiles, [_check_row(ratio, choice, each) for choice, each in counts]
-
-
-def _check_row(ratio: float, choice: Any, equal: Any) -> "CheckRow":
-    from vllm_kvcompress.evaluation.codebook_profile import CHECK_TOKENS
-    from vllm_kvcompress.evaluation.codebook_report import check_row
-
-    return check_row(ratio, choice.layers, choice.share, equal, CHECK_TOKENS)
+        compared.append(coded.compare(choices))
+    of_choice = list(zip(*compared, strict=True))
+    found = [
+        tried(profiles, run.group_of, *pair, each)
+        for pair, each in zip(pairs, of_choice, strict=True)
+    ]
+    rows = [
+        check_row(ratio, choice.layers, one, each)
+        for choice, one, each in zip(choices, found, of_choice, strict=True)
+    ]
+    return profiles, found, rows
 
 
 def _limits(args: argparse.Namespace) -> "Limits":
     from vllm_kvcompress.evaluation.codebook_choice import Limits
 
-    return Limits(args.error_limit, args.forced_limit, args.min_saving)
-
-
-def _recommend(run: _Run, profiles: "list[LayerProfile]") -> "Recommendation | None":
-    """The shallow part; where the first layer group does not pay, those that do."""
-    from vllm_kvcompress.evaluation.codebook_choice import group_costs, recommend
-
-    costs, limits = group_costs(profiles, run.group_of), _limits(run.args)
-    return recommend(costs, limits) or recommend(costs, limits, shallow_only=False)
-
-
-def _check_chosen(run: _Run, ratio: float, found: "Recommendation | None") -> "list[CheckRow]":
-    from vllm_kvcompress.evaluation.codebook_profile import Choice
-
-    if found is None:
-        return []
-    choice = Choice(run.layers(found.groups), found.share)
-    equal = [run.coded(p, ratio).count_equal([choice])[0] for _, p in run.track(ratio, "decoding")]
-    return [_check_row(ratio, choice, equal)]
+    return Limits(args.agreement, args.min_saving)
 
 
 # --- printing -----------------------------------------------------------------------------
@@ -291,18 +271,22 @@ def _say_what(run: _Run) -> None:
     )
 
 
-def _print_ratio(run: _Run, ratio: float, profiles: "list[LayerProfile]") -> None:
-    """Two tables: what is shared without a limit, and the errors of limited books."""
+def _print_ratio(
+    run: _Run, ratio: float, profiles: "list[LayerProfile]", tried: "list[Tried]"
+) -> None:
+    """Three tables: what is shared without a limit, errors of limited books, and what pays."""
     from vllm_kvcompress.evaluation import codebook_report as report
 
     kept = "all tokens" if ratio == 1 else f"{ratio:.0%} of the prompt kept"
     say(f"\n{kept}: books as large as the thresholds ask for; keys before RoPE, then values")
     show(report.spindle_table(profiles))
+    say("Relative error of the layer's attention output, worst prompt, by entries per coded token")
+    show(report.error_table(profiles))
     say(
-        "Relative error of the layer's attention output, worst prompt, by entries per coded token; "
-        "* keeps all limits"
+        "Next tokens that stay the same with the first layer groups coded, and slots that come "
+        "free, by entries per coded token; * keeps all limits"
     )
-    show(report.error_table(profiles, _limits(run.args)))
+    show(report.choice_table(tried, _limits(run.args)))
 
 
 def _print_choice(run: _Run, found: "Recommendation | None", checks: "list[CheckRow]") -> None:
@@ -311,9 +295,8 @@ def _print_choice(run: _Run, found: "Recommendation | None", checks: "list[Check
     args, num_groups = run.args, max(run.group_of) + 1
     if found is None:
         say(
-            f"No layer pays: none keeps its error at or below {args.error_limit:g}, with at most "
-            f"{args.forced_limit:.1%} of its vectors forced and at least {args.min_saving:.0%} of "
-            "its blocks freed."
+            f"No layer pays: with no size of the books do {args.agreement:.0%} of the next tokens "
+            f"stay the same and {args.min_saving:.0%} of the coded blocks come free."
         )
         return
     numbers = " ".join(map(str, found.groups))
@@ -322,13 +305,11 @@ def _print_choice(run: _Run, found: "Recommendation | None", checks: "list[Check
         f"Layer groups that pay: {numbers} of {num_groups}, with entries for {found.share:.0%} of "
         f"the coded tokens. {found.saving:.1%} of what is left of the cache comes free."
     )
-    if found.groups[0] != 0:
-        complain("warning", "the first layer group does not pay, so there is no shallow part.")
     check = next(row for row in checks if (row.layers, row.entries) == (layers, found.share))
     say(
-        f"Decoding over them, {check.equal_tokens} of {check.tokens} greedy tokens are those over "
+        f"Reading on over them, {check.equal_tokens} of {check.tokens} next tokens are those over "
         f"the survivors as they are, all of them in {check.equal_prompts} of {check.prompts} "
-        "prompts."
+        f"prompts; divergence {check.divergence:.2g} nats."
     )
     fields = setting_fields(found, num_groups, args.key_threshold, args.value_threshold)
     say("For the configuration:\n")

@@ -66,8 +66,3 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
-
-
-def share_or_zero(text: str) -> float:
-    """Type of an option that takes a number in [0, 1]."""
-    return 0.0 if float(text) == 0 else share(text)

@@ -1,33 +1,38 @@
 """What a codebook is said to do to a layer, against layers whose answer is known beforehand."""
 
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
+from transformers import DynamicCache
 
 from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.codebook_choice import (
-    GroupCost,
     Limits,
     Recommendation,
-    group_costs,
+    Tried,
     recommend,
     setting_fields,
+    shallow_parts,
     shallow_share,
 )
 from vllm_kvcompress.evaluation.codebook_profile import (
     BookStats,
     Choice,
     CodedPrompt,
+    Comparison,
     Fit,
     LayerProfile,
     at_ratio,
     check_rotary,
     measure_layer,
 )
-from vllm_kvcompress.evaluation.codebook_report import fit_rows, spindle_rows
+from vllm_kvcompress.evaluation.codebook_report import check_row, fit_rows, spindle_rows, tried
 from vllm_kvcompress.evaluation.coded_layer import (
     CodedLayer,
     Options,
@@ -226,16 +231,51 @@ def test_survivors_are_what_the_view_holds(replay: Replay) -> None:
     assert all(each.tolist() == [list(range(250))] * 2 for each in whole)
 
 
-def test_decoding_over_coded_layers(replay: Replay) -> None:
+def test_reading_on_over_coded_layers(replay: Replay) -> None:
     everything = tuple(range(4))
     options = Options((), **FLOAT32)  # type: ignore[arg-type]
     coded = CodedPrompt(replay, REPEATED, config(), 1, options)
     # Layer 0 loses nothing with 32 entries; with a share of 1 no block comes free, and nothing is
     # coded; 16 entries in all other layers are too few for any of them.
     choices = [Choice((0,), 0.1), Choice(everything, 1.0), Choice(everything, 0.05)]
-    found = coded.count_equal(choices, num_tokens=6)
-    assert found[:2] == [6, 6]
-    assert found[2] < 6
+    found = coded.compare(choices, num_tokens=6)
+    assert [each.tokens for each in found] == [6, 6, 6]
+    assert [each.equal for each in found[:2]] == [6, 6] and found[2].equal < 6
+    assert found[1].divergence == 0 <= found[0].divergence < 1e-3 < found[2].divergence
+
+
+def test_a_comparison_is_of_the_models_own_words(replay: Replay) -> None:
+    """Held against tokens decoded one at a time, with transformers' own cache."""
+    options = Options((0.3,), **FLOAT32)  # type: ignore[arg-type]
+    coded = CodedPrompt(replay, REPEATED, config(), 1, options)
+    layers, num_tokens = (0, 1), 5
+    entries = [layer.slots(0.3)[1] for layer in coded.layers]
+    caches = []
+    for is_coded in (False, True):
+        cache = DynamicCache(config=replay.model.config)
+        for number, layer in enumerate(coded.layers):
+            rows = layer.survivors.keys, layer.survivors.values
+            if is_coded and number in layers:
+                rows = layer.restored(entries[number])
+            cache.update(rows[0][None], rows[1][None], number)
+        caches.append(cache)
+    said, equal, divergence = [coded.prompt.first_token], 0, 0.0
+    for step in range(num_tokens):
+        position = torch.tensor([[len(REPEATED) + step]])
+        both = []
+        for cache in caches:
+            with torch.inference_mode():
+                output = replay.model(
+                    torch.tensor([[said[-1]]]), past_key_values=cache, position_ids=position
+                )
+            both.append(output.logits[0, -1].double().log_softmax(-1))
+        said.append(int(both[0].argmax()))
+        equal += int(both[0].argmax() == both[1].argmax())
+        divergence += float(kl_div(both[1], both[0], log_target=True, reduction="sum"))
+    [found] = coded.compare([Choice(layers, 0.3)], num_tokens)
+    assert found.equal == equal
+    assert found.divergence == pytest.approx(divergence / num_tokens, rel=1e-3, abs=1e-6)
+    assert divergence > 1e-5  # the books do lose something
 
 
 def test_what_cannot_be_profiled_is_refused(replay: Replay) -> None:
@@ -256,54 +296,54 @@ def test_what_cannot_be_profiled_is_refused(replay: Replay) -> None:
 
 # --- the rule -----------------------------------------------------------------------------
 
-LIMITS = Limits(error=0.2, forced=0.02, min_saving=0.25)
-PAYS = GroupCost(error=0.2, forced=0.02, slots_before=100, slots_after=75)
+LIMITS = Limits(agreement=0.9, min_saving=0.25)
+PAYS = Tried((0,), 0.5, 0.9, 0.1, slots_before=100, slots_after=75, slots_of_all=200)
 
 
 @pytest.mark.parametrize(
     ("change", "pays"),
     [
         ({}, True),
-        ({"error": 0.2001}, False),
-        ({"forced": 0.0201}, False),
+        ({"agreement": 0.8999}, False),
         ({"slots_after": 76}, False),
-        ({"error": 0.0, "forced": 0.0, "slots_after": 1}, True),
-        ({"error": float("nan")}, False),
+        ({"agreement": 1.0, "slots_after": 1}, True),
+        ({"agreement": float("nan")}, False),
     ],
 )
-def test_a_group_pays_up_to_its_limits(change: dict[str, float], pays: bool) -> None:
-    assert GroupCost(**{**vars(PAYS), **change}).pays(LIMITS) is pays  # type: ignore[arg-type]
+def test_a_choice_pays_up_to_its_limits(change: dict[str, float], pays: bool) -> None:
+    assert replace(PAYS, **change).pays(LIMITS) is pays  # type: ignore[arg-type]
 
 
-def test_a_group_that_frees_nothing_never_pays() -> None:
-    assert not GroupCost(0, 0, 100, 100).pays(Limits(min_saving=0))
+def test_what_frees_nothing_never_pays() -> None:
+    nothing = replace(PAYS, agreement=1.0, slots_after=100)
+    assert not nothing.pays(Limits(min_saving=0))
 
 
-def costs(*shares_and_errors: tuple[float, list[float]]) -> dict[float, list[GroupCost]]:
-    """Groups of 100 slots, of which the share of entries stays."""
-    return {
-        share: [GroupCost(error, 0, 100, round(100 * share)) for error in errors]
-        for share, errors in shares_and_errors
-    }
+def choice(num_groups: int, share: float, agreement: float) -> Tried:
+    """Groups of 100 slots, of which the share of entries stays; three groups in all."""
+    before = 100 * num_groups
+    after = round(before * share)
+    return Tried(tuple(range(num_groups)), share, agreement, 0.1, before, after, 300)
 
 
-def test_the_shallow_part_that_saves_most_is_recommended() -> None:
-    found = recommend(costs((0.2, [0.1, 0.9, 0.1]), (0.5, [0.1, 0.2, 0.1])), LIMITS)
+def test_the_choice_that_saves_most_is_recommended() -> None:
+    found = recommend([choice(1, 0.2, 0.95), choice(3, 0.2, 0.8), choice(3, 0.5, 0.92)], LIMITS)
     assert found == Recommendation((0, 1, 2), 0.5, 0.5)  # 3 x 50 against 1 x 80
-    found = recommend(costs((0.2, [0.1, 0.1, 0.9]), (0.5, [0.1, 0.2, 0.1])), LIMITS)
-    assert found == Recommendation((0, 1), 0.2, pytest.approx(160 / 300))  # 2 x 80 against 3 x 50
-    found = recommend(costs((0.5, [0.1, 0.9]), (0.0, [0.9, 0.1])), LIMITS)
-    assert found == Recommendation((0,), 0.5, 0.25)  # group 1 alone would not be shallow
-    found = recommend(costs((0.25, [0.1, 0.9]), (0.625, [0.1, 0.1])), LIMITS)
-    assert found is not None and found.share == 0.625  # 2 x 38 against 1 x 75: nearly equal
+    found = recommend([choice(2, 0.2, 0.95), choice(3, 0.2, 0.8), choice(3, 0.5, 0.92)], LIMITS)
+    assert found == Recommendation((0, 1), 0.2, pytest.approx(160 / 300))
+    found = recommend([choice(1, 0.25, 1.0), choice(3, 0.75, 1.0)], LIMITS)
+    assert found is not None and found.share == 0.75  # 75 of 300 slots each: the larger books
+    assert recommend([choice(1, 0.2, 0.89), choice(3, 0.8, 1.0)], LIMITS) is None
 
 
-def test_no_layer_pays() -> None:
-    assert recommend(costs((0.2, [0.9, 0.9]), (0.8, [0.1, 0.1])), LIMITS) is None
-    late = costs((0.2, [0.9, 0.1, 0.1]))
-    assert recommend(late, LIMITS) is None
-    found = recommend(late, LIMITS, shallow_only=False)
-    assert found == Recommendation((1, 2), 0.2, pytest.approx(160 / 300))
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 12, 13, 30, 80])
+def test_shallow_parts(num_groups: int) -> None:
+    parts = shallow_parts(num_groups)
+    assert len(parts) == min(12, num_groups)
+    assert parts[-1] == tuple(range(num_groups))
+    assert all(part == tuple(range(len(part))) for part in parts)
+    gaps = {len(b) - len(a) for a, b in pairwise(parts)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def profile(prompt: int, layer: int, errors: list[float], forced: float, slots: int) -> Any:
@@ -314,7 +354,7 @@ def profile(prompt: int, layer: int, errors: list[float], forced: float, slots: 
     )
 
 
-def test_costs_are_of_the_worst_prompt_and_layer() -> None:
+def test_a_choice_sums_up_layers_and_prompts() -> None:
     profiles = [
         profile(0, 0, [0.1, 0.3], 0.01, 60),
         profile(0, 1, [0.0, 0.0], 0.00, 60),
@@ -323,13 +363,13 @@ def test_costs_are_of_the_worst_prompt_and_layer() -> None:
         profile(1, 1, [0.5, 0.1], 0.00, 64),
         profile(1, 2, [0.1, 0.1], 0.04, 64),
     ]
-    found = group_costs(profiles, [0, 0, 1])
-    assert found == {
-        0.5: [
-            GroupCost(pytest.approx(0.3), 0.02, 400, 248),
-            GroupCost(pytest.approx(0.4), 0.04, 200, 124),
-        ]
-    }
+    compared = [Comparison(30, 32, 0.1), Comparison(32, 32, 0.3)]
+    found = tried(profiles, [0, 0, 1], (0,), 0.5, compared)
+    assert found == Tried((0,), 0.5, 62 / 64, pytest.approx(0.2), 400, 248, 600)
+    made = check_row(0.5, [0, 1], found, compared)
+    assert (made.layers, made.equal_tokens, made.tokens) == ("0 1", 62, 64)
+    assert (made.equal_prompts, made.prompts) == (1, 2)
+    assert made.saving == pytest.approx(152 / 600)
     needed, row = [row for row in fit_rows(profiles) if row.layer == 0]
     assert (needed.entries, row.entries, row.slots) == ("needed", 0.5, 0.62)
     assert (row.error_mean, row.error_worst_prompt, row.error_worst_query) == (
@@ -349,10 +389,3 @@ def test_the_shallow_share_means_what_was_recommended(num_groups: int) -> None:
         setting = config(**fields)
         assert coded_groups(setting.codebook, num_groups) == dict.fromkeys(range(count), 0.3)
     assert shallow_share(1, 4) == 0.25
-
-
-def test_groups_that_are_not_shallow_are_named() -> None:
-    fields = setting_fields(Recommendation((1, 3), 0.4, 0.1), 4, 0.9, 0.8)
-    setting = config(**fields)
-    assert coded_groups(setting.codebook, 4) == {1: 0.4, 3: 0.4}
-    assert (setting.codebook.key_threshold, setting.codebook.value_threshold) == (0.9, 0.8)

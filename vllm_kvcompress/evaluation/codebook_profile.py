@@ -11,14 +11,13 @@ the worker's own `build_codebook` is run on their keys (before RoPE) and values.
       |O - O'| / |O|,   O [H, D] over the survivors, O' over what the codebook gives back of them,
 
   with inputs of the layer that are exact in both cases. Errors of several coded layers meet only in
-  `CodedPrompt.count_equal`, which decodes over all of them.
+  `CodedPrompt.compare`, which reads a continuation over all of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.acceptance import prompt_seed
@@ -30,11 +29,14 @@ from vllm_kvcompress.evaluation.coded_layer import (
     relative_errors,
 )
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
 from vllm_kvcompress.kernels.codebook_build import Codebook
 from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
 NUM_QUERIES = 8
-CHECK_TOKENS = 8
+CHECK_TOKENS = 32
+MOST_TOGETHER = 12
+"""Caches that are read in one batch."""
 _PLAIN_ROTARY = ("default", "llama3")
 
 
@@ -203,6 +205,23 @@ def check_rotary(replay: Replay) -> None:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Next tokens over coded layers beside those over the survivors as they are, one prompt.
+
+    Attributes
+    ----------
+    equal, tokens : int
+        Places where the most likely token is the same, of how many.
+    divergence : float
+        Kullback-Leibler divergence of the next token's distribution, nats, mean over the places.
+    """
+
+    equal: int
+    tokens: int
+    divergence: float
+
+
+@dataclass(frozen=True)
 class Choice:
     """Layers to code, and how large their books are.
 
@@ -286,35 +305,72 @@ class CodedPrompt:
         return found
 
     @torch.inference_mode()
-    def count_equal(self, choices: Sequence[Choice], num_tokens: int = CHECK_TOKENS) -> list[int]:
-        """Tokens that the model says alike over coded layers and over the survivors as they are.
+    def compare(
+        self, choices: Sequence[Choice], num_tokens: int = CHECK_TOKENS
+    ) -> list[Comparison]:
+        """What the model says over coded layers, beside what it says over plain survivors.
 
-        The prompt is continued by what the model says over the survivors; at each place it is asked
-        what comes next. The first token behind the prompt, which no codebook has a part in, is not
-        counted.
+        The prompt is continued greedily over the survivors, and the continuation is read again over
+        each choice; every token but the first, which no codebook has a part in, is compared.
 
-        Returns
-        -------
-        list[int]
-            Per choice, how many of `num_tokens` greedy tokens are the same.
+        Parameters
+        ----------
+        choices : sequence of Choice
+            Any order; those of one share after each other take least time.
+        num_tokens : int
+            Tokens to compare.
         """
-        start, said, exact = len(self.prompt.token_ids), [self.prompt.first_token], self._cache()
-        while len(said) <= num_tokens:
-            said.append(self.replay.next_token(exact, said[-1], start + len(said) - 1))
+        length, device = len(self.prompt.token_ids), self.replay.device
+        plain = [self._rows_of(layer, None) for layer in self.layers]
+        batch = ReplayBatch(self.replay, [plain], length)
+        first = torch.tensor([self.prompt.first_token], device=device)
+        said = torch.tensor(batch.decode(first, num_tokens, frozenset()), device=device)
+        exact = self._log_probabilities([plain], said)[0]
+        best = exact.argmax(-1)
         found = []
-        for choice in choices:
-            cache = self._cache(choice)
-            tokens = [self.replay.next_token(cache, said[i], start + i) for i in range(num_tokens)]
-            found.append(sum(a == b for a, b in zip(tokens, said[1:], strict=True)))
+        for some in _runs_of_a_share(choices):
+            found_of = self._log_probabilities(self._coded_rows(some, plain), said)
+            for other in found_of:
+                divergence = (exact.exp() * (exact - other)).sum(-1).double().mean()
+                equal = int((other.argmax(-1) == best).sum())
+                found.append(Comparison(equal, num_tokens, max(float(divergence), 0.0)))
         return found
 
-    def _cache(self, choice: Choice | None = None) -> DynamicCache:
-        cache = DynamicCache(config=self.replay.model.config)
-        for number, layer in enumerate(self.layers):
-            rows = (layer.survivors.keys, layer.survivors.values)
-            if choice is not None and number in choice.layers:
-                num_entries = layer.slots(choice.share)[1]
-                rows = layer.restored(num_entries) if num_entries else rows
-            keys, values = (row[None].to(self.replay.model.dtype) for row in rows)
-            cache.update(keys, values, number)
-        return cache
+    def _log_probabilities(self, caches: Sequence[Rows], said: torch.Tensor) -> torch.Tensor:
+        """Of the tokens behind each of `said` [1, n]: [caches, n, vocabulary] float32."""
+        batch = ReplayBatch(self.replay, caches, len(self.prompt.token_ids))
+        logits = batch.extend(said.expand(len(caches), -1))
+        return logits.float().log_softmax(-1)
+
+    def _coded_rows(self, choices: Sequence[Choice], plain: Rows) -> list[Rows]:
+        """One cache per choice; all of one share."""
+        wanted = sorted({layer for choice in choices for layer in choice.layers})
+        coded = {}
+        for number in wanted:
+            layer = self.layers[number]
+            num_entries = layer.slots(choices[0].share)[1]
+            coded[number] = self._rows_of(layer, num_entries) if num_entries else plain[number]
+        return [
+            [coded[n] if n in choice.layers else rows for n, rows in enumerate(plain)]
+            for choice in choices
+        ]
+
+    def _rows_of(
+        self, layer: CodedLayer, num_entries: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = layer.survivors.keys, layer.survivors.values
+        keys, values = rows if num_entries is None else layer.restored(num_entries)
+        dtype = self.replay.model.dtype
+        return keys.to(dtype), values.to(dtype)
+
+
+def _runs_of_a_share(choices: Sequence[Choice]) -> Iterator[list[Choice]]:
+    """Neighbours of one share, at most `MOST_TOGETHER`."""
+    run: list[Choice] = []
+    for choice in choices:
+        if run and (choice.share != run[0].share or len(run) == MOST_TOGETHER):
+            yield run
+            run = []
+        run.append(choice)
+    if run:
+        yield run

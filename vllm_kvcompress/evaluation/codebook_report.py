@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from vllm_kvcompress.cli_common import make_table
-from vllm_kvcompress.evaluation.codebook_choice import Limits, group_costs
-from vllm_kvcompress.evaluation.codebook_profile import LayerProfile
+from vllm_kvcompress.evaluation.codebook_choice import Limits, Tried
+from vllm_kvcompress.evaluation.codebook_profile import Comparison, LayerProfile
 
 KINDS = ("keys", "values")
 NEEDED = "needed"
@@ -93,7 +93,7 @@ class FitRow:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Decoding over coded layers, all prompts.
+    """Reading on over coded layers, all prompts.
 
     Attributes
     ----------
@@ -104,9 +104,13 @@ class CheckRow:
     entries : float
         As a share of the coded tokens.
     equal_tokens, tokens : int
-        Greedy tokens that equal those over the survivors as they are, of how many.
+        Next tokens that equal those over the survivors as they are, of how many.
     equal_prompts, prompts : int
         Prompts of which all tokens are equal, of how many.
+    divergence : float
+        Kullback-Leibler divergence of the next token's distribution, nats, mean.
+    saving : float
+        Share of all layers' slots that come free.
     """
 
     ratio: float
@@ -116,6 +120,8 @@ class CheckRow:
     tokens: int
     equal_prompts: int
     prompts: int
+    divergence: float
+    saving: float
 
 
 def _mean(numbers: Iterable[float]) -> float:
@@ -177,18 +183,53 @@ def fit_rows(profiles: Sequence[LayerProfile]) -> list[FitRow]:
     return rows
 
 
+def tried(
+    profiles: Sequence[LayerProfile],
+    group_of: Sequence[int],
+    groups: tuple[int, ...],
+    share: float,
+    compared: Sequence[Comparison],
+) -> Tried:
+    """One choice over all prompts.
+
+    Parameters
+    ----------
+    profiles : sequence of LayerProfile
+        Of all layers and prompts, at one budget.
+    group_of : sequence of int
+        Layer group of every layer.
+    groups, share
+        The choice.
+    compared : sequence of Comparison
+        Its own, one per prompt.
+    """
+    index = next(i for i, fit in enumerate(profiles[0].fits) if fit.share == share)
+    coded = [each for each in profiles if group_of[each.layer] in groups]
+    return Tried(
+        groups,
+        share,
+        sum(each.equal for each in compared) / sum(each.tokens for each in compared),
+        _mean(each.divergence for each in compared),
+        sum(each.num_coded for each in coded),
+        sum(each.fits[index].num_slots for each in coded),
+        sum(each.num_coded for each in profiles),
+    )
+
+
 def check_row(
-    ratio: float, layers: Sequence[int], entries: float, equal: Sequence[int], num_tokens: int
+    ratio: float, layers: Sequence[int], found: Tried, compared: Sequence[Comparison]
 ) -> CheckRow:
-    """Sum up the equal tokens of all prompts, of `num_tokens` each."""
+    """One choice as a row; arguments as of `tried`."""
     return CheckRow(
         ratio=ratio,
         layers=" ".join(map(str, layers)),
-        entries=entries,
-        equal_tokens=sum(equal),
-        tokens=num_tokens * len(equal),
-        equal_prompts=sum(count == num_tokens for count in equal),
-        prompts=len(equal),
+        entries=found.share,
+        equal_tokens=sum(each.equal for each in compared),
+        tokens=sum(each.tokens for each in compared),
+        equal_prompts=sum(each.equal == each.tokens for each in compared),
+        prompts=len(compared),
+        divergence=found.divergence,
+        saving=found.saving,
     )
 
 
@@ -217,23 +258,28 @@ def spindle_table(profiles: Sequence[LayerProfile]) -> Table:
     return table
 
 
-def error_table(profiles: Sequence[LayerProfile], limits: Limits) -> Table:
+def error_table(profiles: Sequence[LayerProfile]) -> Table:
     """Errors of books of all sizes, at one budget, every layer by itself."""
     rows, num_layers = fit_rows(profiles), max(each.layer for each in profiles) + 1
-    costs = group_costs(profiles, range(num_layers))
-    titles = [NEEDED, *(f"{share:.0%}" for share in costs)]
+    shares = [fit.share for fit in profiles[0].fits if fit.share is not None]
+    titles = [NEEDED, *(f"{share:.0%}" for share in shares)]
     table = make_table("layer", *titles, right=range(len(titles) + 1))
     for layer in range(num_layers):
         errors = [row.error_worst_prompt for row in rows if row.layer == layer]
-        pays = [False, *(each[layer].pays(limits) for each in costs.values())]
-        marks = zip(errors, pays, strict=True)
-        table.add_row(str(layer), *(f"{error:.3f}{'*' if pay else ' '}" for error, pay in marks))
-    table.add_section()
-    freed = [
-        1 - sum(cost.slots_after for cost in each) / sum(cost.slots_before for cost in each)
-        for each in costs.values()
-    ]
-    table.add_row("freed", "", *(f"{share:.0%} " for share in freed))
+        table.add_row(str(layer), *(f"{error:.3f}" for error in errors))
+    return table
+
+
+def choice_table(found: Sequence[Tried], limits: Limits) -> Table:
+    """Next tokens that stay the same and slots that come free, by shallow part and size."""
+    shares = sorted({each.share for each in found})
+    table = make_table(
+        "groups", *(f"{share:.0%}" for share in shares), right=range(1 + len(shares))
+    )
+    for groups in dict.fromkeys(each.groups for each in found):
+        same = sorted((t for t in found if t.groups == groups), key=lambda each: each.share)
+        cells = (f"{t.agreement:.1%}, {t.saving:.0%}{'*' if t.pays(limits) else ' '}" for t in same)
+        table.add_row(f"first {len(groups)}" if len(groups) > 1 else "first", *cells)
     return table
 
 

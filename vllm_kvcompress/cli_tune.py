@@ -11,6 +11,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def add_tune_options(option: Callable[..., Any]) -> None:
     option(
         "--test", default="hoeffding-bentkus", choices=["hoeffding-bentkus", "betting"], help=how
     )
-    known = "grid, its chains, presets or YAML files, with commas (default grid)"
+    known = (
+        "grid, books (codebooks of several sizes), preferences (layer budgets measured on "
+        "a few of the prompts), chains of these, presets or YAML files, with commas (default grid)"
+    )
     option("--policies", default=["grid"], metavar="LIST", type=_names, help=known)
     ratios = f"shares of the prompt to keep (default {','.join(map(str, _BUDGETS))})"
     option("--budgets", default=_BUDGETS, metavar="LIST", type=_shares, help=ratios)
@@ -95,19 +99,31 @@ def add_tune_options(option: Callable[..., Any]) -> None:
 def run_tune(args: argparse.Namespace) -> int:
     """Measure what is missing, choose, and write the setting."""
     from vllm_kvcompress.evaluation.tuning.choose import FEWEST_PROMPTS, Aim
-    from vllm_kvcompress.evaluation.tuning.grid import make_candidates
+    from vllm_kvcompress.evaluation.tuning.grid import AUTO, make_candidates
     from vllm_kvcompress.evaluation.tuning.losses import LossFolder, loss_table
+    from vllm_kvcompress.evaluation.tuning.preferences import (
+        PREFERENCES,
+        chains,
+        known_or_measured,
+        set_aside,
+    )
     from vllm_kvcompress.evaluation.tuning.prompts_file import read_prompts
     from vllm_kvcompress.evaluation.tuning.result import best_provable
 
     aim = Aim(
         limit=round(1 - args.target, 12), level=round(1 - args.confidence, 12), test=args.test
     )
-    candidates = make_candidates(args.policies, args.budgets)
+    names = [name for name in args.policies if name != PREFERENCES]
+    candidates = make_candidates(names, args.budgets)
     prompts = read_prompts(args.prompts, args.measure == "answers", args.tokens)
+    meter = _Meter(args)
+    aside: Sequence[Any] = []
+    if PREFERENCES in args.policies:
+        aside, prompts = set_aside(prompts)
     if len(prompts) < FEWEST_PROMPTS:
         raise ConfigError(
-            f"--prompts: {args.prompts} holds {len(prompts)} prompts, and screening, test and "
+            f"--prompts: {args.prompts} holds {len(prompts)} prompts"
+            f"{f' beside {len(aside)} set aside' if aside else ''}, and screening, test and "
             f"check take {FEWEST_PROMPTS} at least."
         )
     repeated = len(prompts) - len({each.digest for each in prompts})
@@ -122,7 +138,11 @@ def run_tune(args: argparse.Namespace) -> int:
     folder = LossFolder(args.out)
     known = folder.start(_asked(args), _measured_with())
     try:
-        known += _measure(args, prompts, candidates, folder, known)
+        if aside:
+            shares = known_or_measured(args.out, aside, lambda: meter.layer_shares(aside))
+            say(f"Layers prefer, on {len(aside)} prompts set aside: {_rounded(shares)}")
+            candidates = make_candidates(names, args.budgets, chains(shares, AUTO))
+        known += _measure(meter, prompts, candidates, folder, known)
     except KeyboardInterrupt:
         complain("error", "interrupted. What was measured is kept: the same command goes on.")
         return 1
@@ -132,8 +152,42 @@ def run_tune(args: argparse.Namespace) -> int:
 # --- measuring ----------------------------------------------------------------------------
 
 
+class _Meter:
+    """The model, loaded when something is to be measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    @cached_property
+    def _loaded(self) -> Any:
+        import torch
+
+        from vllm_kvcompress.evaluation.tuning.measuring import LossMeter
+
+        args = self.args
+        if "OMP_NUM_THREADS" not in os.environ and args.device == "cpu":
+            torch.set_num_threads(1)  # small steps: threads wait longer than they compute
+        sizes = args.tokens, args.block_size, args.device
+        return LossMeter(args.model, _prompter(args), args.measure, *sizes)
+
+    def layer_shares(self, prompts: Sequence[Any]) -> list[float]:
+        """What every layer prefers."""
+        self._loaded.check(prompts, [])
+        return list(self._loaded.layer_shares(prompts))
+
+    def losses(self, left: Sequence[tuple[Any, Any]]) -> Iterable[Sequence[Any]]:
+        """Losses of prompt after prompt; all are looked at before the first is measured."""
+        self._loaded.check([prompt for prompt, _ in left], [c for _, each in left for c in each])
+        for prompt, todo in _track(left):
+            yield self._loaded.losses(prompt, todo)
+
+
+def _rounded(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.3g}" for share in shares)
+
+
 def _measure(
-    args: argparse.Namespace,
+    meter: _Meter,
     prompts: Sequence[Any],
     candidates: Sequence[Any],
     folder: Any,
@@ -143,20 +197,8 @@ def _measure(
     from vllm_kvcompress.evaluation.tuning.losses import missing
 
     left = missing(prompts, candidates, known)
-    if not left:
-        return []
-    import torch
-
-    from vllm_kvcompress.evaluation.tuning.measuring import LossMeter
-
-    if "OMP_NUM_THREADS" not in os.environ and args.device == "cpu":
-        torch.set_num_threads(1)  # small steps: threads wait longer than they compute
-    sizes = args.tokens, args.block_size, args.device
-    meter = LossMeter(args.model, _prompter(args), args.measure, *sizes)
-    meter.check([prompt for prompt, _ in left], candidates)
-    found = []
-    for prompt, todo in _track(left):
-        losses = meter.losses(prompt, todo)
+    found: list[Any] = []
+    for losses in meter.losses(left) if left else ():
         folder.add(losses)
         found += losses
     return found

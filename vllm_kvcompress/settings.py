@@ -100,8 +100,8 @@ class LayerBudgetConfig(_Model):
     form : {"released", "printed"}
         windowkv: the authors' code, or the paper's equations 5 to 7.
     preferences : tuple of float or None
-        preference: one positive number per layer group, e.g. from
-        ``scripts/layer_preferences.py``.
+        preference: one positive number per layer group; `kvcompress tune --policies
+        preferences` measures them.
     """
 
     shape: Literal["uniform", "pyramid", "windowkv", "linear", "preference"] = "uniform"

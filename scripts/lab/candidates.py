@@ -157,6 +157,28 @@ def spindlekv_books() -> Iterator[Setting]:
         yield f"book_q_0.3_{keys}", policy, 16, {"count": 4}, UNIFORM, book
 
 
+def other_scorers() -> Iterator[Setting]:
+    """The policies over a window's attention: published pooling and window, and those of `auto`."""
+    cake, chunk = {"name": "cake", "gamma": 200.0}, {"name": "chunkkv"}
+    for width, queries in ((5, 32), (5, 16), (21, 16)):
+        yield f"cake{width}_o{queries}", {**cake, "kernel_size": width}, queries, ONE_GROUP, UNIFORM
+    for width, queries in ((5, 64), (21, 16)):
+        critical = {"name": "criticalkv", "scorer": pooled(width)}
+        yield f"critical{width}_o{queries}", critical, queries, ONE_GROUP, UNIFORM
+    for chunks, width, queries in (
+        (20, 5, 64),
+        (20, 5, 16),
+        (20, 21, 16),
+        (10, 5, 16),
+        (10, 1, 16),
+    ):
+        policy = {**chunk, "chunk_length": chunks, "scorer": pooled(width)}
+        yield f"chunk{chunks}_{width}_o{queries}", policy, queries, ONE_GROUP, UNIFORM
+    for safeguard in (0.2, 0.5):
+        policy = safeguarded(pooled(21), safeguard)
+        yield f"ada21_o16_s{safeguard}", policy, 16, ONE_GROUP, UNIFORM
+
+
 def keydiff_factors() -> Iterator[Setting]:
     """The last tokens that KeyDiff keeps whatever their keys are; the paper has no number."""
     for recent in (1, 4, 16, 32, 64):
@@ -168,6 +190,7 @@ FAMILIES = {
     "spindlekv-books": spindlekv_books,
     "spindlekv": spindlekv_factors,
     "keydiff": keydiff_factors,
+    "other-scorers": other_scorers,
     "windowkv": windowkv_factors,
     "windowkv-together": windowkv_together,
     "snapkv": snapkv_factors,

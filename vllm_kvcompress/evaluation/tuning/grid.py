@@ -6,7 +6,7 @@ time. Widths and windows are those that papers and released code use.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,8 @@ from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError, did_you_mean
 from vllm_kvcompress.settings import CompressionConfig
 
-GRID = "grid"
-"""Name of all chains of the grid, in lists of policies."""
+GRID, BOOKS = "grid", "books"
+"""Names of all chains of the grid, and of those with codebooks, in lists of policies."""
 BUDGETS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.06, 0.04)
 _FLOOR = 32  # tokens; presets keep 64 or 128, which would end a chain early on short prompts
 
@@ -112,22 +112,60 @@ def _fields(family: str, width: int, window: int) -> dict[str, Any]:
     }
 
 
+AUTO: dict[str, Any] = {
+    "policy": {"name": "snapkv", "kernel_size": 21, "pooling": "avg"},
+    "budget": {"ratio": BUDGETS[0], "floor": _FLOOR},
+    "observation_window": 16,
+}
+"""The preset `auto`, for what is laid over it."""
+
+# SpindleKV's codebook (arXiv 2507.06517): layer groups, coded ones, entries per token.
+_BOOK_ROWS = (
+    ("first-8th", 8, 0.125), ("first-4th", 4, 0.25), ("first-3rd", 3, 0.33), ("all", 1, 1.0)
+)  # fmt: skip
+_ENTRIES = (0.15, 0.3, 0.5)
+
+
+def _book(count: int, shallow: float, entries: float) -> dict[str, Any]:
+    return {
+        **AUTO,
+        "layer_groups": {"count": count},
+        "codebook": {"shallow": shallow, "entries": entries},
+    }
+
+
 GRID_CHAINS: dict[str, dict[str, Any]] = {_label(*row): _fields(*row) for row in _ROWS}
 """By name, the fields of a setting, whose budget does not count."""
+
+BOOK_CHAINS: dict[str, dict[str, Any]] = {
+    f"{BOOKS}-{mark}-e{entries:g}": _book(count, shallow, entries)
+    for mark, count, shallow in _BOOK_ROWS
+    for entries in _ENTRIES
+}
+"""The same with codebooks. Not in the grid: a coded layer costs time in every step."""
+
+_ALL_CHAINS = {GRID: GRID_CHAINS, BOOKS: BOOK_CHAINS}
+_CHAINS = {**GRID_CHAINS, **BOOK_CHAINS}
 
 
 # --- what was asked for -------------------------------------------------------------------
 
 
-def make_candidates(policies: Sequence[str], budgets: Sequence[float]) -> list[Candidate]:
+def make_candidates(
+    policies: Sequence[str],
+    budgets: Sequence[float],
+    measured: Mapping[str, CompressionConfig] | None = None,
+) -> list[Candidate]:
     """All settings, chain by chain, budgets falling.
 
     Parameters
     ----------
     policies : sequence of str
-        `GRID`, names of `GRID_CHAINS`, presets, paths of YAML files.
+        `GRID`, `BOOKS`, names of their chains, presets, paths of YAML files.
     budgets : sequence of float
         Shares of the prompt, in (0, 1].
+    measured : mapping or None
+        Further chains by name, whose settings were measured.
 
     Raises
     ------
@@ -144,6 +182,7 @@ def make_candidates(policies: Sequence[str], budgets: Sequence[float]) -> list[C
                     f"--policies: {sources[label]} and {policy} are both called {label}."
                 )
             chains[label] = config
+    chains.update(measured or {})
     falling = sorted(set(budgets), reverse=True)
     return [
         Candidate(label, budget, _at(config, budget))
@@ -153,16 +192,17 @@ def make_candidates(policies: Sequence[str], budgets: Sequence[float]) -> list[C
 
 
 def _chains_of(policy: str) -> list[tuple[str, CompressionConfig]]:
-    if policy == GRID:
-        return [(label, _parsed(label)) for label in GRID_CHAINS]
-    if policy in GRID_CHAINS:
+    if policy in _ALL_CHAINS:
+        return [(label, _parsed(label)) for label in _ALL_CHAINS[policy]]
+    if policy in _CHAINS:
         return [(policy, _parsed(policy))]
     is_file = policy.endswith((".yaml", ".yml")) or "/" in policy
-    known = [GRID, *preset_names(), *GRID_CHAINS]
+    known = [*_ALL_CHAINS, *preset_names(), *_CHAINS]
     if not is_file and policy not in known:
         raise ConfigError(
             f"--policies: there is no {policy!r}{did_you_mean(policy, known)}; allowed are {GRID}, "
-            "its chains, presets (kvcompress policies lists them) and YAML files."
+            f"{BOOKS}, their chains, preferences, presets (kvcompress policies lists them) and "
+            "YAML files."
         )
     config = parse_config(policy)
     assert config is not None
@@ -175,7 +215,7 @@ def _chains_of(policy: str) -> list[tuple[str, CompressionConfig]]:
 
 
 def _parsed(label: str) -> CompressionConfig:
-    config = parse_config(GRID_CHAINS[label])
+    config = parse_config(_CHAINS[label])
     assert config is not None
     return config
 

@@ -27,6 +27,7 @@ from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
+from vllm_kvcompress.evaluation.tuning.preferences import layer_shares
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
@@ -117,6 +118,10 @@ class LossMeter:
         except ConfigError as error:
             raise ConfigError(f"{prompt.place}: {error}") from None
         return encoded.token_ids
+
+    def layer_shares(self, prompts: Iterable[OwnPrompt]) -> list[float]:
+        """See `preferences.layer_shares`."""
+        return layer_shares(self.replay, [self._ids(prompt) for prompt in prompts])
 
     # --- one prompt -----------------------------------------------------------------------
 

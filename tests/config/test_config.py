@@ -49,7 +49,7 @@ def test_a_file_is_read_like_a_preset(tmp_path) -> None:
 def test_overrides_are_laid_over_the_preset() -> None:
     config = parse_config("snapkv", {"budget": {"ratio": 0.25}, "policy": {"kernel_size": 7}})
     assert config.budget.ratio == 0.25
-    assert config.budget.floor == 128, "what was not overridden stays"
+    assert config.budget.floor == 64, "what was not overridden stays"
     assert config.policy.params == {"kernel_size": 7, "pooling": "avg"}
 
 
@@ -130,7 +130,7 @@ WRONG = [
     (
         "snapkv",
         {"trigger": "both", "interval": 8},
-        ["interval", "at least observation_window (64)"],
+        ["interval", "at least observation_window (16)"],
     ),
     ("h2o", {"trigger": "both"}, ["trigger", "h2o cannot compress while decoding"]),
     ("chunkkv", {"policy": {"scorer": {"name": "adakv"}}}, ["policy.scorer: adakv itself"]),

@@ -42,7 +42,7 @@ def test_every_reason_to_skip() -> None:
 def test_the_observation_window_must_be_computed() -> None:
     plan = planner()
     add(plan, 2000)
-    assert plan.max_cached_tokens("r") == 2000 - 64
+    assert plan.max_cached_tokens("r") == 2000 - 16
     plan = planner("keydiff")
     add(plan, 2000)
     assert plan.max_cached_tokens("r") == 1999

@@ -33,6 +33,8 @@ FULL, ODD = 408, 394
 
 COMMON: dict[str, Any] = {
     "preset": "spindlekv",
+    # Without pooling eviction loses answers, so that what a book changes can be seen in tokens.
+    "policy": {"name": "spindlekv", "kernel_size": 1},
     "budget": {"ratio": 0.6, "floor": 1},
     "layer_budget": {"shape": "uniform"},
     "observation_window": 16,

@@ -165,8 +165,8 @@ def test_the_papers_ratios_by_hand() -> None:
 def test_the_preset_evicts_at_the_end_of_the_prompt_alone() -> None:
     config = parse_config("spindlekv-evict")
     assert (config.policy.name, config.layer_budget.shape) == ("spindlekv", "linear")
-    assert config.observation_window == 32 and config.layer_budget.beta == 0.05
-    assert config.build_policy() == SpindleKV()
+    assert config.observation_window == 16 and config.layer_budget.beta == 0.05
+    assert config.build_policy() == SpindleKV(kernel_size=21)
     with pytest.raises(ConfigError, match="spindlekv cannot compress while decoding"):
         parse_config("spindlekv-evict", {"trigger": "both"})
     extra = {"kv_compression": "spindlekv-evict", "kv_budget_ratio": 0.4}

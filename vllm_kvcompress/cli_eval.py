@@ -105,6 +105,13 @@ def run_eval(args: argparse.Namespace) -> int:
             why = str(stop) or "interrupted."
             complain("error", f"{why} What was measured is kept: the same command goes on.")
             num_failures, status = 0, 1
+        served_whole = runner.uncompressed()
+    for reason, count in sorted(served_whole.items()):
+        complain(
+            "warning",
+            f"{count} requests were served uncompressed ({reason}); their answers say nothing "
+            "about a policy.",
+        )
     if num_failures:
         where = args.out / "failures.jsonl"
         complain("warning", f"{num_failures} samples could not be measured: see {where}.")

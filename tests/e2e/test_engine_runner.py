@@ -51,6 +51,15 @@ def test_answers_are_the_replays(probe_model: str, prompter, runner, samples) ->
             found |= {each.key: each.answer for each in runner.measure(sample, "visible", group)}
     assert found == expected
     assert runner.engine.scheduler.stats.requests["keydiff"] == 2 * len(samples)
+    assert runner.uncompressed() == {}
+
+
+def test_what_was_served_uncompressed_is_counted(runner, prompter) -> None:
+    """A prompt below `min_prompt_len` is answered, and says nothing about a policy."""
+    sample = Sample("1", "t", " ".join(prompter.words[:90]), "\nWhy?", ("x",), "all_in", 4)
+    assert len(list(runner.measure(sample, "visible", VARIANTS[1:]))) == 2
+    assert runner.uncompressed() == {"short_prompt": 2}
+    assert runner.uncompressed() == {"short_prompt": 2}
 
 
 def test_a_prompt_longer_than_the_server_takes_is_a_failure_of_its_own(runner, prompter) -> None:

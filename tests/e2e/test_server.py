@@ -1,14 +1,18 @@
 """``vllm serve`` as a user starts it: HTTP, per-request options, metrics, the line at start-up."""
 
+import json
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.serving import VLLM, Server, environment, serving
+from vllm_kvcompress.cli import main
 from vllm_kvcompress.evaluation.tasks.needle import is_right
 from vllm_kvcompress.prometheus import COUNTERS
 
@@ -150,3 +154,21 @@ def test_an_unknown_preset_ends_the_program_before_the_model_is_loaded(probe_mod
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("vllm: error: --kv-compression: ")
     assert "Loading" not in done.stderr + done.stdout
+
+
+def test_eval_asks_this_server(
+    server: Server, probe_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`kvcompress eval --url` with policies by name; the server counts what it was asked."""
+    names = ("keydiff", "snapkv")
+    before = [server.metric("vllm:kv_compression_requests_total", policy=name) for name in names]
+    words = ["--policies", ",".join(names) + ",server", "--budgets", "0.25", "--tasks", "niah"]
+    words += ["--lengths", "700", "--samples", "2", "--no-chat", "--out", str(tmp_path / "out")]
+    assert main(["eval", "--url", server.url, "--model", probe_model, *words]) == 0
+    lines = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    found = Counter(record["policy"] for record in map(json.loads, lines))
+    assert found == {"none": 2, "keydiff": 2, "snapkv": 2, "server": 2}
+    assert (tmp_path / "out" / "report.html").is_file()
+    after = [server.metric("vllm:kv_compression_requests_total", policy=name) for name in names]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [2, 2]
+    assert "served uncompressed" not in capsys.readouterr().err

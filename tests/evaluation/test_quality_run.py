@@ -218,6 +218,7 @@ class Server(BaseHTTPRequestHandler):
     """Answers 42, or what `fault` says."""
 
     fault: str | None = None
+    no_room = 0
     bodies: list[dict[str, Any]] = []
 
     def log_message(self, *args: Any) -> None:
@@ -231,6 +232,13 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            name = "vllm:kv_compression_uncompressed_requests"
+            rows = {"opted_out": 7, "no_room": Server.no_room, "short_prompt": 1}
+            lines = [f"# TYPE {name} counter"]
+            lines += [f'{name}_total{{engine="0",reason="{r}"}} {n}.0' for r, n in rows.items()]
+            self.reply(200, "\n".join(lines).encode())
+            return
         self.reply(200, {"data": [{"id": "served", "max_model_len": 4096}]})
 
     def do_POST(self) -> None:
@@ -272,8 +280,20 @@ def test_a_server_is_asked_with_options_per_request(server: str, prompter: Promp
     assert xargs == [
         {"kv_compression": "none"}, {"kv_compression": "snapkv", "kv_budget_ratio": 0.25}, None
     ]  # fmt: skip
+    # One prompt's settings share no blocks: what others hold is not worth a compaction.
+    salts = [body.get("cache_salt") for body in Server.bodies]
+    assert len(set(salts)) == 3 and salts[2] is None
     assert Server.bodies[0]["prompt"] == prompter.of(sample()).token_ids
     assert Server.bodies[0]["model"] == "served" and Server.bodies[0]["temperature"] == 0
+
+
+def test_requests_served_uncompressed_are_counted(
+    server: str, prompter: Prompter, monkeypatch
+) -> None:
+    runner = UrlRunner(server, prompter, 1)
+    assert runner.uncompressed() == {}
+    monkeypatch.setattr(Server, "no_room", 3)
+    assert runner.uncompressed() == {"no_room": 3}
 
 
 def test_a_refusal_is_the_samples_failure(server: str, prompter: Prompter, monkeypatch) -> None:

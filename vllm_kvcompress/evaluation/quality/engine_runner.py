@@ -1,6 +1,7 @@
 """Samples answered by vLLM itself, in this process: one engine per policy."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.records import Record
 from vllm_kvcompress.evaluation.quality.run import Stopped
 from vllm_kvcompress.evaluation.quality.sample import Sample
-from vllm_kvcompress.evaluation.quality.variants import Variant
+from vllm_kvcompress.evaluation.quality.variants import BASELINE, Variant
 
 
 class EngineRunner:
@@ -32,6 +33,18 @@ class EngineRunner:
         self.model, self.prompter, self.engine_args = model, prompter, engine_args
         self.policy: str | None = None
         self.engine: Engine | None = None
+        self._uncompressed: Counter[str] = Counter()
+
+    def uncompressed(self) -> dict[str, int]:
+        """Requests that were served uncompressed though a policy was asked for, by reason."""
+        self._count()
+        return dict(self._uncompressed)
+
+    def _count(self) -> None:
+        if self.engine is not None and self.policy != BASELINE:
+            found = self.engine.scheduler.stats.uncompressed
+            self._uncompressed.update({r: n for r, n in found.items() if n})
+            found.clear()
 
     def _engine_of(self, variant: Variant) -> Engine:
         if self.engine is None or self.policy != variant.policy:
@@ -47,6 +60,7 @@ class EngineRunner:
 
     def close(self) -> None:
         """Shut down what runs."""
+        self._count()
         if self.engine is not None:
             self.engine.close()
         self.engine = self.policy = None
@@ -54,7 +68,10 @@ class EngineRunner:
     def measure(
         self, sample: Sample, protocol: str, variants: Sequence[Variant]
     ) -> Iterator[Record]:
-        """Records of one sample; all variants of one policy run in one batch.
+        """Records of one sample.
+
+        Variants run one after the other: at once they would share the prompt's blocks, and blocks
+        that others hold are not worth a compaction.
 
         Raises
         ------
@@ -72,16 +89,16 @@ class EngineRunner:
             engine = self._engine_of(group[0])
             longest = engine.llm.model_config.max_model_len
             prompt = self.prompter.of(sample, longest).token_ids
-            xargs = [None if v.is_baseline else {"kv_budget_ratio": v.budget} for v in group]
             from vllm.exceptions import VLLMError
 
-            start = time.perf_counter()
-            try:
-                found = engine.generate([prompt] * len(group), sample.max_tokens, xargs)
-            except (ValueError, VLLMError) as error:
-                raise ConfigError(str(error).strip().partition("\n")[0]) from None
-            seconds = (time.perf_counter() - start) / len(group)
-            for variant, tokens in zip(group, found, strict=True):
+            for variant in group:
+                xargs = None if variant.is_baseline else {"kv_budget_ratio": variant.budget}
+                start = time.perf_counter()
+                try:
+                    [tokens] = engine.generate([prompt], sample.max_tokens, xargs)
+                except (ValueError, VLLMError) as error:
+                    raise ConfigError(str(error).strip().partition("\n")[0]) from None
+                seconds = time.perf_counter() - start
                 answer = self.prompter.text(tokens)
                 yield Record(
                     task=sample.task,

@@ -91,6 +91,10 @@ class ReplayRunner:
         self.stop = frozenset(token for token in ends if token is not None)
         self._classifier: TaskClassifier | None = None
 
+    def uncompressed(self) -> dict[str, int]:
+        """None: here no pool is full; what a setting leaves whole, its records' `kept` says."""
+        return {}
+
     def measure(
         self, sample: Sample, protocol: str, variants: Sequence[Variant]
     ) -> Iterator[Record]:

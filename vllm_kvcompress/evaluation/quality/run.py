@@ -19,6 +19,9 @@ class Runner(Protocol):
     ) -> Iterable[Record]:
         """Records of one sample, one per variant; ConfigError if it cannot be answered."""
 
+    def uncompressed(self) -> dict[str, int]:
+        """Requests that were served uncompressed though a policy was asked for, by reason."""
+
 
 class Stopped(Exception):
     """Nothing more can be measured; what was measured is on disk."""

@@ -1,11 +1,13 @@
 """Samples answered by a running server: any that speaks OpenAI's completions API."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
@@ -17,6 +19,7 @@ from vllm_kvcompress.evaluation.quality.variants import Variant
 
 SERVER = "server"
 """The policy that leaves a request as the server was started."""
+UNCOMPRESSED = "vllm:kv_compression_uncompressed_requests"
 ATTEMPTS, PAUSE_S, TIMEOUT_S = 4, 2.0, 600.0
 
 
@@ -51,6 +54,26 @@ class UrlRunner:
                 f"--url: {url} names no model at /v1/models ({_line(error)}); allowed is the "
                 "address of a server with OpenAI's API."
             ) from None
+        self._before = self._uncompressed()
+
+    def uncompressed(self) -> dict[str, int]:
+        """Requests that the server served uncompressed since, by reason; those of others count."""
+        found = self._uncompressed()
+        return {reason: count for reason, count in (found - self._before).items() if count}
+
+    def _uncompressed(self) -> Counter[str]:
+        """Its counter, but for requests that asked for no compression; empty at other servers."""
+        try:
+            text = self.client.get(f"{self.url}/metrics").raise_for_status().text
+            lines = [line for line in text.splitlines() if UNCOMPRESSED in line]
+            families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
+        except (httpx.HTTPError, ValueError):
+            return Counter()
+        found: Counter[str] = Counter()
+        for each in (sample for family in families for sample in family.samples):
+            if each.name == f"{UNCOMPRESSED}_total" and each.labels["reason"] != "opted_out":
+                found[each.labels["reason"]] += int(each.value)
+        return found
 
     def measure(
         self, sample: Sample, protocol: str, variants: Sequence[Variant]
@@ -100,6 +123,9 @@ class UrlRunner:
             body["vllm_xargs"] = {"kv_compression": variant.policy}
             if not variant.is_baseline:
                 body["vllm_xargs"]["kv_budget_ratio"] = variant.budget
+            # Settings of one prompt would share its blocks, and blocks that others hold are not
+            # worth a compaction: answers would be the whole cache's.
+            body["cache_salt"] = f"kvcompress eval {variant.label} {variant.budget:g}"
         for attempt in range(ATTEMPTS):
             try:
                 response = self.client.post(f"{self.url}/v1/completions", json=body)

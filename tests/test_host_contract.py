@@ -51,6 +51,8 @@ OVERRIDES = [
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free",
         ("self", "request_id"),
     ),
+    # Not overridden, called: how often a host buffer may be written before kernels have read it.
+    ("vllm.v1.worker.gpu.buffer_utils:set_default_max_concurrency", ("n",)),
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.load_model", ("self",)),
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec", ("self",)),
     (

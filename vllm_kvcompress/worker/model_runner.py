@@ -3,7 +3,8 @@
 Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.buffer_utils import set_default_max_concurrency
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -46,6 +48,21 @@ from vllm_kvcompress.worker.view_speculator import ViewSpeculator
 from vllm_kvcompress.worker.warm_up import warm_up
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+@contextmanager
+def _pools_for_writes_per_step(num_writes: int, steps_in_flight: int) -> Iterator[None]:
+    """Make vLLM's pools of host buffers deep enough for several writes in one step.
+
+    Kernels read indices and lengths of staged writes from these buffers when they run, not when
+    they are launched. vLLM recycles a buffer after as many writes as steps are in flight; a second
+    write per step would overwrite one that a kernel in the queue has not read yet.
+    """
+    set_default_max_concurrency(num_writes * steps_in_flight)
+    try:
+        yield
+    finally:
+        set_default_max_concurrency(steps_in_flight)
 
 
 class CompressionRunnerMixin(GPUModelRunner):
@@ -118,7 +135,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         """Build the compactor once the caches exist."""
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        with _pools_for_writes_per_step(2, self.vllm_config.max_concurrent_batches):
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         self._physical_slots = for_device("step_slots", self.device).physical_slots
         self._tables = BlockTables.of(
             [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes
@@ -292,6 +310,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 self._compact(step.plans)
             self._meter.add(self.compactor.codebooks.take_measures())
             # At once: left for the next step, the write could race with a new owner of the row.
+            # The second write of this step, for which the pools were made deep enough.
             self.block_tables.apply_staged_writes()
         self.model_state.ring.end_batch()
         return output

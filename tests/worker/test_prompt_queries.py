@@ -95,3 +95,12 @@ def test_tokens_that_nobody_saw_are_an_error() -> None:
     prompts.add_request("a", Recorder(), 20, 4)
     with pytest.raises(RuntimeError, match="in 1 of 2 layers"):
         step(prompts, [("a", 0, 20)], layers=LAYERS[:1])
+
+
+def test_a_batch_is_looked_at_only_while_a_prompt_is_awaited() -> None:
+    prompts = PromptQueries()
+    assert not prompts.awaits_requests
+    prompts.add_request("a", Recorder(), 20, 4)
+    assert prompts.awaits_requests
+    prompts.remove_request("a")
+    assert not prompts.awaits_requests

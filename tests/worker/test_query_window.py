@@ -130,3 +130,13 @@ def test_watching_a_layer_changes_nothing_else() -> None:
     impl.forward("l", queries_of([("a", 0, 3)]), "k")
     assert len(calls) == 3
     assert torch.equal(window.take("a", "layer"), expected("a", 1, 3))
+
+
+def test_a_batch_is_looked_at_only_while_a_prompt_is_awaited() -> None:
+    """Steps of requests that only decode must not pay for a loop over the batch."""
+    window = QueryWindow(torch.device("cpu"))
+    assert not window.awaits_requests
+    window.add_request("a", 20, 8)
+    assert window.awaits_requests
+    window.remove_request("a")
+    assert not window.awaits_requests

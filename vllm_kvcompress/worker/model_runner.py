@@ -260,6 +260,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         return batch_state, uniform_token_count
 
     def _captures_queries(self, batch_state: Any) -> bool:
+        if not self.model_state.awaits_queries:
+            return False
         computed = self.req_states.num_computed_tokens_np[batch_state.idx_mapping_np]
         return any(
             self.model_state.captures_queries(request_id, int(start), int(count))

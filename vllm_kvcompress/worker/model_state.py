@@ -165,6 +165,11 @@ class CompressedModelState(DefaultModelState):
         for group, rows in self.codebooks.rows.items():
             self.lengths.hide(group, rows.batch_rows)
 
+    @property
+    def awaits_queries(self) -> bool:
+        """Whether some request's prompt has queries that Python must see, in this batch or not."""
+        return self.window.awaits_requests or self.prompt_queries.awaits_requests
+
     def captures_queries(self, request_id: str, num_computed: int, num_new: int) -> bool:
         """Whether Python must see these tokens' queries (the ring does without)."""
         return self.window.wants(request_id, num_computed, num_new) or self.prompt_queries.wants(

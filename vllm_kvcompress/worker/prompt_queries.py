@@ -55,6 +55,11 @@ class PromptQueries:
         """Drop what was collected; unknown ids are fine."""
         self._summaries.pop(request_id, None)
 
+    @property
+    def awaits_requests(self) -> bool:
+        """Whether queries of any request are expected."""
+        return bool(self._summaries)
+
     def wants(self, request_id: str, num_computed: int) -> bool:
         """Whether tokens from `num_computed` on are still to be folded."""
         summary = self._summaries.get(request_id)

@@ -71,6 +71,11 @@ class QueryWindow:
         """Drop what was collected; unknown ids are fine."""
         self._stashes.pop(request_id, None)
 
+    @property
+    def awaits_requests(self) -> bool:
+        """Whether queries of any request are expected."""
+        return bool(self._stashes)
+
     def wants(self, request_id: str, num_computed: int, num_new: int) -> bool:
         """Whether tokens [num_computed, num_computed + num_new) touch the request's window."""
         stash = self._stashes.get(request_id)

@@ -43,7 +43,8 @@ def right(path: Path) -> Counter[str]:
     """Right answers of the cell, by policy."""
     found: Counter[str] = Counter()
     for row in lines(path):
-        in_cell = row["task"] == "niah_single" and row["sample"] in SAMPLES
+        where = row["task"], row["protocol"]
+        in_cell = where == ("niah_single", "visible") and row["sample"] in SAMPLES
         if in_cell and (row["policy"] == "none" or row["budget"] == BUDGET):
             found[row["policy"]] += row["score"] == 1
     return found

@@ -132,6 +132,7 @@ def test_layer_groups_are_coded_whole(run: Run, model: str, tmp_path: Path) -> N
         ([REPEATED[:15]], [], ["one has 15 tokens", "--block-size 16"]),
         ([REPEATED], ["--prompt-len=12"], ["one has 12 tokens"]),
         ([REPEATED * 20], [], ["one has 6400 tokens", "are 4096", "--prompt-len"]),
+        ([REPEATED * 20], ["--prompt-len=4065"], ["one has 4065 tokens, 32 more are read"]),
         ([[1536] * 20], [], ["token ids must be in 0 to 1535"]),
         ([[-1] * 20], [], ["token ids must be in 0 to 1535"]),
         ([REPEATED], ["--kv-compression=none"], ["names no survivors", "--budget-ratio 1"]),

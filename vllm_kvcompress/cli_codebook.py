@@ -168,7 +168,12 @@ def _prepare(args: argparse.Namespace) -> _Run:
     try:
         import torch
 
-        from vllm_kvcompress.evaluation.codebook_profile import Options, at_ratio, check_rotary
+        from vllm_kvcompress.evaluation.codebook_profile import (
+            CHECK_TOKENS,
+            Options,
+            at_ratio,
+            check_rotary,
+        )
         from vllm_kvcompress.evaluation.prompt_files import first_line, read_prompts
         from vllm_kvcompress.evaluation.replay import Replay
     except ImportError as error:
@@ -182,7 +187,7 @@ def _prepare(args: argparse.Namespace) -> _Run:
         args.prompt_len or (PROMPT_LEN if args.prompts is None else None),
         args.num_prompts or (NUM_PROMPTS if args.prompts is None else None),
     )
-    _check_lengths(args, prompts, geometry)
+    _check_lengths(args, prompts, geometry, CHECK_TOKENS)
     try:
         # On a CPU, 16-bit matrix products are slow; what is cached is rounded all the same.
         model_dtype = torch.float32 if device == "cpu" else dtype
@@ -205,7 +210,7 @@ def _prepare(args: argparse.Namespace) -> _Run:
 
 
 def _check_lengths(
-    args: argparse.Namespace, prompts: list[list[int]], geometry: ModelGeometry
+    args: argparse.Namespace, prompts: list[list[int]], geometry: ModelGeometry, num_read: int
 ) -> None:
     lengths, longest = [len(prompt) for prompt in prompts], geometry.max_positions
     if min(lengths) < args.block_size:
@@ -213,10 +218,10 @@ def _check_lengths(
             f"--prompts: one has {min(lengths)} tokens; allowed are prompts of at least one block "
             f"(--block-size {args.block_size})."
         )
-    if longest and max(lengths) > longest:
+    if longest and max(lengths) + num_read > longest:
         raise ConfigError(
-            f"--prompts: one has {max(lengths)} tokens, and the model's max_position_embeddings "
-            f"are {longest}: cut it by --prompt-len."
+            f"--prompts: one has {max(lengths)} tokens, {num_read} more are read behind it, and "
+            f"the model's max_position_embeddings are {longest}: cut it by --prompt-len."
         )
 
 

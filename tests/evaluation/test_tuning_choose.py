@@ -37,7 +37,9 @@ from vllm_kvcompress.evaluation.tuning.result import best_provable
 
 def test_every_chain_of_the_grid_is_a_setting_of_its_own() -> None:
     found = make_candidates(["grid"], BUDGETS)
-    assert len(found) == len(GRID_CHAINS) * len(BUDGETS)
+    assert len(found) == (1 + len(GRID_CHAINS)) * len(BUDGETS)
+    assert {each.chain for each in found} == {"auto", *GRID_CHAINS}
+    assert make_candidates(["grid", "auto"], BUDGETS) == found
     assert len({each.digest for each in found}) == len(found)
     assert all(each.config.budget.ratio == each.budget for each in found)
     for chain in make_chains(found):

@@ -13,7 +13,7 @@ Of all choices that pay, the one that saves most of the cache is recommended; of
 with larger books.
 
 An error of a layer's attention output was the rule before. On SmolLM2-135M it let one layer of 30
-pay, while next tokens stayed the same with a third of them coded (docs/codebook.md): the tables
+pay, while next tokens stayed the same with half of them coded (docs/codebook.md): the tables
 still show it, and it decides nothing.
 """
 
@@ -26,7 +26,7 @@ from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.codebook_settings import CodebookConfig
 
 PARTS = 12
-"""Shallow parts that are tried, at most."""
+"""Shallow parts that are tried beside the first group alone, at most."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Recommendation:
 
 
 def shallow_parts(num_groups: int) -> list[tuple[int, ...]]:
-    """The first groups up to some one, `PARTS` of them evenly spread; all of them is the last."""
+    """The first group alone, and `PARTS` evenly spread ends up to all groups."""
     count = min(PARTS, num_groups)
-    ends = {math.ceil(num_groups * part / count) for part in range(1, count + 1)}
+    ends = {1, *(math.ceil(num_groups * part / count) for part in range(1, count + 1))}
     return [tuple(range(end)) for end in sorted(ends)]
 
 

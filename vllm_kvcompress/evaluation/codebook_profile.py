@@ -35,7 +35,7 @@ from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
 NUM_QUERIES = 8
 CHECK_TOKENS = 32
-MOST_TOGETHER = 12
+MOST_TOGETHER = 13
 """Caches that are read in one batch."""
 _PLAIN_ROTARY = ("default", "llama3")
 

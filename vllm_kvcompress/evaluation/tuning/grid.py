@@ -1,7 +1,7 @@
 """The settings that are tried: chains of one policy's settings with falling budgets.
 
-The grid is a selection, not a product: each family's middle setting, and one number changed at a
-time. Widths and windows are those that papers and released code use.
+The grid is a selection, not a product: the preset `auto`, each family's middle setting, and one
+number changed at a time. Widths and windows are those that papers and released code use.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError, did_you_mean
 from vllm_kvcompress.settings import CompressionConfig
 
-GRID, BOOKS = "grid", "books"
-"""Names of all chains of the grid, and of those with codebooks, in lists of policies."""
+GRID, BOOKS, BEST = "grid", "books", "auto"
+"""Names of all chains of the grid, of those with codebooks, and of our best preset, which the grid
+holds too; in lists of policies."""
 BUDGETS = (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.06, 0.04)
 _FLOOR = 32  # tokens; presets keep 64 or 128, which would end a chain early on short prompts
 
@@ -112,11 +113,7 @@ def _fields(family: str, width: int, window: int) -> dict[str, Any]:
     }
 
 
-AUTO: dict[str, Any] = {
-    "policy": {"name": "snapkv", "kernel_size": 21, "pooling": "avg"},
-    "budget": {"ratio": BUDGETS[0], "floor": _FLOOR},
-    "observation_window": 16,
-}
+AUTO: dict[str, Any] = {"preset": BEST, "budget": {"ratio": BUDGETS[0], "floor": _FLOOR}}
 """The preset `auto`, for what is laid over it."""
 
 # SpindleKV's codebook (arXiv 2507.06517): layer groups, coded ones, entries per token.
@@ -193,7 +190,8 @@ def make_candidates(
 
 def _chains_of(policy: str) -> list[tuple[str, CompressionConfig]]:
     if policy in _ALL_CHAINS:
-        return [(label, _parsed(label)) for label in _ALL_CHAINS[policy]]
+        found = [(label, _parsed(label)) for label in _ALL_CHAINS[policy]]
+        return [*_chains_of(BEST), *found] if policy == GRID else found
     if policy in _CHAINS:
         return [(policy, _parsed(policy))]
     is_file = policy.endswith((".yaml", ".yml")) or "/" in policy

@@ -17,7 +17,7 @@ from vllm_kvcompress.cli import main
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "reports" / "smollm2" / "records.jsonl"
-SAMPLES = [f"1500-{number}" for number in range(6)]
+SAMPLES = [f"1500-{number}" for number in range(4)]
 BUDGET = 0.12
 HOLDS, FAILS = "auto", "streaming_llm"
 

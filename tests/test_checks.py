@@ -94,9 +94,9 @@ REFUSALS = [
         (
             None,
             {"speculative_config": SimpleNamespace(method=method)},
-            [f"method {method}", "ngram or draft_model", "--speculative-config"],
+            [f"method {method}", "ngram, ngram_gpu or draft_model", "--speculative-config"],
         )
-        for method in ("eagle", "eagle3", "medusa", "mtp", "ngram_gpu", "suffix")
+        for method in ("eagle", "eagle3", "medusa", "mtp", "suffix")
     ),
     (None, {"use_v2_model_runner": False}, ["model runner V2", "VLLM_USE_V2_MODEL_RUNNER"]),
 ]
@@ -130,8 +130,9 @@ def test_refusals(config, part: str | None, changes: dict, words: list[str]) -> 
         assert word in message
 
 
-def test_ngram_drafts_are_welcome(config) -> None:
-    check_config(Overlay(config, {"speculative_config": SimpleNamespace(method="ngram")}))
+@pytest.mark.parametrize("method", ["ngram", "ngram_gpu"])
+def test_ngram_drafts_are_welcome(config, method: str) -> None:
+    check_config(Overlay(config, {"speculative_config": SimpleNamespace(method=method)}))
 
 
 @pytest.fixture(scope="module")

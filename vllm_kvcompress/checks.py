@@ -119,13 +119,14 @@ def _connectors(config: Any) -> str | None:
 
 def _speculation(config: Any) -> str | None:
     speculative = config.speculative_config
-    if speculative is None or speculative.method == "ngram":
+    if speculative is None or speculative.method in ("ngram", "ngram_gpu"):
         return None
     if speculative.method == "draft_model":
         return _draft_model(config, speculative)
     return (
         f"speculative decoding with the method {speculative.method} over a compressed cache is not "
-        "supported: set the method to ngram or draft_model, or remove --speculative-config"
+        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
+        "--speculative-config"
     )
 
 

@@ -164,7 +164,7 @@ def _draft_carrier(given: Any, config: CompressionConfig) -> dict[str, Any]:
             "--kv-compression-mode evict."
         )
     return {
-        "method": "ngram",
+        "method": "ngram_gpu",  # of the two, the one with which vLLM schedules asynchronously
         "num_speculative_tokens": config.num_draft_tokens,
         "draft_sample_method": config.draft.sample,
     }

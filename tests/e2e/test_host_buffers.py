@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
 
 from tests.e2e.conftest import FOUR_GROUPS, opened
-from vllm_kvcompress.worker.model_runner import _pools_for_writes_per_step
+from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
 
 pytestmark = pytest.mark.engine
 
@@ -102,7 +102,7 @@ def test_a_late_row_rewrite_finds_its_own_row(
     late = LateLaunches(buffer_utils._apply_write_kernel)
     monkeypatch.setattr(buffer_utils, "_apply_write_kernel", late)
     monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)  # no pinned memory here
-    with _pools_for_writes_per_step(2 if is_deep else 1, steps_in_flight=2):
+    with pools_for_writes_per_step(2 if is_deep else 1, steps_in_flight=2):
         tables = BlockTables([16] * num_groups, 8, 64, [4] * num_groups, torch.device("cpu"))
     assert buffer_utils._DEFAULT_MAX_CONCURRENCY == 2
 

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
 
 RESERVED_STEPS = 64
@@ -55,6 +57,10 @@ class Room:
     num_reserved: int = 0
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
+
+    def __post_init__(self) -> None:
+        self._spare = SpareSlots(self.managers, self.max_model_len)
+        self._no_blocks = KVCacheBlocks(tuple(() for _ in self.managers))
 
     @property
     def num_free(self) -> int:
@@ -94,6 +100,7 @@ class Room:
         self._changes += 1
         if request_id is not None:
             self._declined.pop(request_id, None)
+            self._spare.forget(request_id)
 
     def _sources(self, request_id: str, lengths: Lengths) -> list[KVCacheBlock]:
         return [
@@ -171,6 +178,8 @@ class Room:
         Its caller relies on None leaving everything as it was, and on blocks for the tokens
         otherwise; a running request that gets None is preempted, or another one for it.
         """
+        if self._spare.cover(request, num_new_tokens, options):
+            return self._no_blocks
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_tokens += options.get("num_new_computed_tokens", 0)
         if options.get("full_sequence_must_fit"):
@@ -190,6 +199,8 @@ class Room:
         blocks = allocate_slots(request, num_new_tokens, **options)
         while blocks is None and self._give_way(num_missing()):
             blocks = allocate_slots(request, num_new_tokens, **options)
+        if blocks is not None and request.status == RequestStatus.RUNNING:
+            self._spare.note(request, num_new_tokens)
         return blocks
 
     def make_free(self, num_blocks: int) -> bool:

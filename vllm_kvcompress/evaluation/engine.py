@@ -46,7 +46,8 @@ class Engine:
     num_blocks : int or None
         Size of the block pool; None takes 256 MiB.
     async_scheduling : bool
-        Schedule one step ahead, as on GPU. vLLM switches it off on CPU, this switches it on again.
+        Schedule one step ahead wherever vLLM does so on a GPU. On a CPU the platform switches it
+        off; this keeps what vLLM has decided before.
     **engine_args
         Further arguments of ``vllm.LLM``.
     """
@@ -204,7 +205,7 @@ class Engine:
 
 @contextmanager
 def _cpu_async_scheduling(enabled: bool) -> Iterator[None]:
-    """Let a CPU engine schedule ahead: undo the one line with which the platform forbids it."""
+    """Let a CPU engine schedule ahead where a GPU's would: the platform forbids it in one line."""
     from vllm.platforms import current_platform
 
     if not enabled or not current_platform.is_cpu():
@@ -214,8 +215,9 @@ def _cpu_async_scheduling(enabled: bool) -> Iterator[None]:
     original = platform.check_and_update_config
 
     def check_and_update_config(vllm_config: Any) -> None:
+        decided = vllm_config.scheduler_config.async_scheduling
         original(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
+        vllm_config.scheduler_config.async_scheduling = decided
 
     with patch.object(platform, "check_and_update_config", staticmethod(check_and_update_config)):
         yield

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.plans import BookLengths
+from vllm_kvcompress.worker.host_mirror import HostMirror
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class CodebookState:
     def begin_batch(
         self,
         input_batch: InputBatch,
-        evicted: UvaBackedTensor,
+        evicted: HostMirror,
         block_tables: Sequence[torch.Tensor],
         block_sizes: Sequence[int],
     ) -> None:
@@ -102,7 +103,7 @@ class CodebookState:
         ----------
         input_batch : InputBatch
             A real batch.
-        evicted : UvaBackedTensor
+        evicted : HostMirror
             [G, S] int32, slots that rows have given up, on the device too.
         block_tables : sequence of torch.Tensor
             G tables [S, P] int32.

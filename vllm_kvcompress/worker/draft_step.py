@@ -22,13 +22,13 @@ from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import AttentionState, BatchExecutionDescriptor
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.worker.draft_views import DraftViews
+from vllm_kvcompress.worker.host_mirror import HostMirror
 from vllm_kvcompress.worker.model_state import CompressedModelState
 
 
@@ -216,7 +216,7 @@ class DraftStep:
     # --- parts ----------------------------------------------------------------------------
 
     @property
-    def _evicted(self) -> UvaBackedTensor:
+    def _evicted(self) -> HostMirror:
         assert self.state.lengths is not None
         return self.state.lengths.evicted
 

@@ -3,8 +3,7 @@
 Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
-from vllm.v1.worker.gpu.buffer_utils import set_default_max_concurrency
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_layer, has_plain_rotary
+from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
@@ -37,6 +36,8 @@ from vllm_kvcompress.worker.codebook_reader import CodebookReader, read_codebook
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.group_metadata import without_schedule
+from vllm_kvcompress.worker.host_buffers import keep_token_ids_on_host, pools_for_writes_per_step
 from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
 from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
@@ -50,21 +51,6 @@ from vllm_kvcompress.worker.warm_up import warm_up
 logger = init_logger(f"vllm.{__name__}")
 
 
-@contextmanager
-def _pools_for_writes_per_step(num_writes: int, steps_in_flight: int) -> Iterator[None]:
-    """Make vLLM's pools of host buffers deep enough for several writes in one step.
-
-    Kernels read indices and lengths of staged writes from these buffers when they run, not when
-    they are launched. vLLM recycles a buffer after as many writes as steps are in flight; a second
-    write per step would overwrite one that a kernel in the queue has not read yet.
-    """
-    set_default_max_concurrency(num_writes * steps_in_flight)
-    try:
-        yield
-    finally:
-        set_default_max_concurrency(steps_in_flight)
-
-
 class CompressionRunnerMixin(GPUModelRunner):
     """Compression on top of model runner V2; comes first in the bases."""
 
@@ -75,6 +61,9 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then swap in our model state and watch the attention layers."""
+        config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
+        if config is not None and config.drafts:
+            keep_token_ids_on_host(self.req_states)
         super().load_model(*args, **kwargs)
         if type(self.model_state) is not DefaultModelState:
             raise UnsupportedModelError(
@@ -135,8 +124,10 @@ class CompressionRunnerMixin(GPUModelRunner):
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
     ) -> None:
         """Build the compactor once the caches exist."""
-        with _pools_for_writes_per_step(2, self.vllm_config.max_concurrent_batches):
+        with pools_for_writes_per_step(2, self.vllm_config.max_concurrent_batches):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if len(kv_cache_config.kv_cache_groups) > 1:
+            without_schedule(self.attn_groups)
         self._physical_slots = for_device("step_slots", self.device).physical_slots
         self._tables = BlockTables.of(
             [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes

@@ -4,13 +4,13 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -22,6 +22,7 @@ from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 from vllm_kvcompress.worker.codebook_rows import CodebookState
 from vllm_kvcompress.worker.draft_views import DraftViews
+from vllm_kvcompress.worker.group_metadata import Families, derives
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_taps import QueryTaps
@@ -81,6 +82,7 @@ class CompressedModelState(DefaultModelState):
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
         self._groups: GroupMap
+        self._families: tuple[list[list[Any]], Families] | None = None
 
     # --- requests -------------------------------------------------------------------------
 
@@ -183,23 +185,51 @@ class CompressedModelState(DefaultModelState):
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
         attn_groups: list[list[Any]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Build attention metadata, one KV cache group at a time with the group's own lengths."""
+        """Build attention metadata of every KV cache group with the group's own lengths.
+
+        One build for all groups that are alike, where the backend's metadata allows it; one per
+        group for others and for captures, in which a builder may write to what it is given.
+        """
         assert self.lengths is not None
-        is_real = self.lengths.is_current(input_batch)
         seq_lens = self.lengths.group_seq_lens(input_batch)
-        metadata: dict[str, Any] = {}
-        for group, layers in enumerate(attn_groups):
-            if not layers:
-                continue
-            only = [layers if other == group else [] for other in range(len(attn_groups))]
-            view = copy.copy(input_batch)
-            view.seq_lens = seq_lens[group, : input_batch.seq_lens.shape[0]]
-            if is_real:
-                view.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(input_batch, group)
-            metadata |= super().prepare_attn(
-                view, cudagraph_mode, block_tables, slot_mappings, only, *args, **kwargs
-            )
+        groups = self._families_of(attn_groups)
+
+        def build(group: int) -> dict[str, Any]:
+            view = self._seen_by(group, input_batch, seq_lens)
+            only = [layers if other == group else [] for other, layers in enumerate(attn_groups)]
+            return super(CompressedModelState, self).prepare_attn(
+                view, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
+                for_capture, *args, **kwargs,
+            )  # fmt: skip
+
+        metadata = build(groups.first)
+        built = groups.alike + groups.rest
+        first = next(iter(metadata.values()))
+        if groups.alike and not for_capture and derives(first):
+            built = groups.rest
+            longest = self.lengths.max_seq_lens(input_batch, len(first.seq_lens))
+            metadata |= groups.derive(first, seq_lens, longest, block_tables, slot_mappings)
+        for each in built:
+            metadata |= build(each)
         return metadata
+
+    def _seen_by(self, group: int, batch: InputBatch, seq_lens: torch.Tensor) -> InputBatch:
+        """A batch whose requests are as long as `group` has them, by `group_seq_lens`."""
+        assert self.lengths is not None
+        view = object.__new__(type(batch))  # copy.copy takes as long as a build
+        view.__dict__.update(batch.__dict__)
+        view.seq_lens = seq_lens[group, : batch.seq_lens.shape[0]]
+        view.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(batch, group)
+        return view
+
+    def _families_of(self, attn_groups: list[list[Any]]) -> Families:
+        # Groups and their builders are made anew when the cache is; the list is held, so that no
+        # other one can be at its address.
+        if self._families is None or self._families[0] is not attn_groups:
+            self._families = (attn_groups, Families.of(attn_groups))
+        return self._families[1]

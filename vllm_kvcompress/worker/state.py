@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.worker.host_mirror import HostMirror
 
 
 class CompressionState:
@@ -22,18 +22,19 @@ class CompressionState:
 
     Attributes
     ----------
-    evicted : UvaBackedTensor
+    evicted : HostMirror
         [num_groups, max_num_reqs] int32; `.np` on the host, `.gpu` on the device.
     seq_lens : torch.Tensor
         [num_groups, max_num_reqs] int32, persistent: full CUDA graphs replay its addresses.
     """
 
     def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
-        self.evicted = UvaBackedTensor((num_groups, max_num_reqs), dtype=torch.int32)
+        self.evicted = HostMirror((num_groups, max_num_reqs), device)
         self.seq_lens = torch.zeros(num_groups, max_num_reqs, dtype=torch.int32, device=device)
         self._physical_seq_lens = for_device("step_slots", device).physical_seq_lens
         self._dirty = False
         self._batch: InputBatch | None = None
+        self._is_whole = True
         self._hidden: dict[int, np.ndarray] = {}
 
     def reset_row(self, req_index: int) -> None:
@@ -49,13 +50,14 @@ class CompressionState:
     def begin_batch(self, input_batch: InputBatch) -> bool:
         """Fill `seq_lens` for a real batch. True if any of its requests is compacted."""
         if self._dirty:
-            self.evicted.copy_to_uva()
+            self.evicted.send()
             self._dirty = False
         self._physical_seq_lens(
             input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
         )
         self._batch, self._hidden = input_batch, {}
-        return bool(self.evicted.np[:, input_batch.idx_mapping_np].any())
+        self._is_whole = not self.evicted.np[:, input_batch.idx_mapping_np].any()
+        return not self._is_whole
 
     def hide(self, group: int, batch_rows: np.ndarray) -> None:
         """Let rows of the current batch look as if they held nothing but their query tokens.
@@ -79,15 +81,32 @@ class CompressionState:
         return self.seq_lens
 
     def group_upper_bound(self, input_batch: InputBatch, group: int) -> torch.Tensor:
-        """Host copy of `input_batch.seq_lens_cpu_upper_bound`, less what `group` has evicted.
+        """`input_batch.seq_lens_cpu_upper_bound` [rows], less what `group` has evicted.
 
-        Only for a batch given to `begin_batch`.
+        A dummy batch has lost nothing, nor has a batch of which no request is compacted: theirs is
+        given back as it is.
         """
-        bound = input_batch.seq_lens_cpu_upper_bound.clone()
-        lost = self.evicted.np[group, input_batch.idx_mapping_np]
-        bound[: len(lost)] -= torch.from_numpy(lost)
+        bound = input_batch.seq_lens_cpu_upper_bound
+        if not self.is_current(input_batch) or (self._is_whole and group not in self._hidden):
+            return bound
+        own = bound.numpy().copy()
+        own[: len(input_batch.idx_mapping_np)] -= self.evicted.np[group, input_batch.idx_mapping_np]
         if group in self._hidden:
             rows = self._hidden[group]
-            counts = np.diff(input_batch.query_start_loc_np)[rows]
-            bound[torch.from_numpy(rows)] = torch.from_numpy(counts).to(bound.dtype)
-        return bound
+            own[rows] = np.diff(input_batch.query_start_loc_np)[rows]
+        return torch.from_numpy(own)
+
+    def max_seq_lens(self, input_batch: InputBatch, num_rows: int) -> list[int]:
+        """Per group the largest of `group_upper_bound`'s first `num_rows`."""
+        bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_rows]
+        if not self.is_current(input_batch) or (self._is_whole and not self._hidden):
+            return [int(bound.max())] * len(self.seq_lens)
+        lost = self.evicted.np[:, input_batch.idx_mapping_np]
+        num_real = lost.shape[1]
+        largest = (bound[:num_real] - lost).max(axis=1)
+        if num_real < num_rows:
+            largest = np.maximum(largest, bound[num_real:].max())
+        lengths = [int(each) for each in largest]
+        for group in self._hidden:
+            lengths[group] = int(self.group_upper_bound(input_batch, group)[:num_rows].max())
+        return lengths

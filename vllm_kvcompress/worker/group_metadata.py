@@ -1,0 +1,177 @@
+"""Attention metadata of many layer groups from one build.
+
+vLLM builds metadata once per KV cache group, and a step may have one per layer. Of two groups whose
+layers are alike only four things differ: lengths, their bound, block table and slots. Where the
+metadata of a backend holds nothing else that depends on them, that of further groups is the first
+one's with these four replaced; a build, with its Python and its checks, is made once per step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+_LIKE_THE_FIRST: Mapping[str, frozenset[str]] = {
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata": frozenset(
+        {
+            "num_actual_tokens", "max_query_len", "query_start_loc", "causal", "max_num_splits",
+            "mm_prefix_query_range_tensor", "rswa_prefix_lens", "rswa_window",
+            "rswa_window_tensor",
+        }
+    ),
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata": frozenset(
+        {
+            "num_actual_tokens", "max_query_len", "query_start_loc", "causal",
+            "seq_threshold_3D", "num_par_softmax_segments", "softmax_segm_output",
+            "softmax_segm_max", "softmax_segm_expsum", "mm_prefix_range",
+            "mm_prefix_range_tensor", "rswa_prefix_lens", "rswa_window",
+        }
+    ),
+}  # fmt: skip
+"""Metadata that can be derived, and its fields that are of the batch or of scratch memory. Fields
+that are in neither set must be at their defaults: schedules made from lengths, context parallelism.
+`tests/worker/test_group_metadata.py` holds the sets against the installed vLLM."""
+
+_OWN = frozenset({"seq_lens", "max_seq_len", "block_table", "slot_mapping"})
+
+
+def derives(metadata: Any) -> bool:
+    """Whether another group's metadata is this one with its own lengths, blocks and slots."""
+    kind = type(metadata)
+    shared = _LIKE_THE_FIRST.get(f"{kind.__module__}:{kind.__qualname__}")
+    if shared is None:
+        return False
+    return all(
+        getattr(metadata, each.name) == each.default
+        for each in fields(metadata)
+        if each.name not in shared and each.name not in _OWN
+    )
+
+
+def _traits(attn_groups: Sequence[Any]) -> Any:
+    """What decides a group's metadata beside lengths, blocks and slots; None if it is special."""
+    if len(attn_groups) != 1 or attn_groups[0].kernel_block_size is not None:
+        return None
+    group, builder = attn_groups[0], attn_groups[0].get_metadata_builder()
+    spec = group.kv_cache_spec
+    if not is_dataclass(spec):
+        return None
+    return (
+        group.backend,
+        type(builder),
+        type(spec),
+        {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "layer_group"},
+        {k: v for k, v in vars(builder).items() if isinstance(v, bool | int | float | str)},
+    )
+
+
+class _Views:
+    """Rows of tensors as views. Making one takes as long as all else that a group needs."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def of(self, tensor: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+        """Of each row of `tensor` the first `width` numbers.
+
+        Tensors are told apart by address: those of a runner lie at one for good.
+        """
+        key = (tensor.data_ptr(), width)
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) >= _MAX_VIEWS:
+                self._made.clear()
+            found = self._made[key] = tensor[:, :width].unbind()
+        return found
+
+
+_MAX_VIEWS = 64
+"""Tensors and widths whose views are kept."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """KV cache groups of a runner: those like the first, and the rest.
+
+    Attributes
+    ----------
+    first : int
+        The first group that has layers.
+    alike : tuple[int, ...]
+        Further groups whose layers differ from the first's in their layer group alone.
+    rest : tuple[int, ...]
+        All other groups that have layers: of a draft model, say.
+    alike_layers : tuple of sequences of str
+        The layers of each group of `alike`.
+    """
+
+    first: int
+    alike: tuple[int, ...]
+    rest: tuple[int, ...]
+    alike_layers: tuple[Sequence[str], ...] = ()
+    _views: _Views = field(default_factory=_Views, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, attn_groups: Sequence[Sequence[Any]]) -> "Families":
+        """Compare backends, specs and builders of all groups; at least one has layers."""
+        first, *others = (number for number, groups in enumerate(attn_groups) if groups)
+        traits = _traits(attn_groups[first])
+        alike = tuple(
+            each for each in others if traits is not None and _traits(attn_groups[each]) == traits
+        )
+        layers = tuple(attn_groups[each][0].layer_names for each in alike)
+        return cls(first, alike, tuple(each for each in others if each not in alike), layers)
+
+    def derive(
+        self,
+        metadata: Any,
+        seq_lens: torch.Tensor,
+        max_seq_lens: Sequence[int],
+        block_tables: Sequence[torch.Tensor],
+        slot_mappings: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Metadata of the groups that are like the first, by layer.
+
+        Parameters
+        ----------
+        metadata : object
+            Of the first group; `derives` is true of it.
+        seq_lens : torch.Tensor
+            [G, >= rows] int32 on the device: tokens that each row attends to, by group.
+        max_seq_lens : sequence of int
+            G bounds of them.
+        block_tables : sequence of torch.Tensor
+            G tables [rows, blocks] int32.
+        slot_mappings : torch.Tensor
+            [G, tokens] int64.
+        """
+        lengths = self._views.of(seq_lens, len(metadata.seq_lens))
+        slots = self._views.of(slot_mappings, slot_mappings.shape[1])
+        kind, shared = type(metadata), metadata.__dict__
+        derived: dict[str, Any] = {}
+        for group, layers in zip(self.alike, self.alike_layers, strict=True):
+            # Not copy.copy: it asks for a way to pickle, and there is one of these per layer.
+            other = object.__new__(kind)
+            own = other.__dict__
+            own.update(shared)
+            own["seq_lens"], own["max_seq_len"] = lengths[group], max_seq_lens[group]
+            own["block_table"], own["slot_mapping"] = block_tables[group], slots[group]
+            for name in layers:
+                derived[name] = other
+        return derived
+
+
+def without_schedule(attn_groups: Sequence[Sequence[Any]]) -> None:
+    """Let FlashAttention 3 schedule in its kernels, as vLLM does where windows differ by layer.
+
+    With a schedule per group, every step would launch a kernel, a copy and a fill for each.
+    """
+    for builder in (
+        builder
+        for groups in attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+        if getattr(builder, "aot_schedule", False)
+    ):
+        builder.aot_schedule = False

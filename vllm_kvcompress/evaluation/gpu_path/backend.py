@@ -1,8 +1,7 @@
 """Attention backends that give a CPU engine the cache of a GPU.
 
 They are vLLM's Triton backend, with its metadata, its cache of [blocks, KV heads, slots, K||V] and
-its name; only the arithmetic of attention is torch's, because Triton's interpreter needs seconds
-for a prompt.
+its name. `StridedBackend` computes attention in torch: the interpreter needs seconds for a prompt.
 """
 
 from typing import Any
@@ -14,8 +13,32 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 from vllm_kvcompress.evaluation.gpu_path.paged_attention import paged_attention, write_cache
 
 
-class StridedImpl(TritonAttentionImpl):
-    """Attention and cache writes in torch."""
+class InterpretedImpl(TritonAttentionImpl):
+    """vLLM's own attention kernel. Cache writes in torch: its launcher for them asks CUDA."""
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Put keys and values [T, num_kv_heads, head_size] into their slots."""
+        write_cache(key, value, kv_cache, slot_mapping)
+
+
+class InterpretedBackend(TritonAttentionBackend):
+    """vLLM's Triton attention through the interpreter."""
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonAttentionImpl]:
+        """See above."""
+        return InterpretedImpl
+
+
+class StridedImpl(InterpretedImpl):
+    """Attention in torch too."""
 
     def forward(
         self,
@@ -44,29 +67,18 @@ class StridedImpl(TritonAttentionImpl):
         )
         return output
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Put keys and values [T, num_kv_heads, head_size] into their slots."""
-        write_cache(key, value, kv_cache, slot_mapping)
 
-
-class StridedBackend(TritonAttentionBackend):
+class StridedBackend(InterpretedBackend):
     """One block of the kernel per block of the table."""
 
     @staticmethod
-    def get_impl_cls() -> type[StridedImpl]:
+    def get_impl_cls() -> type[TritonAttentionImpl]:
         """See above."""
         return StridedImpl
 
 
 class SmallBlocksBackend(StridedBackend):
-    """Blocks of 16 for the kernel, whatever the table has: FlashAttention may cut blocks too."""
+    """Blocks of 16 for the kernel, whatever the table has: vLLM may cut blocks on a GPU too."""
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:

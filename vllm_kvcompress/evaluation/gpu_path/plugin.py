@@ -17,9 +17,9 @@ VARIABLE = "KVCOMPRESS_GPU_PATH_BACKEND"
 BACKENDS = {
     "strided": "vllm_kvcompress.evaluation.gpu_path.backend.StridedBackend",
     "small_blocks": "vllm_kvcompress.evaluation.gpu_path.backend.SmallBlocksBackend",
-    "triton": "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",
+    "triton": "vllm_kvcompress.evaluation.gpu_path.backend.InterpretedBackend",
 }
-"""`triton` is vLLM's own, through the interpreter: for very short prompts."""
+"""`triton` has vLLM's own attention kernel in the interpreter: for very short prompts."""
 
 
 def register(name: str | None = None) -> None:

@@ -79,5 +79,3 @@ def table(cpu: dict[str, Run], gpu: dict[str, Run]) -> Iterable[str]:
         launches, plans = sum(run.launches.values()), len(run.plans)
         seconds = cpu[name].seconds
         yield f"{name:28}{seconds:8.1f}{run.seconds:12.1f}{plans:7}{launches:10}"
-        yield str((run.said.counts, run.said.cached, [len(t) for t in run.said.tokens.values()], dict(run.launches)))
-        yield str([[g and (g.kind.value, g.lengths.region_len,g.lengths.kept_len) for g in p[-1]] for p in run.plans])

@@ -138,9 +138,10 @@ def run_rkv(engine: Engine, prompts: Prompts) -> Said:
 def run_codebooks(engine: Engine, prompts: Prompts) -> Said:
     """Books made at the end of prompts, read, and extended every 8 tokens; a plain row beside."""
     with serving(engine, CODES):
-        engine.add("coded", prompts[0][-134:], 14, ignore_eos=True)
-        engine.add("coded too", prompts[1][-120:], 14, ignore_eos=True)
-        engine.add("plain", prompts[2][-90:], 14, {"kv_compression": "none"}, ignore_eos=True)
+        # 26 tokens behind the last block: one interval later that is a block to code.
+        engine.add("coded", prompts[0][-154:], 12, ignore_eos=True)
+        engine.add("coded too", prompts[1][-122:], 12, ignore_eos=True)
+        engine.add("plain", prompts[2][-90:], 12, {"kv_compression": "none"}, ignore_eos=True)
         return finish(engine, ["coded", "coded too", "plain"])
 
 

@@ -37,15 +37,14 @@ def run_all(
 ) -> dict[str, Run]:
     """Open an engine, on the GPU path if a backend is given, and run scenarios in order."""
     path = gpu_path(backend) if backend is not None else nullcontext()
-    with path, watching() as watch:
-        with opened(model, setting, **{**ENGINE, **engine_args}) as engine:
-            layout = type(engine.runner.compactor.layers[0].layout).__name__
-            assert (layout == "StridedLayout") == (backend is not None), layout
-            watch_plans(engine, watch)
-            return {
-                name: _timed(scenario, engine, prompts, watch)
-                for name, scenario in scenarios.items()
-            }
+    options = {**ENGINE, **engine_args}
+    with path, watching() as watch, opened(model, setting, **options) as engine:
+        layout = type(engine.runner.compactor.layers[0].layout).__name__
+        assert (layout == "StridedLayout") == (backend is not None), layout
+        watch_plans(engine, watch)
+        return {
+            name: _timed(scenario, engine, prompts, watch) for name, scenario in scenarios.items()
+        }
 
 
 def _timed(scenario: Scenario, engine: Any, prompts: Prompts, watch: Watch) -> Run:

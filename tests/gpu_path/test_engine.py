@@ -89,7 +89,9 @@ def test_every_kernel_of_ours_ran(root: Path, evict: Pair, draft: Pair) -> None:
     jitted = set()
     for path in (root / "kernels").glob("*.py"):
         jitted |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
-    launched = {name for _, runs in (evict, draft) for run in runs.values() for name in run.launches}
+    launched = {
+        name for _, runs in (evict, draft) for run in runs.values() for name in run.launches
+    }
     assert launched == jitted
 
 

@@ -75,6 +75,8 @@ def environment(folder: Path, name: str = "strided") -> Mapping[str, str]:
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-gpu-path\nVersion: 1\n")
     target = f"{__name__}:register"
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_gpu_path = {target}\n")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\nkvcompress_gpu_path = {target}\n"
+    )
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "PYTHONPATH": path, VARIABLE: name}

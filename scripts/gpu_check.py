@@ -11,6 +11,7 @@ next. docs/gpu.md says what each shows. The exit code is 0 if all stages passed.
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: list[str] | None = None) -> int:
     """Run, print, write."""
     argv = sys.argv[1:] if argv is None else argv
+    for number in (signal.SIGINT, signal.SIGTERM):  # both leave no stage behind
+        signal.signal(number, signal.default_int_handler)
     args = parse_args(argv)
     out = args.out or default_folder(args.rehearse)
     if out.exists() and any(out.iterdir()) and not args.resume:

@@ -94,7 +94,7 @@ def requests_of(kind: str, sizes: Sizes) -> dict[str, tuple[int, dict[str, Any] 
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Open the engine, run every request alone and then all together; a rehearsal only the latter."""
+    """Open the engine, run every request alone and then all together; a rehearsal not alone."""
     from vllm import LLM, SamplingParams
 
     from vllm_kvcompress.evaluation.tasks.needle import make_samples

@@ -8,8 +8,7 @@ Each engine is a process of its own, with a time limit; one that fails does not 
 
 import argparse
 import json
-import os
-import subprocess
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.evaluation.gpu_check.engine_case import CASES
-from vllm_kvcompress.evaluation.gpu_check.runner import write_json
+from vllm_kvcompress.evaluation.gpu_check.runner import PASSED, TIMED_OUT, run_limited, write_json
 
 LIMIT = 300.0
 """Seconds for one engine."""
@@ -97,18 +96,10 @@ def run_case(
     command = [sys.executable, "-m", module, name, str(out), "--model", args.model]
     command += ["--dtype", args.dtype, "--engine-args", json.dumps(args.engine_args)]
     command += ["--rehearse"] * args.rehearse
-    with log.open("wb") as stream:
-        try:
-            code = subprocess.run(
-                command,
-                stdout=stream,
-                stderr=stream,
-                timeout=LIMIT,
-                env={**os.environ, **environment},
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return f"stopped after {LIMIT:.0f} s"
-    if code:
+    status, words = run_limited(command, log, LIMIT, environment)
+    if status == TIMED_OUT:
+        return words
+    if status != PASSED:
         return reason(log.read_text(encoding="utf-8", errors="replace"))
     return json.loads(out.read_text(encoding="utf-8"))
 
@@ -180,6 +171,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the engine of the moment ends too
     return 0 if {"equality": equality, "sync": sync}[args.what](args) else 1
 
 

@@ -3,6 +3,7 @@
 A stage that fails, hangs or cannot be started never hides the next one.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -140,20 +141,7 @@ def _run(stage: Stage, out: Path, about: dict[str, Any], limit: float) -> Outcom
     folder.mkdir(exist_ok=True)
     command = [word.replace("{out}", str(folder)) for word in stage.command]
     started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    with (folder / "log.txt").open("wb") as log:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **stage.environment},
-                start_new_session=True,
-            )
-        except OSError as error:
-            status, words = FAILED, f"could not be started: {error.strerror}"
-        else:
-            status, words = _wait(process, limit)
+    status, words = run_limited(command, folder / "log.txt", limit, stage.environment)
     seconds = time.monotonic() - begin
     try:
         found = stage.summary(folder)
@@ -167,15 +155,50 @@ def _run(stage: Stage, out: Path, about: dict[str, Any], limit: float) -> Outcom
     )
 
 
-def _wait(process: subprocess.Popen[bytes], limit: float) -> tuple[str, str]:
-    try:
-        code = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        _stop(process)
-        return TIMED_OUT, f"stopped after {limit:.0f} s"
-    except BaseException:
-        _stop(process)  # Ctrl-C: leave nothing behind
-        raise
+def run_limited(
+    command: Sequence[str], log: Path, limit: float, environment: Mapping[str, str]
+) -> tuple[str, str]:
+    """Run a program in a session of its own; at its limit end it and all that it has started.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Program and arguments.
+    log : pathlib.Path
+        Gets what it prints.
+    limit : float
+        Seconds.
+    environment : mapping
+        What it has more than ours.
+
+    Returns
+    -------
+    tuple of str
+        `PASSED`, `FAILED` or `TIMED_OUT`, and why.
+    """
+    with log.open("wb") as stream:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            return FAILED, f"could not be started: {error.strerror}"
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _stop(process)
+            return TIMED_OUT, f"stopped after {limit:.0f} s"
+        except BaseException:
+            _stop(process)  # Ctrl-C: leave nothing behind
+            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what a program that died has left
     return (PASSED, "") if code == 0 else (FAILED, f"exit code {code}")
 
 

@@ -49,6 +49,7 @@ def make_stages(options: Options) -> list[Stage]:
     """All of them."""
     small = options.rehearse
     in_16_bits = "float32" if small else "bfloat16"  # the interpreter's bfloat16 has faults
+    gpu_tests = "tests/e2e/test_gpu.py" if small else "tests"
     commit = ("--commit", options.commit)
     kernels: Words = SMALL_KERNELS if small else ("--time-limit", "1000")
     serving: Words = (*(SMALL_SERVING if small else SERVING), *_server_args(options))
@@ -70,7 +71,7 @@ def make_stages(options: Options) -> list[Stage]:
               _engines("equality", "float32", options), (1500, 900), equality, engines),
         stage("equality-bf16", "the same in bfloat16, by the first tokens",
               _engines("equality", in_16_bits, options), (1500, 900), equality, engines),
-        stage("gpu-tests", "tests that need a GPU", _pytest(options, ["tests", "-m", "gpu"]),
+        stage("gpu-tests", "tests that need a GPU", _pytest(options, [gpu_tests, "-m", "gpu"]),
               (900, 400), junit),
         stage("sync", "no hidden waits (VLLM_GPU_SYNC_CHECK=error)",
               _engines("sync", in_16_bits, options), (900, 400), sync, engines),

@@ -101,7 +101,8 @@ def rehearsal_environment(folder: Path) -> dict[str, str]:
 
     changes = dict(environment(folder))
     added = {key: value for key, value in changes.items() if os.environ.get(key) != value}
-    return {**added, "OMP_NUM_THREADS": "1"}
+    # One thread that the system may move: cores that are busy already are no good to be bound to.
+    return {**added, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def make_stages(options: Options) -> list[Stage]:
               (1200, 300), rows_of("kernels.csv")),
         stage("bench-serving", "serving next to stock vLLM, ample and tight pools",
               _script("bench_serving", options, serving),
-              (2400, 600), rows_of("serving.csv"), engines),
+              (2400, 900), rows_of("serving.csv"), engines),
         stage("bench-speculation", "drafts next to ngram and none",
               _script("bench_speculation", options, speculation),
-              (1800, 600), rows_of("speculation.csv"), engines),
+              (1800, 900), rows_of("speculation.csv"), engines),
     ]  # fmt: skip
     # The same program as `equality`; a rehearsal has nothing to learn from it.
     return [each for each in stages if not (small and each.name == "equality-bf16")]

@@ -35,13 +35,15 @@ def register(name: str | None = None) -> None:
 
     Raises
     ------
-    KeyError
+    ValueError
         For another name.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    path = BACKENDS[name or os.environ[VARIABLE]]
-    register_backend(AttentionBackendEnum.CPU_ATTN, path)
+    name = name or os.environ.get(VARIABLE, "")
+    if name not in BACKENDS:
+        raise ValueError(f"{VARIABLE}: must be {', '.join(BACKENDS)}, got {name!r}")
+    register_backend(AttentionBackendEnum.CPU_ATTN, BACKENDS[name])
     interpret_on_cpu(True)
 
 

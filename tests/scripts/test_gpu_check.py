@@ -128,12 +128,14 @@ def test_agreement_is_exact_or_of_the_first_tokens() -> None:
 def test_a_comparison_needs_both_engines_and_takes_its_labels() -> None:
     comparison = Comparison("t", "evict", "stock", ("none",))
     found = {"stock": {"tokens": {"none": [1], "none together": [2], "server": [3]}}}
-    assert comparison.judge(found, True)["why"] == "an engine has failed"
+    assert comparison.judge(found, ["evict"], True)["ok"] is False
+    not_run = comparison.judge(found, [], True)
+    assert (not_run["ok"], not_run["why"]) == (None, "not run")
     found["evict"] = {"tokens": {"none": [1], "none together": [2], "server": [4]}}
-    assert comparison.judge(found, True)["ok"]
-    assert not Comparison("t", "evict", "stock").judge(found, True)["ok"]
+    assert comparison.judge(found, [], True)["ok"]
+    assert not Comparison("t", "evict", "stock").judge(found, [], True)["ok"]
     found["evict"]["tokens"]["none together"] = [9]
-    assert not comparison.judge(found, True)["ok"]
+    assert not comparison.judge(found, [], True)["ok"]
 
 
 def test_every_case_is_compared_on_a_gpu() -> None:

@@ -10,7 +10,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,16 @@ class Comparison:
     other: str
     labels: tuple[str, ...] | None = None
 
-    def judge(self, found: Mapping[str, dict[str, Any]], exact: bool) -> dict[str, Any]:
-        """Agreement of the two, as plain values."""
+    def judge(
+        self, found: Mapping[str, dict[str, Any]], failed: Collection[str], exact: bool
+    ) -> dict[str, Any]:
+        """Agreement of the two, as plain values; ``ok`` is None where one has not run yet."""
         about = {"comparison": self.title, "case": self.case, "other": self.other}
-        if self.case not in found or self.other not in found:
-            return {**about, "ok": False, "why": "an engine has failed"}
+        pair = {self.case, self.other}
+        if not pair <= found.keys():
+            has_failed = not pair.isdisjoint(failed)
+            why = "an engine has failed" if has_failed else "not run"
+            return {**about, "ok": False if has_failed else None, "why": why}
         one, other = found[self.case]["tokens"], found[self.other]["tokens"]
         wanted = [
             label
@@ -130,7 +135,7 @@ def equality(args: argparse.Namespace) -> bool:
         else:
             found[name] = result
             print(f"{name}: ran; {result['counts']}", flush=True)
-        judged = [c.judge(found, exact) for c in wanted]
+        judged = [each.judge(found, failed, exact) for each in wanted]
         idle = [n for n in found if n.split("-")[0] != "stock" and not compressed(found[n])]
         write_json(
             args.out / "equality.json",

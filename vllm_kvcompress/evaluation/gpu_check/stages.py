@@ -190,8 +190,10 @@ def equality(folder: Path) -> str:
     found = _read(folder / "equality.json")
     held = [each for each in found["comparisons"] if each["ok"]]
     words = f"{len(held)} of {len(found['comparisons'])} comparisons hold"
-    broken = [each["comparison"] for each in found["comparisons"] if not each["ok"]]
+    broken = [each["comparison"] for each in found["comparisons"] if each["ok"] is False]
     parts = [words, *(f"not: {name}" for name in broken)]
+    not_run = sum(each["ok"] is None for each in found["comparisons"])
+    parts += [f"{not_run} not run"] * bool(not_run)
     parts += [f"{name}: {why}" for name, why in found["failed"].items()]
     parts += [f"{name} compressed nothing" for name in found["idle"]]
     return "; ".join(parts)

@@ -95,6 +95,14 @@ def policy_names() -> list[str]:
     return [name for name in preset_names() if name not in ("auto", "spindlekv")]
 
 
+def run_warm_up(engine: Engine, prompts: Prompts) -> Said:
+    """What a GPU worker launches before the server takes requests, for two settings."""
+    engine.runner.warm_up_compaction()
+    with serving(engine, CODES):
+        engine.runner.warm_up_compaction()
+    return Said()
+
+
 def run_policies(engine: Engine, prompts: Prompts) -> Said:
     """Every preset, at the end of a prompt of its own; several policies in a step."""
     names = policy_names()
@@ -184,6 +192,7 @@ def run_small_pool(engine: Engine, prompts: Prompts) -> Said:
 
 
 EVICT: dict[str, Scenario] = {
+    "warm-up": run_warm_up,
     "policies": run_policies,
     "options": run_options,
     "decoding": run_decoding,

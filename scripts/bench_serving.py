@@ -91,7 +91,8 @@ def server_command(
     of the plugin's pool is that much smaller, and equal numbers would be unequal pools.
     """
     max_len = scenario.prompt_len + scenario.output_len
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder)]
+    # The module, not the command: where packages lie in a folder of their own there is none.
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--served-model-name", scenario.model, "--load-format", "dummy"]
     command += ["--dtype", MODELS[scenario.model]["dtype"]]  # vLLM would make float32 less
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_len)]

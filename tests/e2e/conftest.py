@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
 
@@ -32,6 +33,18 @@ def opened(model: str, setting: Any, **kwargs: Any) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def serving(engine: Engine, setting: dict[str, Any]) -> Iterator[None]:
+    """Let new requests run under another setting with the server's layer groups."""
+    scheduler, state = engine.scheduler, engine.runner.model_state
+    own = state.config
+    scheduler.planner.config = scheduler.compression_config = state.config = parse_config(setting)
+    try:
+        yield
+    finally:
+        scheduler.planner.config = scheduler.compression_config = state.config = own
 
 
 def assert_idle(engine: Engine) -> None:

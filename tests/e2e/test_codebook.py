@@ -5,7 +5,6 @@ under others with the same layer groups, which saves a start each.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.e2e.codes_by_hand import Coded, Vectors, cosines, decode, rotated
-from tests.e2e.conftest import assert_idle, opened
+from tests.e2e.conftest import assert_idle, opened, serving
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
@@ -56,18 +55,6 @@ Kept = tuple[torch.Tensor, torch.Tensor]
 
 def parsed(setting: dict[str, Any]) -> Any:
     return parse_config(setting)
-
-
-@contextmanager
-def serving(engine: Engine, setting: dict[str, Any]) -> Iterator[None]:
-    """Let new requests run under another setting."""
-    scheduler, state = engine.scheduler, engine.runner.model_state
-    own = state.config
-    scheduler.planner.config = scheduler.compression_config = state.config = parsed(setting)
-    try:
-        yield
-    finally:
-        scheduler.planner.config = scheduler.compression_config = state.config = own
 
 
 # --- looking into the cache ---------------------------------------------------------------

@@ -377,7 +377,9 @@ class CompressedGPUModelRunner(CompressionRunnerMixin, GPUModelRunner):
 
 
 class CompressedCPUModelRunner(CompressionRunnerMixin, CPUModelRunner):
-    """Model runner V2 on a CPU, where blocks are packed."""
+    """Model runner V2 on a CPU, where vLLM's own attention packs blocks."""
 
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
+        if layer.get_attn_backend().get_name() != "CPU_ATTN":
+            return super()._layout(layer, block_size)
         return cpu_layout(layer.isa, layer.head_size)  # type: ignore[attr-defined]

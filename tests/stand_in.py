@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.worker import codebook_rows, state
 from vllm_kvcompress.worker.codebook_reader import CodebookReader
 from vllm_kvcompress.worker.codebook_rows import CodebookState
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
@@ -85,8 +87,6 @@ def replace_launches(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
     monkeypatch.setattr(JITFunction, "run", run)
-    for module in ("state", "codebook_rows"):
-        monkeypatch.setattr(f"vllm_kvcompress.worker.{module}.UvaBackedTensor", HostBacked)
 
 
 @dataclass
@@ -123,8 +123,10 @@ class StandIn:
         self.ring = QueryRing(window, 4, shape.max_num_reqs, shape.max_num_tokens, META)
         for layer in self.layers:
             self.ring.add_layer(layer.name, shape.num_heads, shape.head_dim, shape.dtype)
-        self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)
-        self.codebooks = CodebookState(self.num_groups, shape.max_num_reqs, META)
+        with patch.multiple(state, UvaBackedTensor=HostBacked):
+            self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)
+        with patch.multiple(codebook_rows, UvaBackedTensor=HostBacked):
+            self.codebooks = CodebookState(self.num_groups, shape.max_num_reqs, META)
         self.views = DraftViews(self.tables, [shape.block_size] * self.num_groups)
         self.reader = CodebookReader(self.codebooks, self.layers, META)
         self.compactor = self.make_compactor(QuerySources(self.window, self.prompt, self.ring))

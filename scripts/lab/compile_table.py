@@ -31,7 +31,9 @@ from tests.kernels import sm90  # noqa: E402
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 from triton.backends import backends  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 from tests.stand_in import Shape, StandIn  # noqa: E402
 from vllm_kvcompress.config import parse_config, preset_names  # noqa: E402
@@ -61,14 +63,51 @@ def widest(accesses: list[str]) -> int:
     return max(sizes)
 
 
-def rows_of(target: int, dtypes: list[str], dims: list[int], presets: list[str]) -> list[dict]:
+class Table:
+    """Rows that are written as they come.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows: list[dict[str, Any]] = []
+        self._file = path.open("w", encoding="utf-8", newline="")
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                                capture_output=True).stdout.strip()  # fmt: skip
+        self._file.write(f"# python {' '.join(sys.argv)}\n")
+        self._file.write(
+            f"# commit {commit}, triton {triton.__version__}, torch {torch.__version__}\n"
+        )
+        self._writer: Any = None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, fieldnames=list(row), lineterminator="\n")
+            self._writer.writeheader()
+        self._writer.writerow(row)
+        self._file.flush()
+        self.rows.append(row)
+
+    def bad(self) -> list[dict[str, Any]]:
+        """Variants that spill or do not fit."""
+        limit = {f"sm_{target}": size for target, size in SHARED.items()}
+        return [row for row in self.rows if row["stack"] or row["shared"] > limit[row["target"]]]
+
+
+def compile_for(
+    target: int, dtypes: list[str], dims: list[int], settings: list[Any], table: Table
+) -> None:
     """Compile for one GPU."""
-    found: list[dict[str, Any]] = []
     place: dict[str, Any] = {}
 
     def record(name: str, kernel: Any) -> None:
         about = sm90.describe(kernel)
-        found.append(
+        table.add(
             {
                 "target": f"sm_{target}", "kernel": name, **place,
                 "num_warps": kernel.metadata.num_warps, "registers": about["registers"],
@@ -83,13 +122,12 @@ def rows_of(target: int, dtypes: list[str], dims: list[int], presets: list[str])
         for dim in dims:
             place = {"dtype": dtype, "head_dim": dim}
             start = time.perf_counter()
-            for setting in [*presets, *MORE]:
+            for setting in settings:
                 # Two layers: every layer of a model launches the same variants.
                 shape = Shape(num_layers=2, head_dim=dim, dtype=DTYPES[dtype], hidden_size=512)
                 StandIn(parse_config(setting), shape).runner.warm_up_compaction()
             seconds = time.perf_counter() - start
-            print(f"sm_{target} {dtype} {dim}: {len(found)} rows, {seconds:.0f} s", flush=True)
-    return found
+            print(f"sm_{target} {dtype} {dim}: {len(table.rows)} rows, {seconds:.0f} s", flush=True)
 
 
 def main() -> int:
@@ -102,32 +140,15 @@ def main() -> int:
     parser.add_argument("--presets", default=",".join(preset_names()))
     args = parser.parse_args()
     dims = [int(dim) for dim in args.head_dims.split(",")]
-    rows: list[dict] = []
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
+    table, run = Table(args.out), JITFunction.run
     for target in map(int, args.targets.split(",")):
         JITFunction.run = run
-        rows += rows_of(target, args.dtypes.split(","), dims, args.presets.split(","))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                            capture_output=True).stdout.strip()  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", encoding="utf-8", newline="") as file:
-        import triton
-
-        file.write(f"# python {' '.join(sys.argv)}\n")
-        file.write(f"# commit {commit}, triton {triton.__version__}, torch {torch.__version__}\n")
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    bad = [
-        row
-        for row in rows
-        if row["stack"] or row["shared"] > SHARED[int(row["target"].removeprefix("sm_"))]
-    ]
+        settings = [*args.presets.split(","), *MORE]
+        compile_for(target, args.dtypes.split(","), dims, settings, table)
+    bad = table.bad()
     for row in bad:
         print("does not fit:", row)
-    print(f"{len(rows)} variants, {len(bad)} that spill or do not fit; in {args.out}")
+    print(f"{len(table.rows)} variants, {len(bad)} that spill or do not fit; in {args.out}")
     return int(bool(bad))
 
 

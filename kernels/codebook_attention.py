@@ -116,7 +116,10 @@ def _cos_sin(angle):
     return cos, tl.where((turn & 2) == 2, -sin, sin)
 
 
-@triton.jit(do_not_specialize=["stride_entry_table", "stride_code_table", "num_splits"])
+@triton.jit(
+    do_not_specialize=["stride_entry_table", "stride_code_table", "num_splits"],
+    do_not_specialize_on_alignment=["num_entries_ptr", "num_tokens_ptr"],  # rows of a table
+)
 def _split_kernel(
     query_ptr,  # [R, H, D]
     key_ptr,  # [B, KV, N, D]

@@ -41,6 +41,14 @@ SHORTEST = 1e-18
 IDENTICAL_FROM = 0.9999
 """Above it, rounding may hide that vectors are equal: they are compared element by element."""
 
+COVER_BLOCKS = (256, 512, 1024, 2048)
+"""Degrees the cover looks at together. Fewer than its 256 threads would read what one replaces."""
+
+_ANY_SIZE = {  # what changes from request to request compiles nothing anew
+    "do_not_specialize": ["num_places", "num_words", "max_entries"],
+    "do_not_specialize_on_alignment": ["num_vectors_ptr"],
+}
+
 
 @dataclass(frozen=True)
 class Codebook:
@@ -91,7 +99,7 @@ def _load_inverse(magnitude_row, places, valid):
     return tl.where(magnitude > 0, 1.0 / tl.where(magnitude > 0, magnitude, 1.0), 0.0)
 
 
-@triton.jit
+@triton.jit(**_ANY_SIZE)
 def _magnitude_kernel(
     vector_ptr,  # [P, n, D]
     num_vectors_ptr,  # [P]
@@ -111,7 +119,7 @@ def _magnitude_kernel(
     tl.store(magnitude_ptr + problem * num_places + places, length, mask=places < num_places)
 
 
-@triton.jit
+@triton.jit(**_ANY_SIZE)
 def _graph_kernel(
     vector_ptr,  # [P, n, D]
     magnitude_ptr,  # [P, n] float32
@@ -165,7 +173,7 @@ def _graph_kernel(
     tl.store(degree_ptr + problem * num_places + rows, degree, mask=rows < num_places)
 
 
-@triton.jit
+@triton.jit(**_ANY_SIZE)
 def _cover_kernel(
     graph_ptr,  # [P, n, W] int32
     degree_ptr,  # [P, n] int32: neighbours that are left; becomes 0 when the vector leaves
@@ -255,7 +263,7 @@ def _cover_kernel(
         tl.store(entries_row + first + lanes, -1, mask=first + lanes < max_entries)
 
 
-@triton.jit
+@triton.jit(**_ANY_SIZE)
 def _nearest_kernel(
     vector_ptr,  # [P, n, D]
     magnitude_ptr,  # [P, n] float32
@@ -368,16 +376,12 @@ def build_codebook(
     strides = vectors.stride()[:2]
     magnitude = torch.empty(num_problems, num_places, dtype=torch.float32, device=vectors.device)
     cosine = torch.empty_like(magnitude)
-    degree, leaving, index = (
-        torch.empty(num_problems, num_places, dtype=torch.int32, device=vectors.device)
-        for _ in range(3)
-    )
+    degree, leaving, index = (torch.empty_like(cosine, dtype=torch.int32) for _ in range(3))
     graph = degree.new_empty(num_problems, num_places, num_words)
     entries = degree.new_empty(num_problems, max_entries)
     num_entries, num_forced = degree.new_empty(num_problems), degree.new_empty(num_problems)
     _magnitude_kernel[grid](
-        vectors, num_vectors, magnitude, num_places, dim, *strides, SHORTEST, **shape
-    )
+        vectors, num_vectors, magnitude, num_places, dim, *strides, SHORTEST, **shape)  # fmt: skip
     _graph_kernel[grid](
         vectors, magnitude, num_vectors, graph, degree,
         threshold, num_places, num_words, dim, *strides,
@@ -386,15 +390,11 @@ def build_codebook(
     _cover_kernel[(num_problems,)](
         graph, degree, leaving, num_vectors, entries, num_entries, index, num_forced,
         num_places, num_words, max_entries,
-        BLOCK=min(max(triton.next_power_of_2(num_places), 256), COVER_BLOCK), BATCH=8, num_warps=8,
+        BLOCK=next((size for size in COVER_BLOCKS if size >= num_places), COVER_BLOCKS[-1]),
+        BATCH=8, num_warps=8,
     )  # fmt: skip
     _nearest_kernel[grid](
         vectors, magnitude, num_vectors, entries, num_entries, index, cosine,
         num_places, max_entries, dim, *strides, **shape, num_warps=8,
     )  # fmt: skip
     return Codebook(entries, num_entries, index, magnitude, cosine, num_forced)
-
-
-COVER_BLOCK = 2048
-"""Degrees the cover looks at together: 8 in each of its 256 threads, and 64 words of G. With fewer
-than threads, several would read a degree that one replaces."""

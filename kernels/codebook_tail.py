@@ -44,7 +44,10 @@ class TailPages:
     first_slot: torch.Tensor
 
 
-@triton.jit(do_not_specialize=["stride_table", "first_split", "num_splits"])
+@triton.jit(
+    do_not_specialize=["stride_table", "first_split", "num_splits"],
+    do_not_specialize_on_alignment=["first_slot_ptr", "num_tokens_ptr"],  # rows of a table
+)
 def _tail_kernel(
     query_ptr,  # [R, H, D]
     key_ptr,  # [B, KV, N, D]

@@ -89,7 +89,9 @@ def first_directions(
     max_entries : int
         E.
     """
-    counts = torch.full(vectors.shape[:1], vectors.shape[1], dtype=torch.int32).to(vectors.device)
+    counts = torch.full(
+        vectors.shape[:1], vectors.shape[1], dtype=torch.int32, device=vectors.device
+    )
     book = _build(vectors, counts, threshold, max_entries)
     entries = _unit(_rows(vectors, book.entries.clamp(min=0).long()))
     entries.masked_fill_((book.entries < 0)[..., None], 0)

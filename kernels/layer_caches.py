@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvcompress.kernels.host_copy import to_device
+
 
 @dataclass(frozen=True)
 class LayerCaches:
@@ -26,8 +28,22 @@ class LayerCaches:
     head_dim: int
 
     @classmethod
-    def of(cls, caches: Sequence[torch.Tensor], head_dim: int) -> "LayerCaches":
+    def of(
+        cls,
+        caches: Sequence[torch.Tensor],
+        head_dim: int,
+        pointers: torch.Tensor | None = None,
+    ) -> "LayerCaches":
         """Check the layers and collect their addresses.
+
+        Parameters
+        ----------
+        caches : sequence of torch.Tensor
+            L views.
+        head_dim : int
+            D.
+        pointers : torch.Tensor or None
+            Their addresses, for who has sent them to the device already.
 
         Raises
         ------
@@ -45,5 +61,8 @@ class LayerCaches:
                 raise ValueError(
                     "rows of a cache must be contiguous and start at 16-byte addresses"
                 )
-        pointers = torch.tensor([c.data_ptr() for c in caches], dtype=torch.int64)
-        return cls(tuple(caches), pointers.to(first.device, non_blocking=True), head_dim)
+        if pointers is None:
+            pointers = to_device([c.data_ptr() for c in caches], torch.int64, first.device)
+        if len(pointers) != len(caches):
+            raise ValueError(f"{len(pointers)} addresses for {len(caches)} caches")
+        return cls(tuple(caches), pointers, head_dim)

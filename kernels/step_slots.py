@@ -27,7 +27,10 @@ TOKEN_TILE = 1024
 """Tokens of a row that a program takes at once: 8 for each of the 128 threads of 4 warps."""
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_padded"])
+_STRIDES = ["stride_evicted", "stride_out"]  # draft steps have buffers of other widths
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_padded", *_STRIDES])
 def _seq_lens_kernel(
     seq_lens_ptr,  # [>= padded rows] int32
     idx_mapping_ptr,  # [B]
@@ -46,7 +49,7 @@ def _seq_lens_kernel(
     tl.store(out_ptr + group * stride_out + rows, logical - lost, mask=rows < num_padded)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", *_STRIDES])
 def _slots_kernel(
     positions_ptr,  # [T] int64
     query_start_ptr,  # [>= B + 1] int32

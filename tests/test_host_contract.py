@@ -159,7 +159,7 @@ OVERRIDES = [
     ("vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule", ("self", "scheduler_output")),
     ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.take_draft_token_ids", ("self",)),
     ("vllm.v1.worker.gpu_worker:Worker._make_model_runner", ("self",)),
-    ("vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model", ("self",)),
+    ("vllm.v1.worker.gpu_worker:Worker._maybe_activate_jit_monitor", ("self",)),
     (
         "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request",
         ("self", "req_index", "new_req_data"),

@@ -1,10 +1,14 @@
-"""Compile kernels for an H200 (sm_90) on a machine without a GPU, and look at the result.
+"""Compile kernels for a GPU on a machine that has none, and look at the result.
 
-Run as a program, it imports the modules named on the command line, calls each one's
-``sm90_launches()`` with launches replaced by compilations, and prints one JSON object: kernel name
--> list of {loads, stores, registers, stack}, one per compiled variant.
+    python -m tests.kernels.sm90 [--target 90] MODULE [MODULE ...]
+
+imports the modules, calls each one's ``sm90_launches()`` with launches replaced by compilations,
+and prints one JSON object: kernel name -> list of {loads, stores, registers, stack, shared, mma},
+one per compiled variant. A target is a compute capability times ten: 90 is an H100 or an H200, 80
+an A100, 100 a B200.
 """
 
+import argparse
 import importlib
 import json
 import os
@@ -12,17 +16,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-COMPILED: dict[str, list[dict[str, Any]]] = {}
 
 
 class _Driver:
     """What Triton asks a driver while it compiles."""
 
+    def __init__(self, target: int) -> None:
+        self.target = target
+
     def get_current_device(self) -> int:
-        return 0
+        return self.target  # variants are kept per device: one for each target
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -30,7 +37,7 @@ class _Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.target, 32)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -47,39 +54,53 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack)}
 
 
-def _record(name: str, kernel: Any) -> None:
+def describe(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel needs, and how it moves data."""
     ptx = kernel.asm["ptx"]
-    COMPILED.setdefault(name, []).append(
-        {
-            "loads": sorted(
-                set(re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*", ptx))
-            ),
-            "stores": sorted(set(re.findall(r"st\.global\S*", ptx))),
-            "shared": kernel.metadata.shared,
-            "mma": bool(re.search(r"wgmma|mma\.sync", ptx)),
-            **_resources(kernel.asm["cubin"]),
-        }
-    )
+    return {
+        "loads": sorted(
+            set(re.findall(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*", ptx))
+        ),
+        "stores": sorted(set(re.findall(r"st\.global\S*", ptx))),
+        "shared": kernel.metadata.shared,
+        "mma": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx)),
+        **_resources(kernel.asm["cubin"]),
+    }
 
 
-def main(modules: list[str]) -> None:
-    """Compile and print."""
+def compile_instead(target: int, record: Callable[[str, Any], None]) -> None:
+    """From now on, compile what would be launched, once, and call ``record(name, kernel)``."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Driver())
+    driver.set_active(_Driver(target))
     run = JITFunction.run
+    seen: set[int] = set()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        _record(self.fn.__name__, kernel)
+        if id(kernel) not in seen:  # Triton keeps it
+            seen.add(id(kernel))
+            record(self.fn.__name__, kernel)
         return kernel
 
     JITFunction.run = compile_only
-    for module in modules:
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("modules", nargs="+")
+    parser.add_argument("--target", type=int, default=90)
+    args = parser.parse_args()
+    compiled: dict[str, list[dict[str, Any]]] = {}
+    compile_instead(
+        args.target, lambda name, kernel: compiled.setdefault(name, []).append(describe(kernel))
+    )
+    for module in args.modules:
         importlib.import_module(module).sm90_launches()
-    sys.stdout.write(json.dumps(COMPILED) + "\n")
+    sys.stdout.write(json.dumps(compiled) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -169,7 +169,7 @@ def test_a_full_book_takes_the_rest_to_the_nearest_entry(module, max_entries: in
 
 def test_neighbourhoods_across_chunks_of_the_cover(monkeypatch) -> None:
     """Degrees in chunks of 256; more vectors leave at once than a batch of 8 takes."""
-    monkeypatch.setattr(kernel, "COVER_BLOCK", 256)
+    monkeypatch.setattr(kernel, "COVER_BLOCKS", (256,))
     counts = [290, 257]
     vectors = clustered(counts, 16, 9, noise=0.13, seed=2, threshold=0.98)
     books = check(kernel, vectors, counts, 0.98, 90)

@@ -299,7 +299,7 @@ def test_linked_views_are_the_best_whole_blocks(triton: bool) -> None:
 def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> None:
     settings = same_for_all({"name": "windowkv"})
     expected = compact(strided_world(), settings, triton=True)
-    monkeypatch.setattr("vllm_kvcompress.worker.compactor._MAX_TOKENS", 250)
+    monkeypatch.setattr("vllm_kvcompress.worker.compactor.MAX_TOKENS", 250)
     check_equal(compact(strided_world(), settings, triton=True), expected)
 
 

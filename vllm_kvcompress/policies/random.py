@@ -3,6 +3,7 @@
 import torch
 from pydantic import Field
 
+from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
@@ -27,4 +28,4 @@ class Random(Policy):
             place = (inputs.layer_index, inputs.first_kv_head + head)
             mixed = hash((self.seed, inputs.seed, *place)) & (2**63 - 1)
             torch.rand(num_tokens, generator=torch.Generator().manual_seed(mixed), out=scores[head])
-        return scores.to(inputs.rows.device, non_blocking=True)
+        return to_device(scores.numpy(), scores.dtype, inputs.rows.device)

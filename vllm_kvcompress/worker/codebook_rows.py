@@ -12,6 +12,7 @@ import torch
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_kvcompress.kernels.host_copy import send_together
 from vllm_kvcompress.plans import BookLengths
 from vllm_kvcompress.worker.host_mirror import HostMirror
 
@@ -123,8 +124,9 @@ class CodebookState:
         starts = input_batch.query_start_loc_np
         counts = starts[coded + 1] - starts[coded]
         places = [np.arange(starts[each], starts[each + 1]) for each in coded]
-        tokens = self._on_device(np.concatenate(places))
-        requests = self._on_device(np.repeat(requests_np, counts))
+        tokens, requests = send_together(
+            [np.concatenate(places, dtype=np.int64), np.repeat(requests_np, counts)], self.device
+        )
         # For all groups at once: every operation is a launch.
         num_coded, num_entries, first_slot = self._sizes.gpu[:, :, requests]
         held = input_batch.positions[tokens].int() + 1 - evicted.gpu[:, requests]
@@ -151,10 +153,6 @@ class CodebookState:
                 max_coded=int(sizes[0, group].max()),
                 max_tail=int((bounds[group] - sizes[2, group]).max()),
             )
-
-    def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
-        """As int64."""
-        return torch.from_numpy(numbers.astype(np.int64)).to(self.device, non_blocking=True)
 
     def end_batch(self) -> None:
         """The step is over; what runs between steps reads no codebooks."""

@@ -73,8 +73,9 @@ class CodebookWriter:
             held, region = lengths.held_before // size, lengths.region_len // size
             # Behind a book, slots are as far from positions as the sequence is from the cache.
             moved = job.plan.position - plan.cache.num_tokens
-            new = torch.arange(lengths.held_before, lengths.region_len) + moved
-            new = new.to(blocks.device, non_blocking=True)
+            new = torch.arange(
+                lengths.held_before + moved, lengths.region_len + moved, device=blocks.device
+            )
             for some in self._together(layers, plan, lengths.num_survivors):
                 own_layers = [layer for _, layer in some]
                 rows = [lay.layout.read(lay.cache(), blocks[held:region]) for lay in own_layers]

@@ -5,25 +5,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from vllm_kvcompress.budgets import layer_groups, score_leaders
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.plans import GroupPlan, PlanKind
+from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.codebook_writer import CodebookWriter
-from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
+from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch, group_batches
+from vllm_kvcompress.worker.group_scores import GroupScores
 from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layer_parts import require_parts
+from vllm_kvcompress.worker.linked_blocks import linked_blocks
 from vllm_kvcompress.worker.prompt_queries import PromptQueries
 from vllm_kvcompress.worker.query_ring import QueryRing
 from vllm_kvcompress.worker.query_window import QueryWindow
 
-_MAX_TOKENS = 2**18
-"""Tokens of requests that are compacted at once: their scores take 256 MiB for 32 layers with 8 KV
-heads, and are held until the last layer is scored."""
+MAX_TOKENS = 2**17
+"""Requests that are compacted at once, times the longest one's tokens; a longer request is
+compacted alone. A KV cache group's scores take four bytes per token, layer and KV head (128 MiB
+for 32 layers with 8 heads), and are held until its last layer is scored: see working_memory.py."""
 
 
 @dataclass(frozen=True)
@@ -104,58 +107,69 @@ class Compactor:
             policy: Policy = batch[0].config.build_policy()
             shared: dict[tuple, torch.Tensor] = {}
             leaders = {layer.group: layer for layer in reversed(self.layers)}
+            found = group_batches(batch, dict.fromkeys(leaders, ()), self.device)
+            linked = linked_blocks(
+                {number: group for (number, _), group in found.items()}, self.device
+            )
             for number, layer in sorted(leaders.items(), key=lambda each: each[1].index):
-                group = GroupBatch.of(batch, number, self.device)
-                if group is None:
+                if number not in linked:
                     continue
+                group = linked[number].group
                 scores = self._scores(policy, group, layer, shared)
-                for request, (job, plan) in enumerate(zip(group.jobs, group.plans, strict=True)):
-                    blocks = self._best_blocks(group, request, plan, scores[request])
-                    chosen[job.plan.request_id, number] = blocks
+                blocks = linked[number].choose(scores, self.select_tokens)
+                for job, own in zip(group.jobs, blocks, strict=True):
+                    chosen[job.plan.request_id, number] = own
         return chosen
 
-    def _best_blocks(
-        self, group: GroupBatch, request: int, plan: GroupPlan, scores: torch.Tensor
-    ) -> torch.Tensor:
-        num_blocks, region = len(plan.source_blocks), plan.lengths.region_len
-        size = region // num_blocks
-        num_keep = plan.lengths.kept_len // size
-        means = scores[0, :region].float().reshape(num_blocks, size).mean(dim=1)
-        forced = group.forced[request, :region].view(num_blocks, size).any(dim=1)
-        counts = torch.tensor([[num_blocks], [num_keep]], dtype=torch.int32).to(self.device)
-        best = self.select_tokens(
-            means[None, None, None], forced[None], counts[0], counts[1], num_keep
-        )
-        return group.block_table[request][best[0, 0, 0]]
-
     def _run_batch(self, jobs: list[CompactionJob]) -> None:
-        """Score all layers, in model order; then choose and copy, one KV cache group at a time."""
+        """Score layers in model order; choose and copy in each KV cache group once it is scored.
+
+        Destination blocks are new and belong to nobody else: what is copied early, no layer that
+        is scored later reads.
+        """
         policy: Policy = jobs[0].config.build_policy()
-        numbers = dict.fromkeys(layer.group for layer in self.layers)
-        kinds = [(number, kind) for number in numbers for kind in PlanKind]
-        groups = {
-            (number, kind): found
-            for number, kind in kinds
-            if (found := GroupBatch.of(jobs, number, self.device, kind)) is not None
+        addresses: dict[int, list[int]] = {}
+        for layer in self.layers:
+            addresses.setdefault(layer.group, []).append(layer.cache().data_ptr())
+        groups = group_batches(jobs, addresses, self.device)
+        scores: dict[tuple[int, PlanKind], GroupScores] = {
+            (number, kind): GroupScores(group, len(addresses[number]))
+            for (number, kind), group in groups.items()
+            if kind is not PlanKind.MORE_CODES
         }
-        scores: dict[tuple[int, PlanKind], list[torch.Tensor]] = {}
         shared: dict[tuple, torch.Tensor] = {}
+        leaders = self._leaders(jobs[0].config, policy)
+        last_user = {leaders[layer.index]: layer.index for layer in self.layers}
         for layer in self.layers:
             for kind in (PlanKind.TOKENS, PlanKind.CODES):
-                group = groups.get((layer.group, kind))
-                if group is not None:
-                    scores[layer.index, kind] = self._scores(policy, group, layer, shared)
+                place = layer.group, kind
+                if place not in scores:
+                    continue
+                scores[place].add(self._scores(policy, groups[place], layer, shared))
+                if scores[place].is_complete:
+                    self._choose_and_copy(policy, groups[place], *place, scores.pop(place).take())
+            if last_user[leaders[layer.index]] == layer.index:
+                for key in [key for key in shared if key[1] == leaders[layer.index]]:
+                    del shared[key]
         for (number, kind), group in groups.items():
-            layers = [layer for layer in self.layers if layer.group == number]
             if kind is PlanKind.MORE_CODES:
-                self.codebooks.extend(group, layers)
-                continue
-            own = [scores.pop((layer.index, kind)) for layer in layers]
-            indices = self._select(group, layers, own)
-            if kind is PlanKind.CODES:
-                self.codebooks.write(group, layers, indices)
-            else:
-                self._copy(policy, group, layers, indices)
+                self.codebooks.extend(group, self._layers_of(number))
+
+    def _choose_and_copy(
+        self, policy: Policy, group: GroupBatch, number: int, kind: PlanKind, scores: torch.Tensor
+    ) -> None:
+        """Fill the destination blocks of group `number`, by scores [L, R, num_kv_heads, n]."""
+        indices = self._select(group, scores)
+        layers = self._layers_of(number)
+        if kind is PlanKind.CODES:
+            self.codebooks.write(group, layers, indices)
+        else:
+            # vLLM lays out all layers of a group alike.
+            rotary = layers[0].rotary if policy.rerotates_keys else None
+            layers[0].layout.move([layer.cache() for layer in layers], group, indices, rotary)
+
+    def _layers_of(self, number: int) -> list[LayerCache]:
+        return [layer for layer in self.layers if layer.group == number]
 
     # --- score ----------------------------------------------------------------------------
 
@@ -167,25 +181,39 @@ class Compactor:
         shared: dict[tuple, torch.Tensor],
     ) -> list[torch.Tensor]:
         """Scores [num_kv_heads, n] of every request, its leader's where layers share them."""
-        groups = layer_groups(self.num_layers, group.jobs[0].config.layer_groups)
-        leaders = score_leaders(groups, policy.layers_per_ranking)
+        leaders = self._leaders(group.jobs[0].config, policy)
         # Groups that hold different numbers of tokens cannot share scores any more, nor can an
         # eviction and a view of one request: scores may depend on how many tokens are kept.
         places = [
             ((job.plan.request_id, job.plan.is_view), leaders[layer.index], length)
             for job, length in zip(group.jobs, group.lengths, strict=True)
         ]
-        if not policy.shares_scores or any(place not in shared for place in places):
-            taken = [self._queries(policy, job, layer) for job in group.jobs]
-            rows = layer.layout.rows(
-                layer.cache(), group, [queries for queries, _ in taken], layer.scale
-            )
-            for request, place in enumerate(places):
-                if policy.shares_scores and place in shared:
-                    continue
-                inputs = self._inputs(policy, group, request, layer, rows[request])
-                shared[place] = policy.score(replace(inputs, accumulated=taken[request][1]))
-        return [shared[place] for place in places]
+        missing = [
+            request
+            for request, place in enumerate(places)
+            if not policy.shares_scores or place not in shared
+        ]
+        if not missing:
+            return [shared[place] for place in places]
+        taken = [self._queries(policy, job, layer) for job in group.jobs]
+        rows = layer.layout.rows(
+            layer.cache(), group, [queries for queries, _ in taken], layer.scale
+        )
+        own = {}
+        for request in missing:
+            inputs = self._inputs(policy, group, request, layer, rows[request])
+            own[request] = policy.score(replace(inputs, accumulated=taken[request][1]))
+        if policy.shares_scores:
+            shared.update((places[request], scores) for request, scores in own.items())
+        return [
+            own[request] if request in own else shared[place]
+            for request, place in enumerate(places)
+        ]
+
+    def _leaders(self, config: CompressionConfig, policy: Policy) -> list[int]:
+        """For every layer of the model the one that scores for it."""
+        groups = layer_groups(self.num_layers, config.layer_groups)
+        return score_leaders(groups, policy.layers_per_ranking)
 
     def _queries(
         self, policy: Policy, job: CompactionJob, layer: LayerCache
@@ -228,39 +256,24 @@ class Compactor:
 
     # --- select and copy ------------------------------------------------------------------
 
-    def _select(
-        self, group: GroupBatch, layers: list[LayerCache], scores: list[list[torch.Tensor]]
-    ) -> torch.Tensor:
+    def _select(self, group: GroupBatch, scores: torch.Tensor) -> torch.Tensor:
         """Survivors of the regions in the order they are written, [L, R, num_kv_heads, K] int64."""
-        regions = [plan.lengths.region_len for plan in group.plans]
-        longest, max_keep = max(regions), max(p.lengths.num_survivors for p in group.plans)
-        rows = [
-            row[:, :region] if region == longest else pad(row[:, :region], (0, longest - region))
-            for each in scores
-            for row, region in zip(each, regions, strict=True)
-        ]
-        stacked = torch.stack(rows).float().unflatten(0, (len(layers), len(regions)))
+        max_keep = max(plan.lengths.num_survivors for plan in group.plans)
+        forced = group.forced[:, : scores.shape[3]]
         indices = self.select_tokens(
-            stacked, group.forced[:, :longest], group.region_len, group.num_survivors, max_keep
+            scores, forced, group.region_len, group.num_survivors, max_keep
         )
-        for request, plan in enumerate(group.plans):
-            _pins_first(indices[:, request, :, : plan.lengths.num_survivors], plan)
+        if group.permanent is not None:
+            for request, (plan, stays) in enumerate(zip(group.plans, group.permanent, strict=True)):
+                _permanent_first(indices[:, request, :, : plan.lengths.num_survivors], stays)
         return indices
-
-    def _copy(
-        self,
-        policy: Policy,
-        group: GroupBatch,
-        layers: list[LayerCache],
-        indices: torch.Tensor,
-    ) -> None:
-        """Survivors to destination blocks; vLLM lays out all layers of a group alike."""
-        rotary = layers[0].rotary if policy.rerotates_keys else None
-        layers[0].layout.move([layer.cache() for layer in layers], group, indices, rotary)
 
 
 def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
-    """Jobs that the same policy scores alike, no more tokens at once than `_MAX_TOKENS`."""
+    """Jobs that the same policy scores alike, no more tokens at once than `MAX_TOKENS`.
+
+    Tables of scores are as wide as the longest request: it counts for all.
+    """
     alike: dict[tuple, list[CompactionJob]] = {}
     for job in jobs:
         config = job.config
@@ -270,31 +283,25 @@ def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
     for same in alike.values():
         batch: list[CompactionJob] = []
         for job in same:
-            if batch and sum(each.plan.position for each in [*batch, job]) > _MAX_TOKENS:
+            longest = max(each.plan.position for each in [*batch, job])
+            if batch and (len(batch) + 1) * longest > MAX_TOKENS:
                 yield batch
                 batch = []
             batch.append(job)
         yield batch
 
 
-def _pins_first(indices: torch.Tensor, plan: GroupPlan) -> None:
-    """Put pins before all other survivors, in place: from now on all heads have them alike.
+def _permanent_first(indices: torch.Tensor, permanent: torch.Tensor) -> None:
+    """Put sinks and pins before all other survivors, in place: then all heads have them alike.
 
     Parameters
     ----------
     indices : torch.Tensor
         [L, num_kv_heads, K] int64, ascending survivors of one request.
-    plan : GroupPlan
-        Its plan.
+    permanent : torch.Tensor
+        [n] bool, its tokens that no compaction evicts.
     """
-    region = plan.lengths.region_len
-    permanent = [span for span in plan.cache.permanent if span[0] < region]
-    if len(permanent) <= 1 and all(start == 0 for start, _ in permanent):
-        return  # sinks alone are in front already
-    movable = torch.ones(region, dtype=torch.uint8)
-    for start, end in permanent:
-        movable[start:end] = 0
-    order = movable.to(indices.device)[indices].sort(dim=-1, stable=True).indices
+    order = permanent.logical_not().to(torch.uint8)[indices].sort(dim=-1, stable=True).indices
     indices.copy_(indices.gather(-1, order))
 
 

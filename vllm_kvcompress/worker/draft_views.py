@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from vllm_kvcompress.kernels.host_copy import overwrite, send_together
 from vllm_kvcompress.plans import GroupPlan
 
 
@@ -36,10 +37,11 @@ class DraftViews:
         num_groups, num_rows = len(self.block_tables), self.block_tables[0].shape[0]
         self.blocks = [torch.zeros_like(table) for table in self.block_tables]
         device = self.block_tables[0].device
-        self._kept_np = np.zeros((num_groups, num_rows), dtype=np.int32)
-        self._dropped_np = np.zeros((num_groups, num_rows), dtype=np.int32)
-        self._kept = torch.zeros(num_groups, num_rows, dtype=torch.int32, device=device)
-        self._dropped = torch.zeros_like(self._kept)
+        # Blocks that lead a row's view, and blocks of its own that it leaves out, in one copy.
+        self._counts_np = np.zeros((2, num_groups, num_rows), dtype=np.int32)
+        self._kept_np, self._dropped_np = self._counts_np
+        self._counts = torch.zeros(2, num_groups, num_rows, dtype=torch.int32, device=device)
+        self._kept, self._dropped = self._counts
         self.exists = np.zeros(num_rows, dtype=bool)
         self._dirty = False
 
@@ -56,12 +58,11 @@ class DraftViews:
         same step: the view's tail begins that much earlier in it. `linked` has the blocks [kept
         blocks] int32 of groups whose views are made of the request's own.
         """
+        linked = linked or {}
+        own = [plan.destination_blocks if plan is not None else () for plan in groups]
+        sent = send_together([np.array(ids, dtype=np.int32) for ids in own], self._counts.device)
         for group, plan in enumerate(groups):
-            if linked is not None and group in linked:
-                ids = linked[group]
-            else:
-                block_ids = plan.destination_blocks if plan is not None else ()
-                ids = torch.tensor(block_ids, dtype=torch.int32).to(self.blocks[group].device)
+            ids = linked.get(group, sent[group])
             evicted = plan.lengths.evicted if plan is not None else 0
             if plan is not None and evicted_with_it is not None:
                 evicted -= evicted_with_it[group]
@@ -78,8 +79,7 @@ class DraftViews:
     def begin(self) -> None:
         """Send what `add` changed to the device, before the step's first `table`."""
         if self._dirty:
-            self._kept.copy_(torch.from_numpy(self._kept_np))
-            self._dropped.copy_(torch.from_numpy(self._dropped_np))
+            overwrite(self._counts, self._counts_np)
             self._dirty = False
 
     def table(self, group: int, rows: torch.Tensor) -> torch.Tensor:

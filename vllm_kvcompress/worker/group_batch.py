@@ -1,15 +1,17 @@
-"""Requests that are compacted together in one KV cache group, as tensors for a launch.
+"""Requests that are compacted together, per KV cache group as tensors for a launch.
 
 Dimensions: R requests, P blocks of the longest, Q destination blocks of the longest, n tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_kvcompress.plans import CompactionPlan, GroupPlan, PlanKind
+from vllm_kvcompress.kernels.host_copy import send_together
+from vllm_kvcompress.plans import CompactionPlan, GroupPlan, PlanKind, Span
 from vllm_kvcompress.settings import CompressionConfig
 
 
@@ -36,6 +38,9 @@ class CompactionJob:
 class GroupBatch:
     """Jobs that touch one group, and their plans for it.
 
+    Every tensor begins at a multiple of 16 bytes, so that kernels launched on them are those that
+    the warm-up compiled.
+
     Attributes
     ----------
     jobs : list[CompactionJob]
@@ -50,6 +55,10 @@ class GroupBatch:
         [R] int32, tokens scored, tokens that may be chosen, tokens chosen.
     forced : torch.Tensor
         [R, n] bool.
+    permanent : torch.Tensor or None
+        [R, n] bool, tokens that no compaction evicts; None where they lead the cache already.
+    addresses : torch.Tensor
+        [L] int64, where the caches of the group's layers lie; empty where nobody asked.
     """
 
     jobs: list[CompactionJob]
@@ -60,39 +69,8 @@ class GroupBatch:
     region_len: torch.Tensor
     num_survivors: torch.Tensor
     forced: torch.Tensor
-
-    @classmethod
-    def of(
-        cls,
-        jobs: Sequence[CompactionJob],
-        group: int,
-        device: torch.device,
-        kind: PlanKind = PlanKind.TOKENS,
-    ) -> "GroupBatch | None":
-        """Collect the jobs that do such a thing to `group`; None if there is none."""
-        pairs = [(job, plan) for job in jobs if (plan := job.plan.groups[group]) is not None]
-        pairs = [(job, plan) for job, plan in pairs if plan.kind is kind]
-        if not pairs:
-            return None
-        touching, plans = [job for job, _ in pairs], [plan for _, plan in pairs]
-
-        def numbers(rows: list) -> torch.Tensor:
-            return torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
-
-        forced = np.zeros((len(plans), max(plan.cache.num_tokens for plan in plans)), dtype=bool)
-        for row, plan in zip(forced, plans, strict=True):
-            for start, end in plan.forced:
-                row[start:end] = True
-        return cls(
-            jobs=touching,
-            plans=plans,
-            block_table=numbers(_padded([p.source_blocks + p.tail_blocks for p in plans])),
-            destination_table=numbers(_padded([p.destination_blocks for p in plans])),
-            num_tokens=numbers([plan.cache.num_tokens for plan in plans]),
-            region_len=numbers([plan.lengths.region_len for plan in plans]),
-            num_survivors=numbers([plan.lengths.num_survivors for plan in plans]),
-            forced=torch.from_numpy(forced).to(device, non_blocking=True),
-        )
+    permanent: torch.Tensor | None
+    addresses: torch.Tensor
 
     @property
     def lengths(self) -> list[int]:
@@ -108,6 +86,105 @@ class GroupBatch:
     def destination(self, request: int) -> torch.Tensor:
         """Destination blocks of one request, [blocks] int64."""
         return self.destination_table[request, : len(self.plans[request].destination_blocks)].long()
+
+
+def group_batches(
+    jobs: Sequence[CompactionJob],
+    addresses: Mapping[int, Sequence[int]],
+    device: torch.device,
+) -> dict[tuple[int, PlanKind], GroupBatch]:
+    """Collect what jobs do to every group, and send all numbers to the device in one copy.
+
+    Parameters
+    ----------
+    jobs : sequence of CompactionJob
+        What is compacted together.
+    addresses : mapping of int to sequence of int
+        KV cache groups to look at, with the addresses of their layers' caches.
+    device : torch.device
+        Where the tensors go.
+
+    Returns
+    -------
+    dict
+        By group and kind of plan; there is no entry where no job does such a thing.
+    """
+    wanted: dict[tuple[int, PlanKind], tuple[list[CompactionJob], list[GroupPlan]]] = {}
+    for group in addresses:
+        for job in jobs:
+            plan = job.plan.groups[group]
+            if plan is not None:
+                touching, plans = wanted.setdefault((group, plan.kind), ([], []))
+                touching.append(job)
+                plans.append(plan)
+    packing = _Packing()
+    packed = {
+        (group, kind): _numbers(packing, plans, addresses[group])
+        for (group, kind), (_, plans) in wanted.items()
+    }
+    sent = packing.send(device)
+    found = {}
+    for place, own in packed.items():
+        tensors: dict[str, Any] = {
+            name: None if at is None else sent[at] for name, at in own.items()
+        }
+        found[place] = GroupBatch(*wanted[place], **tensors)
+    return found
+
+
+class _Packing:
+    """Arrays for one copy, numbered; groups whose tokens are marked alike share the marks."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._masks: dict[tuple, int] = {}
+
+    def add(self, numbers: list) -> int:
+        self._arrays.append(np.array(numbers, dtype=np.int32))
+        return len(self._arrays) - 1
+
+    def addresses(self, addresses: Sequence[int]) -> int:
+        self._arrays.append(np.array(addresses, dtype=np.int64))
+        return len(self._arrays) - 1
+
+    def mask(self, rows: Sequence[tuple[Span, ...]], width: int) -> int:
+        """[R, width] bool: True in spans."""
+        key = tuple(rows), width
+        if key not in self._masks:
+            marks = np.zeros((len(rows), width), dtype=bool)
+            for row, spans in zip(marks, rows, strict=True):
+                for start, end in spans:
+                    row[start:end] = True
+            self._arrays.append(marks)
+            self._masks[key] = len(self._arrays) - 1
+        return self._masks[key]
+
+    def send(self, device: torch.device) -> list[torch.Tensor]:
+        return send_together(self._arrays, device)
+
+
+def _numbers(
+    packing: _Packing, plans: list[GroupPlan], addresses: Sequence[int]
+) -> dict[str, int | None]:
+    """Where in the packing each tensor of a `GroupBatch` is."""
+    width = max(plan.cache.num_tokens for plan in plans)
+    scattered = any(_is_scattered(plan) for plan in plans)
+    return {
+        "block_table": packing.add(_padded([p.source_blocks + p.tail_blocks for p in plans])),
+        "destination_table": packing.add(_padded([p.destination_blocks for p in plans])),
+        "num_tokens": packing.add([plan.cache.num_tokens for plan in plans]),
+        "region_len": packing.add([plan.lengths.region_len for plan in plans]),
+        "num_survivors": packing.add([plan.lengths.num_survivors for plan in plans]),
+        "forced": packing.mask([plan.forced for plan in plans], width),
+        "permanent": packing.mask([p.cache.permanent for p in plans], width) if scattered else None,
+        "addresses": packing.addresses(addresses),
+    }
+
+
+def _is_scattered(plan: GroupPlan) -> bool:
+    """Whether tokens that stay for good lie elsewhere in the region than at its beginning."""
+    inside = [start for start, _ in plan.cache.permanent if start < plan.lengths.region_len]
+    return len(inside) > 1 or any(inside)
 
 
 def _padded(rows: list[tuple[int, ...]]) -> list[list[int]]:

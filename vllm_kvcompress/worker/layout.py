@@ -252,7 +252,7 @@ class StridedLayout(CacheLayout):
         """In one launch: see the base class."""
         first = caches[0]
         compact_pages(
-            LayerCaches.of(caches, self.head_size),
+            LayerCaches.of(caches, self.head_size, group.addresses),
             self._kernel_table(first, group.block_table),
             self._kernel_table(first, group.destination_table),
             indices,

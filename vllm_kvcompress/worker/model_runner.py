@@ -46,7 +46,7 @@ from vllm_kvcompress.worker.packed_layout import cpu_layout
 from vllm_kvcompress.worker.timer import CompactionTimer
 from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 from vllm_kvcompress.worker.view_speculator import ViewSpeculator
-from vllm_kvcompress.worker.warm_up import warm_up
+from vllm_kvcompress.worker.warm_up import warm_up, warm_up_steps
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -208,15 +208,12 @@ class CompressionRunnerMixin(GPUModelRunner):
         }
         for sample in samples.values():
             self.model_state.window.warm_up(sample)
-        dummy = torch.full((1,), -1, dtype=torch.int64, device=self.device)
-        self._physical_slots(
-            positions=torch.zeros(1, dtype=torch.int64, device=self.device),
-            query_start_loc=torch.tensor([0, 1], dtype=torch.int32).to(self.device),
-            idx_mapping=dummy,
-            evicted=self.model_state.lengths.evicted.gpu,  # type: ignore[union-attr]
-            tables=self._tables,
-            out=self.block_tables.slot_mappings,
-        )
+        state = self.model_state
+        assert state.lengths is not None
+        warm_up_steps(
+            state.lengths, state.ring, self._physical_slots, self._tables,
+            self.block_tables.slot_mappings,
+        )  # fmt: skip
         config = self.model_state.config
         configs = (config, *config.by_task.values())
         if any(each.codebook for each in configs):

@@ -14,6 +14,7 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.host_copy import send_together
 
 
 @dataclass
@@ -113,10 +114,10 @@ class QueryWindow:
             place = stash.first_row + first - stash.window_start
             capture.rows[token : token + count] = np.arange(place, place + count)
             capture.counts.append((stash, count))
-        for _, capture in captures.values():
-            slots = torch.from_numpy(capture.rows)
-            capture.slots = slots.to(self.device, non_blocking=True)
         self._captures = list(captures.values())
+        sent = send_together([capture.rows for _, capture in self._captures], self.device)
+        for (_, capture), slots in zip(self._captures, sent, strict=True):
+            capture.slots = slots
 
     @property
     def is_active(self) -> bool:

@@ -6,6 +6,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.worker.host_mirror import HostMirror
+from vllm_kvcompress.kernels.host_copy import to_device
 
 
 class CompressionState:
@@ -66,7 +67,7 @@ class CompressionState:
         """
         assert self._batch is not None
         counts = self._batch.query_start_loc.diff()
-        rows = torch.from_numpy(batch_rows).to(counts.device, non_blocking=True)
+        rows = to_device(batch_rows, torch.int64, counts.device)
         self.seq_lens[group, rows] = counts[rows]
         self._hidden[group] = batch_rows
 

@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.draft_step import DraftRows, DraftStep
 from vllm_kvcompress.worker.model_state import CompressedModelState
 
@@ -162,7 +163,7 @@ class ViewSpeculator(BaseSpeculator):
         rows_np = np.flatnonzero(views.exists[requests_np])
         if not len(rows_np):
             return drafts
-        rows = torch.from_numpy(rows_np).to(self.device, non_blocking=True)
+        rows = to_device(rows_np, torch.int64, self.device)
         requests = input_batch.idx_mapping[rows].long()
         batch = DraftRows(
             requests=requests,
@@ -201,7 +202,7 @@ class ViewSpeculator(BaseSpeculator):
             drafts[rows, number] = self.step.input_ids[:count].long()
             if self.min_confidence > 0:
                 goes_on &= self.step.confidence[:count] >= self.min_confidence
-                if not goes_on.any():
+                if not goes_on.any():  # waits: see DraftConfig
                     break
             counts += goes_on
         return counts

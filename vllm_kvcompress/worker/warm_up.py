@@ -5,17 +5,24 @@ Compiling a kernel takes seconds, at its first launch. The made-up request lies 
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
+from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.codebook_build import COVER_BLOCKS
+from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.query_ring import QueryRing
+from vllm_kvcompress.worker.state import CompressionState
 
 
 class _NoQueries:
@@ -45,6 +52,56 @@ class _NoQueries:
             rotary=layer.rotary if policy.needs_rotary else None,
         )
         return policy.accumulate(None, chunk)
+
+
+def warm_up_steps(
+    lengths: CompressionState,
+    ring: QueryRing,
+    physical_slots: Callable[..., None],
+    tables: BlockTables,
+    slot_mappings: torch.Tensor,
+) -> None:
+    """Launch what every step launches around its forward pass, for a batch of one dummy.
+
+    Parameters
+    ----------
+    lengths : CompressionState
+        Evicted tokens of all rows.
+    ring : QueryRing
+        Last queries of all rows.
+    physical_slots : callable
+        `kernels.step_slots.physical_slots`.
+    tables : BlockTables
+        Of the G KV cache groups.
+    slot_mappings : torch.Tensor
+        [G, tokens] int64, of which nothing is written.
+    """
+    device = slot_mappings.device
+    one = torch.ones(1, dtype=torch.int64, device=device)
+    batch: Any = SimpleNamespace(
+        num_tokens=1, positions=one - 1, query_start_loc=torch.cat([one - 1, one]).int(),
+        seq_lens=one.int(), idx_mapping=-one, idx_mapping_np=np.array([-1]),
+    )  # fmt: skip
+    lengths.begin_batch(batch)
+    ring.begin_batch(batch)
+    ring.end_batch()
+    physical_slots(
+        positions=batch.positions, query_start_loc=batch.query_start_loc,
+        idx_mapping=batch.idx_mapping, evicted=lengths.evicted.gpu, tables=tables,
+        out=slot_mappings,
+    )  # fmt: skip
+
+
+def _warm_up_books(compactor: Compactor, config: CompressionConfig) -> None:
+    """Make books of zeros in every size that the kernels tell apart."""
+    assert config.codebook is not None
+    build = for_device("codebook_build", compactor.device).build_codebook
+    cache = compactor.layers[0].cache()
+    for size in COVER_BLOCKS:
+        vectors = cache.new_zeros(1, size, cache.shape[3] // 2)
+        counts = torch.full((1,), size, dtype=torch.int32, device=compactor.device)
+        for threshold in {config.codebook.key_threshold, config.codebook.value_threshold}:
+            build(vectors, counts, threshold, max_entries=1)
 
 
 def warm_up(
@@ -82,6 +139,7 @@ def warm_up(
                 GroupLengths(length, book.num_slots, book),
                 GroupLengths(length, book.num_slots, book, 1, book.num_slots),
             ]
+            _warm_up_books(compactor, config)
             caches += [caches[0], GroupCache(length, (), replace(book, num_tokens=1))]
         own = copy.copy(compactor)
         source: Any = _NoQueries(compactor, config, length, queries)

@@ -28,6 +28,7 @@ from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.messages import StepPlan
 from vllm_kvcompress.plans import CompactionPlan
@@ -164,6 +165,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 dtype=torch.int32, device=self.device,
             ),
         )  # fmt: skip
+        state.prompt_queries.bind(self.compactor.layers, self._rows_so_far)
         assert state.codebooks is not None
         self._reader = CodebookReader(state.codebooks, caches, self.device)
 
@@ -305,8 +307,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         if self.model_state.codebooks is not None:
             self.model_state.codebooks.end_batch()
         self.model_state.window.end_batch()
-        if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
-            self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
+        self.model_state.prompt_queries.end_batch()
         if step.plans:
             with self._timer:
                 self._compact(step.plans)
@@ -317,11 +318,13 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state.ring.end_batch()
         return output
 
-    def _read_keys(self, layer: LayerCache, req_index: int, num_tokens: int) -> torch.Tensor:
-        """Keys [num_kv_heads, num_tokens, head_dim] of a request that was never compacted."""
+    def _rows_so_far(
+        self, layer: LayerCache, req_index: int, num_tokens: int, queries: torch.Tensor
+    ) -> CacheRows:
+        """First tokens of a request that was never compacted, and the queries of the last."""
         num_blocks = -(-num_tokens // self.block_tables.block_sizes[layer.group])
         blocks = self.block_tables.block_tables[layer.group].gpu[req_index, :num_blocks]
-        return layer.layout.read(layer.cache(), blocks.long())[0][:, :num_tokens]
+        return layer.layout.rows_so_far(layer.cache(), blocks, num_tokens, queries, layer.scale)
 
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index

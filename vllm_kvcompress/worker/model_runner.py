@@ -14,7 +14,6 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
@@ -106,8 +105,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             state.taps.watch(name, layer.impl)
             read_codebooks(name, layer.impl, lambda: self._reader)
         if state.ring.num_bytes:
-            size = format_gib(state.ring.num_bytes)
-            logger.info("KV compression: ring of %d queries, %s GiB", state.ring.size, size)
+            logger.info("KV compression: %s", state.ring)
 
     def _attention_layers(self) -> dict[str, Attention]:
         """The target's; a draft model's are left as they are."""
@@ -301,6 +299,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         """Run the step, then compact what the scheduler planned for it."""
         step = StepPlan.of(scheduler_output)
         self.model_state.setups = dict(step.setups)
+        self.model_state.query_slots.update(step.query_slots)
         self.model_state.num_draft_steps = step.num_draft_steps
         self.model_state.drop_views(step.views_given_up)
         output = super().execute_model(scheduler_output, *args, **kwargs)

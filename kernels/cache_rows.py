@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize, pad
 
 from vllm_kvcompress.kernels import lag_contrast
+from vllm_kvcompress.kernels.reference.key_redundancy import dense_redundancy
+from vllm_kvcompress.kernels.reference.prompt_attention import dense_attention_sums
 from vllm_kvcompress.kernels.window_attention import (
     window_attention_scores,
     window_head_scores,
@@ -63,6 +65,13 @@ class CacheRows(ABC):
         """[H, n] float32: as `attention`, for every query head alone. (SpindleKV, 2507.06517)"""
 
     @abstractmethod
+    def attention_sums(self) -> torch.Tensor:
+        """[KV, n] float32: attention of all w queries, summed over them, mean over heads.
+
+        For the many queries of a prompt's chunk; see `kernels.prompt_attention`. (H2O, 2306.14048)
+        """
+
+    @abstractmethod
     def window_attention(self, window_size: int) -> torch.Tensor:
         """[KV, ceil((n - w) / window_size)] float32: mean of `attention(w)` over windows.
 
@@ -73,6 +82,10 @@ class CacheRows(ABC):
     @abstractmethod
     def key_similarity(self) -> torch.Tensor:
         """[KV, n] float32: cosine of each key with the mean unit key. (KeyDiff, 2504.15364)"""
+
+    @abstractmethod
+    def key_redundancy(self, threshold: float) -> torch.Tensor:
+        """[KV, n] float32: see `kernels.key_redundancy`. (R-KV, 2505.24133)"""
 
     @abstractmethod
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
@@ -126,6 +139,11 @@ class DenseRows(CacheRows):
         assert self.queries is not None
         return self.queries[:, self.queries.shape[1] - num_queries :]
 
+    def attention_sums(self) -> torch.Tensor:
+        """See the base class."""
+        assert self.queries is not None
+        return dense_attention_sums(self.queries, self.keys, self.scale)
+
     def window_attention(self, window_size: int) -> torch.Tensor:
         """See the base class."""
         assert self.queries is not None
@@ -138,6 +156,10 @@ class DenseRows(CacheRows):
         keys = self.keys.float()
         anchor = normalize(keys, dim=-1).mean(dim=1, keepdim=True)
         return cosine_similarity(keys, anchor, dim=-1)
+
+    def key_redundancy(self, threshold: float) -> torch.Tensor:
+        """See the base class."""
+        return dense_redundancy(self.keys, threshold)
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
         """See the base class."""

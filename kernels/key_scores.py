@@ -247,23 +247,39 @@ def key_similarity(pages: Pages) -> torch.Tensor:
         [R, KV, max_tokens] float32 in [-1, 1]; zero from a request's length on, and for keys that
         are zero.
     """
-    num_requests, num_heads, dim = pages.num_requests, pages.num_kv_heads, pages.head_dim
-    block_d = triton.next_power_of_2(dim)
+    sums = unit_sums(pages)
+    grid, where, shape = _key_launch(pages)
+    out = sums.new_empty(pages.num_requests, pages.num_kv_heads, pages.max_tokens)
+    _similarity_kernel[grid](
+        pages.keys, pages.block_table, pages.num_tokens, sums, out, pages.head_dim, COSINE_EPS,
+        *where, pages.max_tokens, **shape,
+    )  # fmt: skip
+    return out
+
+
+def unit_sums(pages: Pages) -> torch.Tensor:
+    """Sum of each request's unit keys, [R, KV, D] float32; values are not read."""
+    grid, where, shape = _key_launch(pages)
+    sums = torch.empty(
+        pages.num_requests, pages.num_kv_heads, grid[0], pages.head_dim,
+        dtype=torch.float32, device=pages.keys.device,
+    )  # fmt: skip
+    _unit_sum_kernel[grid](
+        pages.keys, pages.block_table, pages.num_tokens, sums, pages.head_dim, UNIT_EPS,
+        *where, **shape,
+    )  # fmt: skip
+    return sums.sum(2)
+
+
+def _key_launch(pages: Pages) -> tuple[tuple[int, int, int], tuple[int, ...], dict[str, int]]:
+    """The grid (splits, KV heads, requests), strides and tokens per split, and tile sizes."""
+    num_requests, num_heads = pages.num_requests, pages.num_kv_heads
+    block_d = triton.next_power_of_2(pages.head_dim)
     tile = max(_TILE_NUMBERS // block_d, 16)
     split_len = split_length(pages.max_tokens, num_requests * num_heads, tile)
     grid = (triton.cdiv(pages.max_tokens, split_len), num_heads, num_requests)
     shape = {"N": pages.block_size, "BLOCK_N": tile, "BLOCK_D": block_d, "STAGES": _STAGES}
-    keys, table, lengths = pages.keys, pages.block_table, pages.num_tokens
-    where = (*keys.stride(), table.stride(0), split_len)
-    sums = torch.empty(
-        num_requests, num_heads, grid[0], dim, dtype=torch.float32, device=keys.device
-    )
-    _unit_sum_kernel[grid](keys, table, lengths, sums, dim, UNIT_EPS, *where, **shape)
-    out = sums.new_empty(num_requests, num_heads, pages.max_tokens)
-    _similarity_kernel[grid](
-        keys, table, lengths, sums.sum(2), out, dim, COSINE_EPS, *where, pages.max_tokens, **shape
-    )
-    return out
+    return grid, (*pages.keys.stride(), pages.block_table.stride(0), split_len), shape
 
 
 def lag_scores(pages: Pages, num_sinks: int, lag_size: int) -> torch.Tensor:

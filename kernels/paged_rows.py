@@ -11,8 +11,10 @@ import torch
 
 from vllm_kvcompress.kernels.cache_rows import CacheRows, window_means
 from vllm_kvcompress.kernels.head_scores import head_scores
+from vllm_kvcompress.kernels.key_redundancy import key_redundancy
 from vllm_kvcompress.kernels.key_scores import key_similarity, lag_scores
 from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.prompt_attention import prompt_attention_sums
 from vllm_kvcompress.kernels.window_scores import takes_window_size, token_scores, window_scores
 
 
@@ -56,6 +58,14 @@ class PagedBatch:
             ("head_attention", num_queries), lambda: head_scores(last, self.pages, self.scale)
         )
 
+    def attention_sums(self) -> torch.Tensor:
+        """[R, KV, max_tokens]: see `CacheRows.attention_sums`."""
+        assert self.queries is not None
+        queries = self.queries
+        return self._once(
+            ("attention_sums",), lambda: prompt_attention_sums(queries, self.pages, self.scale)
+        )
+
     def window_attention(self, window_size: int) -> torch.Tensor:
         """[R, KV, windows]: see `CacheRows.window_attention`; for sizes the kernel takes."""
         assert self.queries is not None
@@ -68,6 +78,12 @@ class PagedBatch:
     def key_similarity(self) -> torch.Tensor:
         """[R, KV, max_tokens]: see `CacheRows.key_similarity`."""
         return self._once(("key_similarity",), lambda: key_similarity(self.pages))
+
+    def key_redundancy(self, threshold: float) -> torch.Tensor:
+        """[R, KV, max_tokens]: see `CacheRows.key_redundancy`."""
+        return self._once(
+            ("key_redundancy", threshold), lambda: key_redundancy(self.pages, threshold)
+        )
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
         """[R, KV, max_tokens]: see `CacheRows.lag_contrast`."""
@@ -142,6 +158,10 @@ class PagedRows(CacheRows):
         """See the base class."""
         return self.batch.head_attention(num_queries)[self.request, :, : self.length]
 
+    def attention_sums(self) -> torch.Tensor:
+        """See the base class."""
+        return self.batch.attention_sums()[self.request, :, : self.length]
+
     def window_attention(self, window_size: int) -> torch.Tensor:
         """See the base class."""
         assert self.queries is not None
@@ -155,6 +175,10 @@ class PagedRows(CacheRows):
     def key_similarity(self) -> torch.Tensor:
         """See the base class."""
         return self.batch.key_similarity()[self.request, :, : self.length]
+
+    def key_redundancy(self, threshold: float) -> torch.Tensor:
+        """See the base class."""
+        return self.batch.key_redundancy(threshold)[self.request, :, : self.length]
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
         """See the base class."""

@@ -3,8 +3,9 @@
     physical length of row b in group g = seq_lens[b] - evicted[g, s],  s = idx_mapping[b]
     slot of token t of row b in group g = table[g][s, i // N] * N + i % N,
                                       i = positions[t] - evicted[g, s]
-    ring slot of token t of row b       = s * size + positions[t] % size
-                                      for the last `size` tokens of the row's sequence, else -1
+    place in the ring of token t of row b = slots[s] * size + positions[t] % size
+                                      for the last `size` tokens of the sequence of a row that has
+                                      a slot, else -1
 
 A row whose `idx_mapping` is -1 is a dummy that pads the batch: it owns no request row. All
 outputs are persistent storage whose addresses CUDA graphs replay, so each call writes in place,
@@ -91,6 +92,7 @@ def _ring_kernel(
     query_start_ptr,  # [>= B + 1] int32
     seq_lens_ptr,  # [>= B] int32
     idx_mapping_ptr,  # [B]
+    owned_ptr,  # [S] int32
     out_ptr,  # [slots] int64
     num_tokens, num_slots, size,
     BLOCK: tl.constexpr,
@@ -105,12 +107,13 @@ def _ring_kernel(
     else:
         end = tl.minimum(tl.load(query_start_ptr + row + 1), num_tokens)
         request = tl.load(idx_mapping_ptr + row).to(tl.int64)
+        slot = tl.load(owned_ptr + request, mask=request >= 0, other=-1).to(tl.int64)
         oldest = tl.load(seq_lens_ptr + row) - size
         for first in range(start, end, BLOCK):
             tokens = first + tl.arange(0, BLOCK)
             positions = tl.load(positions_ptr + tokens, mask=tokens < end, other=0).to(tl.int32)
-            is_kept = (positions >= oldest) & (request >= 0)
-            slots = tl.where(is_kept, request * size + positions % size, -1)
+            is_kept = (positions >= oldest) & (slot >= 0)
+            slots = tl.where(is_kept, slot * size + positions % size, -1)
             tl.store(out_ptr + tokens, slots, mask=tokens < end)
 
 
@@ -189,10 +192,11 @@ def ring_slots(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     idx_mapping: torch.Tensor,
+    slots: torch.Tensor,
     size: int,
     out: torch.Tensor,
 ) -> None:
-    """Write the ring slot of every scheduled token; no two of them share one.
+    """Write the place in the ring of every scheduled token; no two of them share one.
 
     Parameters
     ----------
@@ -204,11 +208,13 @@ def ring_slots(
         [>= B] int32, logical lengths after this step.
     idx_mapping : torch.Tensor
         [B] int32 or int64, batch row -> request row, -1 for a dummy.
+    slots : torch.Tensor
+        [S] int32, slot of every request row, -1 for one that has none.
     size : int
-        Queries per request row, at least 1.
+        Queries per slot, at least 1.
     out : torch.Tensor
-        [>= T] int64. -1 for tokens that are not kept, tokens of dummy rows, and all entries
-        behind the rows' tokens.
+        [>= T] int64. -1 for tokens that are not kept, tokens of dummy rows and of rows without a
+        slot, and all entries behind the rows' tokens.
 
     Raises
     ------
@@ -217,7 +223,7 @@ def ring_slots(
     """
     check_ring(out, positions.shape[0], size)
     _ring_kernel[(idx_mapping.shape[0] + 1,)](
-        positions, query_start_loc, seq_lens, idx_mapping, out,
+        positions, query_start_loc, seq_lens, idx_mapping, slots, out,
         positions.shape[0], out.shape[0], size,
         BLOCK=TOKEN_TILE,
     )  # fmt: skip

@@ -32,15 +32,15 @@ from vllm_kvcompress.kernels.pages import Pages
 
 
 @triton.jit
-def _load_rows(query_row, rows, stride_w, stride_h, D, G: tl.constexpr, dims, M):
+def load_queries(query_row, rows, stride_w, stride_h, D, G: tl.constexpr, dims, M):
     """[BLOCK_M, BLOCK_D] queries of one KV head; rows from M on are zero."""
     at = (rows // G)[:, None] * stride_w + (rows % G)[:, None] * stride_h + dims[None, :]
     return tl.load(query_row + at, mask=(rows < M)[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _load_keys(key_head, table_row, tokens, num_tokens, stride_b, stride_n, stride_d, dims, D,
-               N: tl.constexpr):  # fmt: skip
+def load_keys(key_head, table_row, tokens, num_tokens, stride_b, stride_n, stride_d, dims, D,
+              N: tl.constexpr):  # fmt: skip
     """[BLOCK_N, BLOCK_D] keys of one head; tokens from `num_tokens` on are zero."""
     blocks, offsets = token_slots(table_row, tokens, num_tokens, N)
     at = (blocks * stride_b + offsets * stride_n)[:, None] + dims[None, :] * stride_d
@@ -58,7 +58,7 @@ def _logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G: tl.conste
     return tl.where(seen, logits * scale_log2, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_splits", "num_units"])
+@triton.jit(do_not_specialize=["W", "M", "stride_table", "num_splits", "num_units"])
 def _stats_kernel(
     query_ptr,  # [R, w, H, D]
     key_ptr,  # [B, KV, N, D]
@@ -90,14 +90,15 @@ def _stats_kernel(
     key_head = key_ptr + head.to(tl.int64) * stride_kh
     table_row = table_ptr + request.to(tl.int64) * stride_table
     place = (request.to(tl.int64) * num_kv_heads + head) * M + rows  # [BLOCK_M]
-    queries = _load_rows(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
+    queries = load_queries(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     start = split * split_len
-    for first in range(start, tl.minimum(start + split_len, num_tokens), BLOCK_N):
+    seen = num_tokens - W + tl.minimum(tl.max(rows, 0), M - 1) // G + 1  # by any of the rows
+    for first in range(start, tl.minimum(start + split_len, seen), BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
-        keys = _load_keys(
+        keys = load_keys(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
         )
         logits = _logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M)
@@ -180,13 +181,13 @@ def _token_kernel(
     place = request.to(tl.int64) * tl.num_programs(1) + head
     out_row = out_ptr + place * max_tokens
     rows = tl.arange(0, BLOCK_M)
-    queries = _load_rows(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
+    queries = load_queries(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
     lse = tl.load(lse_ptr + place * M + rows, mask=rows < M, other=float("inf"))
     start = split * split_len
     end = tl.minimum(start + split_len, num_tokens)
     for first in range(start, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
-        keys = _load_keys(
+        keys = load_keys(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
         )
         logits = _logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M)
@@ -194,7 +195,7 @@ def _token_kernel(
         if ROW_TILES > 1:  # a loop in here would keep the loop around it from being pipelined
             for tile in range(1, ROW_TILES):
                 more = tile * BLOCK_M + rows
-                queries_more = _load_rows(query_row, more, stride_qw, stride_qh, D, G, dims, M)
+                queries_more = load_queries(query_row, more, stride_qw, stride_qh, D, G, dims, M)
                 lse_more = tl.load(lse_ptr + place * M + more, mask=more < M, other=float("inf"))
                 logits = _logits(queries_more, keys, more, tokens, num_tokens, scale_log2, W, G, M)
                 scores += tl.sum(tl.exp2(logits - lse_more[:, None]), 0)
@@ -264,13 +265,13 @@ def token_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Ten
     ValueError
         If queries and pages do not fit.
     """
-    lse, _ = _first_pass(queries, pages, scale, unit=0)
-    shape, grid, split_len = _launch(queries, pages)
+    lse, _ = first_pass(queries, pages, scale)
+    shape, grid, split_len = tiles(queries, pages)
     num_kv_heads, max_tokens = pages.num_kv_heads, pages.max_tokens
     out = lse.new_empty(pages.num_requests, num_kv_heads, max_tokens)
     _token_kernel[(grid[0], num_kv_heads, grid[2])](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, out,
-        *_scalars(queries, pages, scale), split_len, max_tokens,
+        *scalars(queries, pages, scale), split_len, max_tokens,
         N=pages.block_size, ROW_TILES=grid[1] // num_kv_heads, **shape, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
@@ -300,8 +301,8 @@ def window_scores(
         If queries and pages do not fit, or for another window size.
     """
     check_window_size(window_size)
-    unit = min(window_size, _launch(queries, pages)[0]["BLOCK_N"])
-    lse, sums = _first_pass(queries, pages, scale, unit)
+    unit = min(window_size, tiles(queries, pages)[0]["BLOCK_N"])
+    lse, sums = first_pass(queries, pages, scale, unit)
     num_kv_heads, num_units = sums.shape[1], sums.shape[3]
     num_windows = triton.cdiv(pages.max_tokens, window_size)
     out = lse.new_empty(pages.num_requests, num_kv_heads, num_windows)
@@ -342,15 +343,22 @@ def check_window_size(window_size: int) -> None:
 _SHARED_BYTES = 160 << 10  # of the 227 KiB a program may have on Hopper
 
 
-def _launch(queries: torch.Tensor, pages: Pages) -> tuple[dict[str, int], tuple, int]:
-    """Tile sizes, the grid (splits, KV heads * row tiles, requests), and tokens per split."""
+def tiles(
+    queries: torch.Tensor, pages: Pages, fit: bool = True
+) -> tuple[dict[str, int], tuple, int]:
+    """Tile sizes, the grid (splits, KV heads * row tiles, requests), and tokens per split.
+
+    Tiles of rows `fit` few rows, or have one size for any number: one variant of a kernel.
+    """
     group = queries.shape[2] // pages.num_kv_heads
     num_rows = group * queries.shape[1]
     block_d = max(triton.next_power_of_2(pages.head_dim), 16)
     tile = 128
     while 4 * tile * block_d * queries.element_size() > _SHARED_BYTES:  # queries, 3 tiles of keys
         tile //= 2
-    block_m = min(max(triton.next_power_of_2(num_rows), 16), tile)
+    if queries.dtype == torch.float32:
+        tile = min(tile, 32)  # without tensor cores, threads hold whole rows: larger would spill
+    block_m = min(max(triton.next_power_of_2(num_rows), 16), tile) if fit else tile
     heads = pages.num_kv_heads * triton.cdiv(num_rows, block_m)
     split_len = split_length(pages.max_tokens, heads * pages.num_requests, tile)
     grid = (triton.cdiv(pages.max_tokens, split_len), heads, pages.num_requests)
@@ -358,7 +366,7 @@ def _launch(queries: torch.Tensor, pages: Pages) -> tuple[dict[str, int], tuple,
     return shape, grid, split_len
 
 
-def _scalars(queries: torch.Tensor, pages: Pages, scale: float) -> tuple:
+def scalars(queries: torch.Tensor, pages: Pages, scale: float) -> tuple:
     """Arguments that both passes have in common, in the kernels' order."""
     window, num_heads = queries.shape[1], queries.shape[2]
     return (
@@ -367,21 +375,21 @@ def _scalars(queries: torch.Tensor, pages: Pages, scale: float) -> tuple:
     )  # fmt: skip
 
 
-def _first_pass(
-    queries: torch.Tensor, pages: Pages, scale: float, unit: int
+def first_pass(
+    queries: torch.Tensor, pages: Pages, scale: float, unit: int = 0, fit: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log2 of each row's sum of exponentials [R, KV, M], and of unit sums [R, KV, M, units]."""
     check_window(queries, pages.num_requests, pages.num_kv_heads, pages.head_dim)
     if queries.stride(3) != 1:
         raise ValueError("elements of a query must be neighbours in memory")
-    shape, grid, split_len = _launch(queries, pages)
+    shape, grid, split_len = tiles(queries, pages, fit)
     rows = (pages.num_requests, pages.num_kv_heads, shape["G"] * queries.shape[1])
     num_units = triton.cdiv(pages.max_tokens, unit) if unit else 0
     lse = torch.empty(*rows, grid[0], dtype=torch.float32, device=queries.device)
     sums = lse.new_empty(*rows, num_units)
     _stats_kernel[grid](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, sums,
-        *_scalars(queries, pages, scale), split_len, grid[0], num_units,
+        *scalars(queries, pages, scale), split_len, grid[0], num_units,
         N=pages.block_size, UNIT=unit, **shape, num_warps=NUM_WARPS,
     )  # fmt: skip
     total = lse.new_empty(*rows)

@@ -32,6 +32,7 @@ LAYERS = {
     "layer_budgets": 3,
     "codebook_lengths": 3,
     "idle_fields": 3,
+    "decode_queries": 3,
     "config": 4,
     "budgets": 4,
     "request_options": 5,
@@ -61,7 +62,7 @@ PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classi
 PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
 PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
 PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "cli_measuring", "cli_tune", "doctor_savings"}
-PURE |= {"findings"}
+PURE |= {"findings", "decode_queries"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -46,6 +46,8 @@ class StepPlan:
         What is compacted, and which views are taken, behind the step's forward pass.
     num_draft_steps : int
         Draft steps worth making behind the current step.
+    query_slots : dict[str, int]
+        Requests whose queries go to a slot of the ring from this step on; -1: to none.
     views_given_up : tuple[str, ...]
         Requests whose views' blocks are no longer theirs from this step on.
     """
@@ -53,6 +55,7 @@ class StepPlan:
     setups: dict[str, RequestSetup] = field(default_factory=dict)
     plans: list[CompactionPlan] = field(default_factory=list)
     num_draft_steps: int = 0
+    query_slots: dict[str, int] = field(default_factory=dict)
     views_given_up: tuple[str, ...] = ()
 
     def attach(self, scheduler_output: Any) -> None:

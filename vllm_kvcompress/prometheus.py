@@ -93,7 +93,10 @@ COUNTERS: dict[str, Family] = {
         _POLICY,
     ),
     "deferrals": Family(
-        "deferrals", "Steps in which a due compaction found no free blocks for its survivors.", {}
+        "deferrals",
+        "Steps in which a due compaction found no free blocks for its survivors, or had found no "
+        "free slot to record queries in.",
+        {},
     ),
     "codebook_vectors": Family(
         "codebook_vectors",

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from vllm_kvcompress.config import NONE, parse_config, preset_names
+from vllm_kvcompress.decode_queries import decode_window
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
@@ -194,18 +195,6 @@ def _in_mode_of(server: CompressionConfig, config: CompressionConfig) -> Compres
         return config
     fields = {"mode": server.mode, "draft": server.draft, "trigger": server.trigger}
     return config.model_copy(update=fields)
-
-
-def decode_window(config: CompressionConfig) -> int:
-    """Queries per request that must be kept while decoding; 0 if none."""
-    variants = list(config.by_task.values()) or [config]
-    return max(
-        each.observation_window
-        if (each.compresses_while_decoding or each.refreshes_views)
-        and each.build_policy().queries.value != "none"
-        else 0
-        for each in variants
-    )
 
 
 def check_fits_server(server: CompressionConfig, options: RequestOptions) -> None:

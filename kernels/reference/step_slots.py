@@ -44,6 +44,7 @@ def ring_slots(
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
     idx_mapping: torch.Tensor,
+    slots: torch.Tensor,
     size: int,
     out: torch.Tensor,
 ) -> None:
@@ -51,9 +52,11 @@ def ring_slots(
     num_tokens = positions.shape[0]
     check_ring(out, num_tokens, size)
     tokens, rows = _tokens_of_rows(query_start_loc, idx_mapping, num_tokens)
-    slots = idx_mapping[rows].long() * size + positions[tokens] % size
+    owned = slots[idx_mapping[rows].long()].long()
+    places = owned * size + positions[tokens] % size
+    is_kept = (owned >= 0) & (positions[tokens] >= seq_lens[rows] - size)
     out.fill_(-1)
-    out[tokens] = slots.where(positions[tokens] >= seq_lens[rows] - size, -1)
+    out[tokens] = places.where(is_kept, -1)
 
 
 def _tokens_of_rows(

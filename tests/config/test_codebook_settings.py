@@ -7,10 +7,10 @@ import pytest
 from vllm_kvcompress.budgets import compaction_lengths
 from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.decode_queries import decode_window
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.request_options import (
     check_fits_server,
-    decode_window,
     parse_request,
     resolve_request,
 )

@@ -4,12 +4,12 @@ import pytest
 import yaml
 
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
+from vllm_kvcompress.decode_queries import decode_window
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.registry import load_policy_class, policy_names
 from vllm_kvcompress.request_options import (
     check_fits_server,
     choose_task,
-    decode_window,
     parse_request,
     resolve_request,
 )

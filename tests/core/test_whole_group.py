@@ -19,6 +19,7 @@ from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State
+from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
 from vllm_kvcompress.metrics import CompressionStats
@@ -65,6 +66,7 @@ class Books:
         self.compactions = Compactions(
             self.planner, self.managers, group_map.layer_groups, self.pool, 4096, self.stats
         )
+        self.scheduler.query_slots = QuerySlots(self.planner, 0, self.stats)
         self.scheduler._managers = self.managers
         self.scheduler.requests = {}
 

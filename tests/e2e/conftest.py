@@ -53,12 +53,13 @@ def assert_idle(engine: Engine) -> None:
     assert engine.pool.get_num_free_blocks() == engine.num_usable_blocks
     for manager in engine.scheduler._managers:
         assert not manager.evicted and not manager.held_blocks()
-    assert not engine.scheduler.planner.requests
+    assert not engine.scheduler.planner.requests and not engine.scheduler.query_slots.owned
     engine.scheduler.check_integrity()
     engine.step()  # the worker hears of finished requests with the next step
     state = engine.runner.model_state
     assert not state.window._stashes and not state.request_configs and not state._rows
     assert not state.prompt_queries._summaries and not state.setups
+    assert (state.ring._slot_of_row == -1).all()
     assert not state.lengths.evicted.np.any()
     assert not state.codebooks._sizes.np.any() and not state.codebooks.rows
 

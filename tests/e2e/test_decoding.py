@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.conftest import assert_idle, opened
+from vllm_kvcompress import decode_queries
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.scenarios import churn
 
@@ -139,3 +141,66 @@ def test_speculation_on_top_gives_the_same_tokens(probe_model, run, requests) ->
         assert_idle(engine)
         report = churn(engine, 15, seed=9)
         assert (report.blocks_missing, report.evicted_left) == (0, 0)
+
+
+class Record:
+    """Every query of every request, as a recorder of the attention layers sees it."""
+
+    is_active = True
+
+    def __init__(self, engine: Engine) -> None:
+        self.state = engine.runner.model_state
+        self.queries: dict[tuple[int, str, int], torch.Tensor] = {}
+        self.num_taken = 0
+        self.state.taps.recorders.append(self)
+        ring = self.state.ring
+        take = ring.take
+
+        def checked(row: int, layer: str, position: int, window: int) -> torch.Tensor:
+            found = take(row, layer, position, window)
+            own = [self.queries[row, layer, at] for at in range(position - window, position)]
+            assert torch.equal(found, torch.stack(own, dim=1)), (row, layer, position)
+            self.num_taken += 1
+            return found
+
+        ring.take = checked
+
+    def record(self, layer_name: str, query: torch.Tensor) -> None:
+        batch = self.state.lengths._batch
+        for row, request in enumerate(batch.idx_mapping_np):
+            for token in range(*batch.query_start_loc_np[row : row + 2]):
+                place = int(request), layer_name, int(batch.positions[token])
+                self.queries[place] = query[token].clone()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"async_scheduling": True}, {"speculative_config": NGRAM}],
+    ids=["async", "drafts"],
+)
+def test_one_slot_for_all_requests(
+    probe_model, run, requests, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compactions wait for their turn, are counted, and read the queries that were computed."""
+    expected, _ = run
+    monkeypatch.setattr(decode_queries, "MIN_SLOTS", 1)
+    monkeypatch.setattr(decode_queries, "RING_BYTES", 0)
+    with opened(probe_model, SETTING, **arguments) as engine:
+        assert engine.runner.model_state.ring.shape.num_slots == 1
+        record = Record(engine)
+        prompt, xargs = requests[0]
+        alone = engine.generate([prompt], NUM_TOKENS, xargs, ignore_eos=True)
+        assert alone == expected[:1], "nobody else wants the slot"
+        stats = engine.scheduler.stats
+        assert stats.deferrals == 0
+        before = record.num_taken
+        for number in range(4):
+            engine.add(str(number), *requests[number % 2][:1], NUM_TOKENS, ignore_eos=True)
+        engine.add("4", requests[2][0], NUM_TOKENS, requests[2][1], ignore_eos=True)
+        while engine.engine.has_unfinished_requests():
+            engine.step()
+            engine.scheduler.check_integrity()
+        assert engine.results["4"].token_ids == expected[2]
+        assert stats.deferrals > 0
+        assert record.num_taken > before
+        assert_idle(engine)

@@ -154,7 +154,7 @@ def test_tables_change_in_place(module) -> None:
 
 @VERSIONS
 def test_ring_of_a_small_step_by_hand(module) -> None:
-    # A ring of 4 per request. Request 2 computes 6 tokens, of which the last 4 are kept; request 0
+    # Slots of 4 queries. Request 2 computes 6 tokens, of which the last 4 are kept; request 0
     # decodes; the dummy's token and the padding have no slot.
     out = torch.full((11,), 99, dtype=torch.int64, device=DEVICE)
     address = out.data_ptr()
@@ -163,10 +163,11 @@ def test_ring_of_a_small_step_by_hand(module) -> None:
         query_start_loc=ints([0, 6, 7, 8, 8]),
         seq_lens=ints([6, 10, 8, 0]),
         idx_mapping=longs([2, 0, -1]),
+        slots=ints([7, -1, 2]),
         size=4,
         out=out,
     )
-    assert out.tolist() == [-1, -1, 8 + 2, 8 + 3, 8 + 0, 8 + 1, 0 + 1, -1, -1, -1, -1]
+    assert out.tolist() == [-1, -1, 8 + 2, 8 + 3, 8 + 0, 8 + 1, 28 + 1, -1, -1, -1, -1]
     assert out.data_ptr() == address
 
 
@@ -179,12 +180,16 @@ def test_ring_matches_loops(module, counts: list[int], size: int) -> None:
     seq_lens = [starts[row] + count - row % 2 for row, count in enumerate(counts)]
     out = torch.full((40,), 99, dtype=torch.int64, device=DEVICE)
     padded = longs(positions + [50, 51])  # behind the last row: nobody's
-    module.ring_slots(padded, ints(offsets), ints(seq_lens + [0]), ints(mapping), size, out)
+    owned = torch.randperm(60, generator=torch.Generator().manual_seed(size))[:40].tolist()
+    owned = [-1 if slot % 3 == 0 else slot for slot in owned]
+    step = padded, ints(offsets), ints(seq_lens + [0]), ints(mapping)
+    module.ring_slots(*step, ints(owned), size, out)
     expected = [-1] * 40
     for row, request in enumerate(mapping):
         for token in range(offsets[row], offsets[row + 1]):
-            if request >= 0 and positions[token] >= seq_lens[row] - size:
-                expected[token] = request * size + positions[token] % size
+            kept = request >= 0 and owned[request] >= 0
+            if kept and positions[token] >= seq_lens[row] - size:
+                expected[token] = owned[request] * size + positions[token] % size
     assert out.tolist() == expected
 
 
@@ -192,7 +197,7 @@ def test_ring_matches_loops(module, counts: list[int], size: int) -> None:
 def test_an_empty_step_only_pads(module) -> None:
     out = torch.full((6,), 99, dtype=torch.int64, device=DEVICE)
     nothing = longs([])
-    module.ring_slots(nothing, ints([0]), ints([]), nothing, 4, out)
+    module.ring_slots(nothing, ints([0]), ints([]), nothing, ints([0]), 4, out)
     assert out.tolist() == [-1] * 6
     slots = torch.full((1, 3), 99, dtype=torch.int64, device=DEVICE)
     table = BlockTables.of([torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)], [4])
@@ -209,9 +214,9 @@ def test_refuses_outputs_that_would_be_overrun(module) -> None:
     with pytest.raises(ValueError, match="2 groups of 1 do not fit"):
         module.physical_seq_lens(ints([5]), row, ints([[0], [0]]), ints([[0]]))
     with pytest.raises(ValueError, match="2 tokens do not fit 1 slots"):
-        module.ring_slots(longs([0, 1]), ints([0, 2]), ints([2]), row, 4, longs([0]))
+        module.ring_slots(longs([0, 1]), ints([0, 2]), ints([2]), row, ints([0]), 4, longs([0]))
     with pytest.raises(ValueError, match="at least one query per request, got 0"):
-        module.ring_slots(longs([0]), ints([0, 1]), ints([1]), row, 0, longs([0]))
+        module.ring_slots(longs([0]), ints([0, 1]), ints([1]), row, ints([0]), 0, longs([0]))
 
 
 def test_block_tables_are_contiguous_matrices_with_a_block_size_each() -> None:
@@ -240,4 +245,4 @@ def sm90_launches() -> None:
     lengths, slots = torch.zeros(256, dtype=torch.int32), torch.zeros(8192, dtype=torch.int64)
     kernel.physical_seq_lens(lengths, rows, evicted, torch.zeros(1, 256, dtype=torch.int32))
     kernel.physical_slots(positions, starts, rows, evicted, tables, slots[None])
-    kernel.ring_slots(positions, starts, lengths, rows, 32, slots)
+    kernel.ring_slots(positions, starts, lengths, rows, lengths, 32, slots)

@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.test_prompt_attention import loops
 from tests.policies.helpers import make_inputs
+from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 
@@ -29,11 +30,11 @@ def chunks(
     for size in sizes:
         end = start + size
         fields = {
-            "queries": queries[:, start:end],
-            "keys": given.keys[:, :end],
+            "rows": DenseRows(
+                given.keys[:, :end], given.values[:, :end], queries[:, start:end], given.scale
+            ),
             "start": start,
             "prompt_len": given.keys.shape[1],
-            "scale": given.scale,
             "num_sink_tokens": given.num_sink_tokens,
             "rotary": given.rotary,
         }

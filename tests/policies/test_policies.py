@@ -10,6 +10,7 @@ import torch
 from tests.kernels.test_window_attention import loops
 from tests.policies.cases import CASES
 from tests.policies.helpers import changed, make_inputs, select
+from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.registry import load_policy_class, policy_names
@@ -29,7 +30,8 @@ def inputs_for(policy: Policy, num_tokens: int = 150, window: int = 16, seed: in
         generator = torch.Generator().manual_seed(seed + 1)
         queries = torch.randn(8, num_tokens, 32, generator=generator)
         rotary = given.rotary if policy.needs_rotary else None
-        chunk = ChunkInputs(queries, given.keys, 0, num_tokens, given.scale, 4, rotary)
+        rows = DenseRows(given.keys, given.values, queries, given.scale)
+        chunk = ChunkInputs(rows, 0, num_tokens, 4, rotary)
         given = changed(given, accumulated=policy.accumulate(None, chunk))
     return changed(
         given,

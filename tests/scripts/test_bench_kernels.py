@@ -58,6 +58,9 @@ def script() -> ModuleType:
         ("lag_scores", TWO, 8_388_608 + 65_536),
         # 256 rows of 1024 scores, five times, and 128 numbers of 8 bytes; 1024 bools
         ("select_tokens", ONE, 256 * (20_480 + 1_024) + 1_024),
+        # keys twice, scores; as many queries as tokens, twice
+        ("key_redundancy", ONE, 2 * 2_097_152 + 32_768),
+        ("prompt_attention", ONE, 2 * (2_097_152 + 1_024 * 8_192) + 32_768),
         # positions, 4 groups of slots and 64 blocks
         ("physical_slots_prefill", TWO, 2 * (8_192 + 4 * (8_192 + 256))),
         ("physical_slots_decode", TWO, 2 * (8 + 4 * 12)),

@@ -15,6 +15,7 @@ from tests.kernels.paged import DEVICE, make_cache
 from tests.policies.cases import CASES
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.kernels import select_tokens
+from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
@@ -52,7 +53,7 @@ class Sources:
     def take(self, name: Any, layer: str, *position: int) -> Any:
         """The window's queries [H, w, D], or the policy's summary of all."""
         name = name if isinstance(name, str) else list(LENGTHS)[name]
-        keys, _, queries = rows_of(name, int(layer))
+        keys, values, queries = rows_of(name, int(layer))
         policy = self.config.build_policy()
         if policy.queries is not Queries.PROMPT or position:
             return (
@@ -61,8 +62,8 @@ class Sources:
                 .contiguous()
                 .transpose(0, 1)
             )
-        chunk = ChunkInputs(queries, keys, 0, LENGTHS[name], DIM**-0.5, 4, ROTARY)
-        return policy.accumulate(None, chunk)
+        rows = DenseRows(keys, values, queries, DIM**-0.5)
+        return policy.accumulate(None, ChunkInputs(rows, 0, LENGTHS[name], 4, ROTARY))
 
 
 class World:

@@ -2,19 +2,26 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_kvcompress.decode_queries import RingShape
 from vllm_kvcompress.worker.query_ring import QueryRing
 
 NUM_ROWS, WINDOW = 4, 8
 
 
 def make_ring(num_spec_tokens: int = 0) -> QueryRing:
-    ring = QueryRing(WINDOW, num_spec_tokens, NUM_ROWS, 64, torch.device("cpu"))
+    """A slot per row, given out backwards."""
+    num_drafts = 2 * (num_spec_tokens + 1) if num_spec_tokens else 0
+    shape = RingShape(WINDOW, WINDOW + num_drafts, NUM_ROWS)
+    ring = QueryRing(shape, NUM_ROWS, 64, torch.device("cpu"))
     ring.add_layer("layer", num_heads=2, head_dim=4, dtype=torch.float32)
+    for row in range(NUM_ROWS):
+        ring.assign(row, NUM_ROWS - 1 - row)
     return ring
 
 
@@ -36,6 +43,7 @@ def run(ring: QueryRing, rows: list[tuple[int, int, int]], attempt: int = 0, pad
             query_start_loc=torch.tensor(starts, dtype=torch.int32),
             seq_lens=torch.tensor([start + count for _, start, count in rows], dtype=torch.int32),
             idx_mapping=torch.tensor([row for row, _, _ in rows]),
+            idx_mapping_np=np.array([row for row, _, _ in rows]),
         )
     )
     queries = [query_at(row, start + i, attempt) for row, start, n in rows for i in range(n)]
@@ -82,7 +90,7 @@ def test_rejected_drafts_leave_the_window_alone(steps: list[tuple[int, int]]) ->
 
 
 def test_no_window_no_ring() -> None:
-    ring = QueryRing(0, 0, NUM_ROWS, 64, torch.device("cpu"))
+    ring = QueryRing(RingShape(0, 0, 0), NUM_ROWS, 64, torch.device("cpu"))
     ring.add_layer("layer", 2, 4, torch.float32)
     assert not ring.is_active and ring.num_bytes == 0
     with pytest.raises(AssertionError):
@@ -92,7 +100,37 @@ def test_no_window_no_ring() -> None:
 def test_the_ring_is_written_at_addresses_that_do_not_change() -> None:
     """Full CUDA graphs replay addresses."""
     ring = make_ring()
-    before = (ring._slots.data_ptr(), ring._layers["layer"].data_ptr())
+    before = (ring._places.data_ptr(), ring._layers["layer"].data_ptr())
     run(ring, [(0, 0, 12)])
     run(ring, [(0, 12, 1), (1, 3, 4)])
-    assert (ring._slots.data_ptr(), ring._layers["layer"].data_ptr()) == before
+    assert (ring._places.data_ptr(), ring._layers["layer"].data_ptr()) == before
+
+
+def test_rows_without_a_slot_write_nothing_and_read_nothing() -> None:
+    ring = make_ring()
+    ring.assign(1, -1)
+    run(ring, [(0, 0, 20), (1, 0, 20)])
+    before = ring._layers["layer"].clone()
+    run(ring, [(1, 20, 1)])
+    assert torch.equal(ring._layers["layer"], before)
+    assert torch.equal(ring.take(0, "layer", 20, WINDOW), expected(0, 20))
+    with pytest.raises(RuntimeError, match="row 1 is compacted at 21 tokens and its queries"):
+        ring.take(1, "layer", 21, WINDOW)
+
+
+def test_a_slot_that_changes_hands_holds_its_owners_queries() -> None:
+    """As the scheduler hands it on: the new owner records a whole window before it is read."""
+    ring = make_ring()
+    for row in range(NUM_ROWS):
+        ring.assign(row, -1)
+    length, owner = dict.fromkeys(range(NUM_ROWS), 30), 0
+    ring.assign(owner, 2)
+    for _ in range(4 * WINDOW):
+        run(ring, [(row, length[row], 1) for row in reversed(range(NUM_ROWS))])
+        length = {row: tokens + 1 for row, tokens in length.items()}
+        if (length[owner] - 30) % WINDOW == 0:
+            found = ring.take(owner, "layer", length[owner], WINDOW)
+            assert torch.equal(found, expected(owner, length[owner]))
+            ring.assign(owner, -1)
+            owner = (owner + 1) % NUM_ROWS
+            ring.assign(owner, 2)

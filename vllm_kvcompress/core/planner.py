@@ -33,6 +33,7 @@ from vllm_kvcompress.budgets import (
 )
 from vllm_kvcompress.core.draft_history import DraftHistory
 from vllm_kvcompress.core.tracked_request import SkipReason, State, TrackedRequest
+from vllm_kvcompress.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
@@ -56,12 +57,16 @@ class Planner:
         Tokens per block.
     codes_per_row : int or None
         Tokens whose codes one slot takes; needed where a setting has a codebook.
+    rations_queries : bool
+        Whether queries of generated tokens are recorded for requests alone that are told to
+        (`note_recording`); else for all.
     """
 
     config: CompressionConfig
     num_layer_groups: int
     block_size: int
     codes_per_row: int | None = None
+    rations_queries: bool = False
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
 
     def add(
@@ -113,6 +118,9 @@ class Planner:
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
         tracked.drafts, tracked.num_waited, tracked.is_shared = None, 0, False
+        tracked.queries_since, tracked.lacks_queries = None, False
+        if self.rations_queries and (window := decode_window(config)):
+            tracked.query_window, tracked.query_gap = window, decode_gap(config)
         tracked.state = State.ARMED
         lengths = compaction_lengths(
             prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
@@ -143,6 +151,8 @@ class Planner:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT  # no step read what was compacted
         elif tracked.was_under_budget:
             tracked.skip_reason = SkipReason.UNDER_BUDGET
+        elif tracked.lacks_queries:
+            tracked.skip_reason = SkipReason.NO_ROOM
         elif tracked.state is State.ARMED and tracked.while_decoding:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT
         return tracked
@@ -202,6 +212,9 @@ class Planner:
         if tracked is None or num_certain < tracked.next_at:
             return False
         assert tracked.config is not None
+        tracked.lacks_queries = tracked.while_decoding and not tracked.has_queries(num_certain)
+        if tracked.lacks_queries:
+            return False
         if tracked.state is State.ARMED or tracked.while_decoding:
             tracked.position = num_certain if tracked.while_decoding else tracked.prompt_len
             tracked.lengths = self._lengths(tracked, tracked.config)
@@ -258,6 +271,24 @@ class Planner:
         tracked.compacted_at = tracked.position
         self._rearm(tracked)
 
+    # --- queries of generated tokens ------------------------------------------------------
+
+    def queries_from(self, request_id: str) -> int | None:
+        """Position from which a request's queries must be recorded; None if none are read."""
+        tracked = self.requests.get(request_id)
+        return None if tracked is None else tracked.queries_from
+
+    def note_recording(self, request_id: str, start: int | None) -> None:
+        """A request's queries are recorded from position `start` on, or no longer (None)."""
+        tracked = self.requests.get(request_id)
+        if tracked is not None:
+            tracked.queries_since = start
+
+    def is_overdue(self, request_id: str, num_tokens: int) -> bool:
+        """Whether `num_tokens` of a request were enough for its next compaction while decoding."""
+        tracked = self.waiting(request_id)
+        return tracked is not None and tracked.while_decoding and num_tokens >= tracked.next_at
+
     # --- views ----------------------------------------------------------------------------
 
     def _note_view(self, tracked: TrackedRequest, num_certain: int) -> bool:
@@ -270,7 +301,7 @@ class Planner:
             and tracked.drafts.num_steps >= MIN_STEPS
             and tracked.drafts.rate < draft.refresh_below
         )
-        if not is_old and not is_poor:
+        if not (is_old or is_poor) or not tracked.has_queries(num_certain):
             return False
         tracked.position = num_certain
         tracked.lengths = self._lengths(tracked, tracked.config)

@@ -21,8 +21,10 @@ from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State, TrackedRequest
+from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.task import RequestClassifier
+from vllm_kvcompress.decode_queries import ring_shape
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
 from vllm_kvcompress.plans import RequestOptions
@@ -72,8 +74,11 @@ class CompressionMixin(Scheduler):
             num_layer_groups=group_map.num_layer_groups,
             block_size=group_map.block_size,
             codes_per_row=group_map.codes_per_row,
+            rations_queries=True,
         )
         self.stats = CompressionStats()
+        ring = ring_shape(self.vllm_config, self.compression_config)
+        self.query_slots = QuerySlots(self.planner, ring.num_slots, self.stats)
         self._classifier = RequestClassifier(self.vllm_config.model_config)
         self.compactions = Compactions(
             self.planner,
@@ -109,9 +114,14 @@ class CompressionMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
+        self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
         output = super().schedule(throttle_prefills)
         names = [new.req_id for new in output.scheduled_new_reqs]
         setups = {name: self.planner.setup_of(name) for name in names}
+        self.query_slots.provide(
+            (name, (end := self.requests[name].num_computed_tokens) - count, end)
+            for name, count in output.num_scheduled_tokens.items()
+        )
         drafts = output.scheduled_spec_decode_tokens
         due = [
             self.requests[name]
@@ -124,6 +134,7 @@ class CompressionMixin(Scheduler):
             setups={name: setup for name, setup in setups.items() if setup is not None},
             plans=plans,
             num_draft_steps=max(steps, default=0) if self.num_draft_tokens else 0,
+            query_slots=self.query_slots.take_changes(),
             views_given_up=self.compactions.take_given_up(),
         ).attach(output)
         return output
@@ -207,6 +218,7 @@ class CompressionMixin(Scheduler):
         return tracked
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self.query_slots.release(request.request_id)
         tracked = self.planner.remove(request.request_id)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
@@ -216,6 +228,7 @@ class CompressionMixin(Scheduler):
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
+        self.query_slots.release(request.request_id)
         self.planner.restart(request.request_id)
         self.compactions.room.note_change(request.request_id)
 
@@ -276,6 +289,7 @@ class CompressionMixin(Scheduler):
                 lost = tracked.compacted_at - tracked.caches[group].num_tokens
                 assert manager.evicted[request_id] == lost, (request_id, lost)
         assert self.planner.requests.keys() <= self.requests.keys()
+        self.query_slots.check_integrity()
 
 
 class CompressedScheduler(CompressionMixin, Scheduler):

@@ -66,6 +66,13 @@ class TrackedRequest:
         Steps since its compaction fell due in which it found no blocks.
     is_shared : bool
         Whether its compaction waits because others hold its blocks, too.
+    query_window, query_gap : int
+        Queries that its compactions while decoding read, 0 if none, and the fewest tokens from one
+        compaction or view to the next that reads them.
+    queries_since : int or None
+        Position from which its queries are recorded; None while it has no slot of the ring.
+    lacks_queries : bool
+        Whether its compaction is due and waits for queries.
     """
 
     prompt_len: int
@@ -85,6 +92,10 @@ class TrackedRequest:
     was_under_budget: bool = False
     num_waited: int = 0
     is_shared: bool = False
+    query_window: int = 0
+    query_gap: int = 0
+    queries_since: int | None = None
+    lacks_queries: bool = False
 
     @property
     def policy(self) -> str:
@@ -100,3 +111,23 @@ class TrackedRequest:
     def while_decoding(self) -> bool:
         """Whether the next or current compaction is triggered by generated tokens."""
         return self.next_at > self.prompt_len
+
+    @property
+    def queries_from(self) -> int | None:
+        """Position from which its queries must be recorded; None if none will be read."""
+        if not self.query_window or self.state in (State.DONE, State.SKIPPED):
+            return None
+        if self.state is State.PLANNED:
+            following = self.position + self.query_gap
+        elif self.state is State.VIEWED:
+            following = self.viewed_at + self.query_gap
+        else:
+            following = self.next_at + (0 if self.while_decoding else self.query_gap)
+        return max(following - self.query_window, 0)
+
+    def has_queries(self, position: int) -> bool:
+        """Whether those of a compaction at `position` are recorded, or none are read."""
+        if not self.query_window:
+            return True
+        first = max(position - self.query_window, 0)
+        return self.queries_since is not None and self.queries_since <= first

@@ -263,6 +263,13 @@ def _rows() -> list[Row]:
             partial(_token_bytes, window=0), scores, _cache_memory, 1e-3, target=0.7),
         Row("lag_scores", "key_scores.lag_scores", inputs.lag_scores,
             partial(_token_bytes, window=0), scores, _cache_memory, 1e-3, target=0.7),
+        Row("key_redundancy", "key_redundancy.key_redundancy", inputs.key_redundancy,
+            partial(_token_bytes, window=0), f"{scores}; up to 2 R KV D n n operations",
+            _cache_memory, 1e-3, cpu_tokens=1024),
+        Row("prompt_attention", "prompt_attention.prompt_attention_sums", inputs.prompt_attention,
+            lambda s: _token_bytes(s, min(s.tokens, inputs.CHUNK)),
+            "R (2 n KV D e + 2 m H D e + 4 KV n); 4 R H D m n operations at most",
+            _cache_memory, 1e-3, cpu_tokens=1024),
         Row("select_tokens", "select_tokens.select_tokens", inputs.select_tokens, _select_bytes,
             "L R KV (5 * 4 n + 8 K) + R n", _select_memory, all_layers=True),
     ]  # fmt: skip

@@ -27,6 +27,7 @@ from vllm_kvcompress.kernels.rotary import Rotary
 KEPT = 0.12
 GROUPS = 4  # KV cache groups of a step, as the preset windowkv makes them
 RING = 64  # queries that a request keeps
+CHUNK = 8192  # tokens of a prompt that a step computes
 SINKS, LAG, WINDOW = 4, 128, 32
 ENTRIES, THRESHOLD = 512, 0.9  # of a codebook
 OUTSIDE = 10**8  # no block of any cache
@@ -205,6 +206,19 @@ def window_scores(shape: Shape, generator: torch.Generator, window: int) -> Case
 def key_similarity(shape: Shape, generator: torch.Generator) -> Case:
     """KeyDiff's cosines."""
     return _both("key_scores", "key_similarity", make_cache(shape, generator).pages())
+
+
+def key_redundancy(shape: Shape, generator: torch.Generator) -> Case:
+    """R-KV's redundancy of random keys: few have a similar one, so the search is a long one."""
+    return _both("key_redundancy", "key_redundancy", make_cache(shape, generator).pages(), 0.5)
+
+
+def prompt_attention(shape: Shape, generator: torch.Generator) -> Case:
+    """H2O's sums of the last chunk of a prompt."""
+    count = min(*shape.lengths, CHUNK)
+    queries = random_queries(shape, generator, shape.batch, count)
+    pages = make_cache(shape, generator).pages()
+    return _both("prompt_attention", "prompt_attention_sums", queries, pages, shape.scale)
 
 
 def lag_scores(shape: Shape, generator: torch.Generator) -> Case:

@@ -23,6 +23,7 @@ from vllm_kvcompress.budgets import (
     layer_groups,
     permanent_ranges,
 )
+from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.kernels.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.rotary import Rotary
@@ -382,17 +383,16 @@ class _Summaries:
 
     def _fold(self, policy: Policy, layer: int) -> Any:
         queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
+        values, scale = self.prompt.values[layer], self.replay.layers[layer].self_attn.scaling
         summary, length = None, queries.shape[1]
         for start in range(0, length, CHUNK):
             end = min(start + CHUNK, length)
             summary = policy.accumulate(
                 summary,
                 ChunkInputs(
-                    queries=queries[:, start:end],
-                    keys=keys[:, :end],
+                    rows=DenseRows(keys[:, :end], values[:, :end], queries[:, start:end], scale),
                     start=start,
                     prompt_len=length,
-                    scale=self.replay.layers[layer].self_attn.scaling,
                     num_sink_tokens=self.config.num_sink_tokens,
                     rotary=self.replay.rotary if policy.needs_rotary else None,
                 ),

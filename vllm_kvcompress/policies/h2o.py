@@ -2,7 +2,6 @@
 
 import torch
 
-from vllm_kvcompress.kernels.prompt_attention import prompt_attention_sums
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 
@@ -13,7 +12,8 @@ class H2O(Policy):
     The paper adds attention up, which favours early keys: more queries see them. Its recent tokens
     are `observation_window` of the configuration. It evicts one token per generated token; here,
     as in NVIDIA/kvpress and KVCache-Factory, the prompt is compressed once. Scores of a group of
-    query heads are averaged, so that a KV head keeps one set of tokens. (arXiv 2306.14048)
+    query heads are averaged, so that a KV head keeps one set of tokens. All queries times all keys:
+    as many operations again as the attention of the prompt. (arXiv 2306.14048)
 
     Attributes
     ----------
@@ -32,11 +32,11 @@ class H2O(Policy):
         """Add a chunk's attention to [num_kv_heads, prompt_len] float32 sums."""
         if accumulated is None:
             accumulated = torch.zeros(
-                (chunk.keys.shape[0], chunk.prompt_len),
+                (chunk.rows.num_kv_heads, chunk.prompt_len),
                 dtype=torch.float32,
-                device=chunk.keys.device,
+                device=chunk.rows.device,
             )
-        sums = prompt_attention_sums(chunk.queries, chunk.keys, chunk.scale)
+        sums = chunk.rows.attention_sums()
         accumulated[:, : sums.shape[1]] += sums
         return accumulated
 

@@ -116,28 +116,35 @@ class ScoreInputs:
 class ChunkInputs:
     """One chunk of a prompt, for policies that read all queries: one request, one layer.
 
+    What it gives out lives as long as the call: a policy keeps none of it.
+
     Attributes
     ----------
-    queries : torch.Tensor
-        [num_heads, chunk_len, head_dim] after RoPE, of tokens [start, start + chunk_len).
-    keys : torch.Tensor
-        [num_kv_heads, start + chunk_len, head_dim] after RoPE.
+    rows : CacheRows
+        Tokens [0, start + chunk_len), with the chunk's queries. As in `ScoreInputs`.
     start : int
         Position of the chunk's first token.
     prompt_len : int
         Tokens of the whole prompt.
-    scale : float
-        Softmax scale of the layer.
     num_sink_tokens : int
         First tokens that are kept anyway.
     rotary : Rotary or None
         The layer's rotary embedding; None unless `Policy.needs_rotary`.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
+    rows: CacheRows
     start: int
     prompt_len: int
-    scale: float
     num_sink_tokens: int
     rotary: Rotary | None = None
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """[num_heads, chunk_len, head_dim] after RoPE, of tokens [start, start + chunk_len)."""
+        assert self.rows.queries is not None
+        return self.rows.queries
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """[num_kv_heads, start + chunk_len, head_dim] after RoPE."""
+        return self.rows.keys

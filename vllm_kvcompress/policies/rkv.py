@@ -4,7 +4,6 @@ import torch
 from pydantic import Field
 from torch.nn.functional import max_pool1d, pad
 
-from vllm_kvcompress.kernels.key_redundancy import key_redundancy
 from vllm_kvcompress.kernels.window_attention import window_logits
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
@@ -55,6 +54,6 @@ class RKV(Policy):
             torch.stack(rows), self.kernel_size, stride=1, padding=self.kernel_size // 2
         )
         importance = pad(pooled, (0, window))
-        redundancy = key_redundancy(inputs.keys, self.similarity_threshold).softmax(dim=-1)
+        redundancy = inputs.rows.key_redundancy(self.similarity_threshold).softmax(dim=-1)
         weight = self.importance_weight
         return weight * importance - (1 - weight) * redundancy

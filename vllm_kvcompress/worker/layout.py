@@ -59,6 +59,32 @@ class CacheLayout(ABC):
             found.append(DenseRows(keys[:, :length], values[:, :length], own, scale))
         return found
 
+    def rows_so_far(
+        self,
+        cache: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor,
+        scale: float,
+    ) -> CacheRows:
+        """Cached tokens of one request whose prompt is being computed, ready to be measured.
+
+        Parameters
+        ----------
+        cache : torch.Tensor
+            The layer's cache.
+        blocks : torch.Tensor
+            [b] int32, blocks of the first `num_tokens` tokens.
+        num_tokens : int
+            Tokens whose keys and values are cached.
+        queries : torch.Tensor
+            [H, w, D] of the last w of them.
+        scale : float
+            Softmax scale of the layer.
+        """
+        keys, values = self.read(cache, blocks.long())
+        return DenseRows(keys[:, :num_tokens], values[:, :num_tokens], queries, scale)
+
     def move(
         self,
         caches: Sequence[torch.Tensor],
@@ -241,6 +267,24 @@ class StridedLayout(CacheLayout):
         if given:
             stacked = given[0][None] if len(given) == 1 else torch.stack(given)
         return PagedBatch(pages, group.lengths, stacked, scale).rows()
+
+    def rows_so_far(
+        self,
+        cache: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor,
+        scale: float,
+    ) -> CacheRows:
+        """In place: see the base class."""
+        pages = Pages(
+            keys=cache[..., : self.head_size],
+            values=cache[..., self.head_size :],
+            block_table=self._kernel_table(cache, blocks[None]),
+            num_tokens=torch.full((1,), num_tokens, dtype=torch.int32, device=cache.device),
+            max_tokens=num_tokens,
+        )
+        return PagedBatch(pages, [num_tokens], queries.transpose(0, 1)[None], scale).rows()[0]
 
     def move(
         self,

@@ -13,7 +13,6 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.mem_utils import format_gib
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import DraftTokenIds
@@ -27,6 +26,7 @@ from vllm_kvcompress.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.config import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.messages import StepPlan
 from vllm_kvcompress.plans import CompactionPlan
@@ -94,8 +94,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             state.taps.watch(name, layer.impl)
             read_codebooks(name, layer.impl, lambda: self._reader)
         if state.ring.num_bytes:
-            size = format_gib(state.ring.num_bytes)
-            logger.info("KV compression: ring of %d queries, %s GiB", state.ring.size, size)
+            logger.info("KV compression: %s", state.ring)
 
     def _attention_layers(self) -> dict[str, Attention]:
         """The target's; a draft model's are left as they are."""
@@ -155,6 +154,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 dtype=torch.int32, device=self.device,
             ),
         )  # fmt: skip
+        state.prompt_queries.bind(self.compactor.layers, self._rows_so_far)
         assert state.codebooks is not None
         self._reader = CodebookReader(state.codebooks, caches, self.device)
 
@@ -287,14 +287,14 @@ class CompressionRunnerMixin(GPUModelRunner):
         """Run the step, then compact what the scheduler planned for it."""
         step = StepPlan.of(scheduler_output)
         self.model_state.setups = dict(step.setups)
+        self.model_state.query_slots.update(step.query_slots)
         self.model_state.num_draft_steps = step.num_draft_steps
         self.model_state.drop_views(step.views_given_up)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if self.model_state.codebooks is not None:
             self.model_state.codebooks.end_batch()
         self.model_state.window.end_batch()
-        if self.model_state.prompt_queries.is_active:  # never in the profiling run, before caches
-            self.model_state.prompt_queries.end_batch(self.compactor.layers, self._read_keys)
+        self.model_state.prompt_queries.end_batch()
         if step.plans:
             with self._timer:
                 self._compact(step.plans)
@@ -305,11 +305,13 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state.ring.end_batch()
         return output
 
-    def _read_keys(self, layer: LayerCache, req_index: int, num_tokens: int) -> torch.Tensor:
-        """Keys [num_kv_heads, num_tokens, head_dim] of a request that was never compacted."""
+    def _rows_so_far(
+        self, layer: LayerCache, req_index: int, num_tokens: int, queries: torch.Tensor
+    ) -> CacheRows:
+        """First tokens of a request that was never compacted, and the queries of the last."""
         num_blocks = -(-num_tokens // self.block_tables.block_sizes[layer.group])
         blocks = self.block_tables.block_tables[layer.group].gpu[req_index, :num_blocks]
-        return layer.layout.read(layer.cache(), blocks.long())[0][:, :num_tokens]
+        return layer.layout.rows_so_far(layer.cache(), blocks, num_tokens, queries, layer.scale)
 
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index

@@ -15,9 +15,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.config import CONFIG_KEY, parse_config
+from vllm_kvcompress.decode_queries import ring_shape
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.request_options import decode_window
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 from vllm_kvcompress.worker.codebook_rows import CodebookState
@@ -42,11 +42,13 @@ class CompressedModelState(DefaultModelState):
     prompt_queries : PromptQueries
         Summaries of all queries of prompts, for policies that read them.
     ring : QueryRing
-        Last queries of every row, for compactions while decoding.
+        Last queries of rows that are about to be compacted while decoding.
     taps : QueryTaps
         What shows these three the queries.
     setups : dict[str, RequestSetup]
         Of requests that start in the current step, as the scheduler decided them.
+    query_slots : dict[str, int]
+        Slots of the ring that the scheduler has handed out or taken back, not assigned yet.
     lengths : CompressionState or None
         Evicted tokens per row; None until the KV cache exists.
     codebooks : CodebookState or None
@@ -67,14 +69,14 @@ class CompressedModelState(DefaultModelState):
         self.window = QueryWindow(self.device)
         self.prompt_queries = PromptQueries()
         self.ring = QueryRing(
-            decode_window(config),
-            self.vllm_config.num_speculative_tokens,
+            ring_shape(self.vllm_config, config),
             self.max_num_reqs,
             self.max_num_tokens,
             self.device,
         )
         self.taps = QueryTaps([self.window, self.prompt_queries, self.ring])
         self.setups: dict[str, RequestSetup] = {}
+        self.query_slots: dict[str, int] = {}
         self.lengths: CompressionState | None = None
         self.codebooks: CodebookState | None = None
         self.views: DraftViews | None = None
@@ -117,6 +119,7 @@ class CompressedModelState(DefaultModelState):
             self._reset_row(row)
 
     def _reset_row(self, req_index: int) -> None:
+        self.ring.assign(req_index, -1)
         if self.lengths is not None:
             self.lengths.reset_row(req_index)
         if self.codebooks is not None:
@@ -151,6 +154,10 @@ class CompressedModelState(DefaultModelState):
         assert self.lengths is not None
         self.window.begin_batch(input_batch)
         self.prompt_queries.begin_batch(input_batch)
+        while self.query_slots:
+            request_id, slot = self.query_slots.popitem()
+            if request_id in self._rows:  # else it is gone since
+                self.ring.assign(self._rows[request_id], slot)
         self.ring.begin_batch(input_batch)
         return self.lengths.begin_batch(input_batch)
 

@@ -1,18 +1,25 @@
 """Folds the queries of whole prompts into summaries, chunk by chunk.
 
 For policies that read all queries (H2O's accumulated attention, Expected Attention's statistics).
-The queries of one step are held until its forward pass is done, then folded and dropped.
+A layer's queries are folded as soon as its attention has run, so that those of one layer at most
+exist at a time and none is copied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
+from vllm_kvcompress.worker.layer_cache import LayerCache
+
+ReadRows = Callable[[LayerCache, int, int, torch.Tensor], CacheRows]
+"""Takes a layer, a request row, a number of tokens and the queries [H, w, D] of the last of them;
+returns those tokens' rows."""
 
 
 @dataclass
@@ -35,7 +42,6 @@ class _Chunk:
     start: int
     end: int
     position: int
-    queries: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class PromptQueries:
@@ -44,6 +50,14 @@ class PromptQueries:
     def __init__(self) -> None:
         self._summaries: dict[str, _Summary] = {}
         self._chunks: list[_Chunk] = []
+        self._folded: set[str] = set()  # layers of the current step
+        self._layers: dict[str, LayerCache] = {}
+        self._read_rows: ReadRows
+
+    def bind(self, layers: Sequence[LayerCache], read_rows: ReadRows) -> None:
+        """Tell this rank's attention layers and how to read their caches, once those exist."""
+        self._layers = {layer.name: layer for layer in layers}
+        self._read_rows = read_rows
 
     def add_request(
         self, request_id: str, policy: Policy, prompt_len: int, num_sink_tokens: int
@@ -66,15 +80,27 @@ class PromptQueries:
         return summary is not None and num_computed < summary.prompt_len
 
     def begin_batch(self, input_batch: InputBatch) -> None:
-        """Find out which of the batch's tokens to keep the queries of."""
-        self._chunks = []
+        """Find out which of the batch's tokens to fold the queries of.
+
+        Raises
+        ------
+        RuntimeError
+            If tokens before them were never seen, as after a prefix-cache hit.
+        """
+        self._chunks, self._folded = [], set()
         starts = input_batch.query_start_loc_np
         for row, request_id in enumerate(input_batch.req_ids if self._summaries else ()):
             computed = int(input_batch.num_computed_tokens_np[row])
             if not self.wants(request_id, computed):
                 continue
-            prompt_len = self._summaries[request_id].prompt_len
-            count = min(int(input_batch.num_scheduled_tokens[row]), prompt_len - computed)
+            summary = self._summaries[request_id]
+            if computed != summary.num_folded:
+                raise RuntimeError(
+                    f"KV compression: {summary.num_folded} tokens of request {request_id} were "
+                    f"folded when those from {computed} on came; please report this. "
+                    "--enforce-eager avoids it."
+                )
+            count = min(int(input_batch.num_scheduled_tokens[row]), summary.prompt_len - computed)
             start = int(starts[row])
             req_index = int(input_batch.idx_mapping_np[row])
             self._chunks.append(_Chunk(request_id, req_index, start, start + count, computed))
@@ -85,50 +111,41 @@ class PromptQueries:
         return bool(self._chunks)
 
     def record(self, layer_name: str, query: torch.Tensor) -> None:
-        """Copy what `begin_batch` asked for."""
+        """Fold what `begin_batch` asked for; nothing of `query` is kept."""
+        layer = self._layers[layer_name]
+        self._folded.add(layer_name)
         for chunk in self._chunks:
-            chunk.queries[layer_name] = query[chunk.start : chunk.end].clone()
+            summary = self._summaries[chunk.request_id]
+            queries = query[chunk.start : chunk.end].transpose(0, 1)
+            num_tokens = chunk.position + chunk.end - chunk.start
+            summary.layers[layer_name] = summary.policy.accumulate(
+                summary.layers.get(layer_name),
+                ChunkInputs(
+                    rows=self._read_rows(layer, chunk.req_index, num_tokens, queries),
+                    start=chunk.position,
+                    prompt_len=summary.prompt_len,
+                    num_sink_tokens=summary.num_sink_tokens,
+                    rotary=layer.rotary if summary.policy.needs_rotary else None,
+                ),
+            )
 
-    def end_batch(self, layers: list[Any], read_keys: Callable[[Any, int, int], Any]) -> None:
-        """Fold the step's queries.
-
-        Parameters
-        ----------
-        layers : list[LayerCache]
-            This rank's attention layers.
-        read_keys : callable
-            Takes a layer, a request row and a number of tokens; returns their keys
-            [num_kv_heads, num_tokens, head_dim].
+    def end_batch(self) -> None:
+        """Count the step's tokens.
 
         Raises
         ------
         RuntimeError
-            If tokens were never seen: a prefix-cache hit, or a graph that ran without Python.
+            If a layer's queries were never seen: a graph ran without Python.
         """
         chunks, self._chunks = self._chunks, []
         for chunk in chunks:
-            summary = self._summaries[chunk.request_id]
-            if chunk.position != summary.num_folded or len(chunk.queries) < len(layers):
+            if self._folded != self._layers.keys():
                 raise RuntimeError(
-                    f"KV compression: {summary.num_folded} tokens of request {chunk.request_id} "
-                    f"were folded when those from {chunk.position} on came, in "
-                    f"{len(chunk.queries)} of {len(layers)} layers; please report this. "
-                    "--enforce-eager avoids it."
+                    f"KV compression: tokens from {chunk.position} on of request "
+                    f"{chunk.request_id} were folded in {len(self._folded)} of "
+                    f"{len(self._layers)} layers; please report this. --enforce-eager avoids it."
                 )
-            summary.num_folded += chunk.end - chunk.start
-            for layer in layers:
-                summary.layers[layer.name] = summary.policy.accumulate(
-                    summary.layers.get(layer.name),
-                    ChunkInputs(
-                        queries=chunk.queries.pop(layer.name).transpose(0, 1),
-                        keys=read_keys(layer, chunk.req_index, summary.num_folded),
-                        start=chunk.position,
-                        prompt_len=summary.prompt_len,
-                        scale=layer.scale,
-                        num_sink_tokens=summary.num_sink_tokens,
-                        rotary=layer.rotary if summary.policy.needs_rotary else None,
-                    ),
-                )
+            self._summaries[chunk.request_id].num_folded += chunk.end - chunk.start
 
     def take(self, request_id: str, layer_name: str) -> Any:
         """A layer's summary of the whole prompt."""

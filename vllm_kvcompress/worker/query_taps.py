@@ -16,7 +16,10 @@ class QueryRecorder(Protocol):
         """Whether the current step has anything for it. Read while a CUDA graph is captured."""
 
     def record(self, layer_name: str, query: torch.Tensor) -> None:
-        """Take what it wants of [num_tokens, num_heads, head_dim] queries, after RoPE."""
+        """Take what it wants of [num_tokens, num_heads, head_dim] queries, after RoPE.
+
+        By then the keys and values of the same tokens are in the layer's cache.
+        """
 
 
 class QueryTaps:
@@ -26,6 +29,9 @@ class QueryTaps:
     implementation objects' `forward` is wrapped; compiled models reach it through a custom op.
     A full CUDA graph replays only tensor operations of recorders that were active while it was
     captured.
+
+    Recorders are asked after the layer's attention: some backends write the cache before it, in an
+    operation of its own, others within it (`AttentionBackend.forward_includes_kv_cache_update`).
 
     Parameters
     ----------
@@ -43,11 +49,12 @@ class QueryTaps:
 
         @wraps(forward)
         def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            output = forward(layer, query, *args, **kwargs)
             if not self._is_muted:
                 for recorder in self.recorders:
                     if recorder.is_active:
                         recorder.record(layer_name, query)
-            return forward(layer, query, *args, **kwargs)
+            return output
 
         impl.forward = watched
 

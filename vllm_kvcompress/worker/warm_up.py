@@ -41,13 +41,16 @@ class _NoQueries:
         if policy.queries is not Queries.PROMPT:
             return sample.new_zeros(self.config.observation_window, *sample.shape).transpose(0, 1)
         layer = self.layers[layer_name]
-        num_kv_heads = layer.cache().shape[1]
+        cache, queries = layer.cache(), sample.new_zeros(self.num_tokens, *sample.shape)
+        blocks = torch.zeros(
+            self.num_tokens // cache.shape[2], dtype=torch.int32, device=cache.device
+        )
         chunk = ChunkInputs(
-            queries=sample.new_zeros(self.num_tokens, *sample.shape).transpose(0, 1),
-            keys=sample.new_zeros(num_kv_heads, self.num_tokens, sample.shape[-1]),
+            rows=layer.layout.rows_so_far(
+                cache, blocks, self.num_tokens, queries.transpose(0, 1), layer.scale
+            ),
             start=0,
             prompt_len=self.num_tokens,
-            scale=layer.scale,
             num_sink_tokens=self.config.num_sink_tokens,
             rotary=layer.rotary if policy.needs_rotary else None,
         )

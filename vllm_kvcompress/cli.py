@@ -26,17 +26,15 @@ from vllm_kvcompress.cli_inspect import add_inspect_options, run_inspect
 from vllm_kvcompress.cli_tune import add_tune_options, run_tune
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.sizing import (
-    DTYPE_BYTES,
     Capacity,
-    ModelGeometry,
     RequestUsage,
     capacity,
     format_size,
     parse_size,
-    read_geometry,
     request_usage,
 )
 

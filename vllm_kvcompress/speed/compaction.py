@@ -1,8 +1,8 @@
 """Work of one request's compaction: keeping queries, scoring, selecting, copying.
 
 One request at a time: a step computes a few thousand tokens, so long prompts end one after the
-other. Launches are counted as ``worker/compactor.py`` makes them on a GPU; `tests/test_speed_work.py`
-holds the counts against a real `Compactor`.
+other. Launches are counted as ``worker/compactor.py`` makes them on a GPU, and held against a real
+`Compactor` by ``tests/worker/test_speed_launches.py``.
 """
 
 from collections.abc import Sequence
@@ -142,9 +142,10 @@ def compaction(
     decoding = usage.compacted_at != prompt_len
     probe = Probe(
         config.build_policy(), heads_of(shape), shape.hidden_size, config.observation_window,
-        config.num_sink_tokens, shape.num_workers,
+        config.num_sink_tokens, shape.num_workers, chunk_tokens,
     )  # fmt: skip
-    run = [*_scoring(probe, groups, decoding), _selecting(shape, groups), _copying(shape, groups)]
+    run = [*_scoring(probe, groups, decoding), _selecting(shape, groups)]
+    run.append(_copying(shape, groups, probe.policy.rerotates_keys))
     if any(group.is_coded for group in groups):
         run.append(_books(shape, groups))
     captured = () if decoding else _capture(probe, shape, prompt_len, chunk_tokens)
@@ -160,7 +161,7 @@ def _capture(
         kept = kernel_bytes.store_rows(probe.heads, chunk, probe.observation_window)
         return (_stage("queries", [(kept, shape.num_layers)], copies=1),)
     if probe.policy.queries is Queries.PROMPT:
-        return (_stage("queries", [(probe.fold(prompt_len, chunk_tokens), shape.num_layers)]),)
+        return (_stage("queries", [(probe.fold(prompt_len), shape.num_layers)]),)
     return ()
 
 
@@ -182,11 +183,13 @@ def _selecting(shape: ModelShape, groups: Sequence[_Group]) -> Stage:
     return _stage("select", launches, copies=GROUP_COPIES * len(groups))
 
 
-def _copying(shape: ModelShape, groups: Sequence[_Group]) -> Stage:
+def _copying(shape: ModelShape, groups: Sequence[_Group], rotates: bool) -> Stage:
     """Survivors to their blocks, all layers of a group at once."""
     plain = [group for group in groups if not group.is_coded]
     heads = heads_of(shape)
     launches = [(kernel_bytes.compact_pages(heads, g.layers, g.num_survivors), 1) for g in plain]
+    # Where keys are turned, the positions that they are turned to are worked out first.
+    launches += [(Launch(0, 0, kernels=0, operations=1), 1)] * (rotates * len(plain))
     return _stage("copy", launches, copies=ADDRESS_COPIES * len(plain))
 
 

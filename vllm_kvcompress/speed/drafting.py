@@ -57,7 +57,7 @@ class Speculation:
         Share of the context in the view.
     num_drafts : int
         Draft tokens per step.
-    tail : int
+    tail : float
         Tokens behind the context, which the view holds whole.
     """
 
@@ -66,7 +66,7 @@ class Speculation:
     context: int
     view_ratio: float
     num_drafts: int
-    tail: int = 0
+    tail: float = 0
 
     @property
     def plain_step(self) -> Path:

@@ -84,12 +84,11 @@ def token_scores(h: Heads, num_tokens: int, num_queries: int) -> Launch:
 def head_scores(h: Heads, num_tokens: int, num_queries: int) -> Launch:
     """`token_scores` for every query head alone: the keys H / KV times as often.
 
-    Beside it, block table and lengths are repeated, queries and scores brought in order.
+    Beside it, block table and lengths are repeated, and scores brought in order.
     """
-    alone = token_scores(h, num_tokens, num_queries)
-    ordered = num_queries * h.query + 4 * h.heads * num_tokens
-    read = 2 * num_tokens * h.row * h.heads / h.kv_heads + 2 * num_queries * h.query + ordered
-    return Launch(read, 4 * h.heads * num_tokens + ordered, alone.flops, kernels=3, operations=4)
+    flops, scores = token_scores(h, num_tokens, num_queries).flops, 4 * h.heads * num_tokens
+    read = 2 * num_tokens * h.row * h.heads / h.kv_heads + 2 * num_queries * h.query + scores
+    return Launch(read, 2 * scores, flops, kernels=3, operations=3)
 
 
 def window_scores(h: Heads, num_tokens: int, num_queries: int, window_size: int) -> Launch:

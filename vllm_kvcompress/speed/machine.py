@@ -177,11 +177,15 @@ def make_machine(
         what = "bandwidth" if rates.flops is None else "bandwidth and FLOP/s"
         sources.append(f"{what} measured on {rates.device}")
         base = replace(base, bandwidth=rates.bandwidth, flops=rates.flops or base.flops)
-    given = {"bandwidth": bandwidth, "flops": flops, "link_bandwidth": link_bandwidth}
-    given = {field: value for field, value in given.items() if value is not None}
-    if given:
-        sources.append(f"given: {', '.join(given).replace('_', ' ')}")
-        base = replace(base, **given)
+    given = {"bandwidth": bandwidth, "FLOP/s": flops, "bandwidth between ranks": link_bandwidth}
+    if names := [name for name, value in given.items() if value is not None]:
+        sources.append(f"{', '.join(names)} given")
+        base = replace(
+            base,
+            bandwidth=bandwidth or base.bandwidth,
+            flops=flops or base.flops,
+            link_bandwidth=link_bandwidth or base.link_bandwidth,
+        )
     if math.isnan(base.bandwidth) or math.isnan(base.flops):
         missing = "bandwidth" if math.isnan(base.bandwidth) else "FLOP/s"
         raise ConfigError(

@@ -6,6 +6,7 @@ step, waits for the network, and what bandwidth and FLOP/s of a real kernel are 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -179,9 +180,14 @@ class SpeedPlan:
     # --- what it comes to -----------------------------------------------------------------
 
     @property
-    def saves(self) -> bool:
-        """Whether anything is compacted."""
-        return self.usage.compacted_at is not None
+    def evicts(self) -> bool:
+        """Whether the setting gives memory back."""
+        return self.config.mode == "evict"
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether the survivors of the setting can be a view to draft over."""
+        return self.config.trigger == "end_of_prompt" and self.config.codebook is None
 
     def gain(self, batch: int) -> float:
         """Stock's decode step over the compressed one, above 1 where compression is faster."""
@@ -197,9 +203,8 @@ class SpeedPlan:
         float or None
             None where a step is no shorter.
         """
-        saved = self.stock_step(batch).seconds(self.machine) - self.step(batch).seconds(
-            self.machine
-        )
+        before, after = self.stock_step(batch), self.step(batch)
+        saved = before.seconds(self.machine) - after.seconds(self.machine)
         if saved <= 0:
             return None
         return batch * self.compaction.path.seconds(self.machine) / saved
@@ -208,36 +213,38 @@ class SpeedPlan:
         """Accepted length from which on draft mode is faster than stock."""
         return self.drafting(batch).needed_length(machine=self.machine)
 
-    def _served(self, batch: int, step: float, gained: float, once: float) -> Served:
-        """`gained` tokens per request and step; `once` seconds per request beside its steps."""
-        own = once + self.output_len / gained * step / batch
-        return Served(batch, step, batch * gained / step, self.output_len / own)
-
     def served(self, memory: int, accepted: float | None = None) -> dict[str, Served | None]:
         """Throughput with as many requests as a pool of `memory` bytes per worker holds.
 
         Returns
         -------
         dict
-            "without", "with", and "draft" where an accepted length is given; None where not one
-            request fits.
+            "without"; "with" where the setting evicts; "draft" where the survivors can be a view
+            and an accepted length is given. None where not one request fits.
         """
         fit, machine = capacity(self.usage, memory), self.machine
         prompt = self.prefill.seconds(machine)
-        added = self.compaction.path.seconds(machine)
-        found: dict[str, Served | None] = {}
-        for name, batch, make, once in (
-            ("without", fit.stock_decoding, self.stock_step, prompt),
-            ("with", fit.one_by_one, self.step, prompt + added),
-        ):
-            step = make(batch).seconds(machine) if batch else math.nan
-            found[name] = self._served(batch, step, 1.0, once) if batch else None
-        if accepted is not None:
-            batch = self._fits_with_views(memory)
-            step = self.drafting(batch).step.seconds(machine) if batch else math.nan
-            once = prompt + added
-            found["draft"] = self._served(batch, step, accepted, once) if batch else None
+        once = prompt + self.compaction.path.seconds(machine)
+        found = {"without": self._served(fit.stock_decoding, self.stock_step, 1.0, prompt)}
+        if self.evicts:
+            found["with"] = self._served(fit.one_by_one, self.step, 1.0, once)
+        if accepted is not None and self.can_draft:
+
+            def step(batch: int) -> Path:
+                return self.drafting(batch).step
+
+            found["draft"] = self._served(self._fits_with_views(memory), step, accepted, once)
         return found
+
+    def _served(
+        self, batch: int, make_step: Callable[[int], Path], gained: float, once: float
+    ) -> Served | None:
+        """`gained` tokens per request and step; `once` seconds per request beside its steps."""
+        if not batch:
+            return None
+        step = make_step(batch).seconds(self.machine)
+        own = once + self.output_len / gained * step / batch
+        return Served(batch, step, batch * gained / step, self.output_len / own)
 
     def _fits_with_views(self, memory: int) -> int:
         """Requests whose whole caches fit, with a copied view and the drafts' slots each."""

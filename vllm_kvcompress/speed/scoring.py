@@ -13,6 +13,7 @@ queries, n tokens, D head_dim.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from vllm_kvcompress.speed.passes import CHUNK_TOKENS
 META = torch.device("meta")
 _NEW_MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach"}
 _NO_COPY = {"_unsafe_view", "_reshape_alias"}  # views that their schema does not call so
+_WHOLE = {torch.ops.aten.detach.default}  # decomposes into itself
 
 
 def is_launch(func: Any) -> bool:
@@ -66,8 +68,13 @@ class OperationCounter(TorchDispatchMode):
         self.read = self.written = self.flops = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and count it."""
+        """Run an operator and count it, or those that it is made of."""
         kwargs = kwargs or {}
+        if func not in _WHOLE:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
         found = func(*args, **kwargs)
         given, made = _tensors((args, kwargs)), _tensors(found)
         if is_launch(func) and any(each.device == self.device for each in (*given, *made)):
@@ -151,12 +158,12 @@ class RecordedRows(CacheRows):
         """Where nothing is."""
         return META
 
-    @property
+    @cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """[KV, n, D], gathered from pages: the operations of that are counted."""
+        """[KV, n, D], gathered from pages at the first reading: that is counted."""
         return self._pages.gather_keys(0, self.length)
 
-    @property
+    @cached_property
     def values(self) -> torch.Tensor:  # type: ignore[override]
         """[KV, n, D], gathered likewise."""
         return self._pages.gather_values(0, self.length)
@@ -225,6 +232,8 @@ class Probe:
         Of the model.
     observation_window, num_sink_tokens : int
         Of the setting.
+    chunk_tokens : int
+        Of a prompt per step.
     """
 
     policy: Policy
@@ -233,7 +242,9 @@ class Probe:
     observation_window: int
     num_sink_tokens: int
     num_ranks: int = 1
+    chunk_tokens: int = CHUNK_TOKENS
     _scored: dict[tuple, ScoringCost] = field(default_factory=dict, compare=False)
+    _summaries: dict[int, Any] = field(default_factory=dict, compare=False)
 
     def score(self, num_tokens: int, num_keep: int, decoding: bool = False) -> ScoringCost:
         """Cost of one `score`.
@@ -255,7 +266,7 @@ class Probe:
             self._scored[key] = self._run(lambda: self._score(*key))
         return self._scored[key]
 
-    def fold(self, prompt_len: int, chunk_tokens: int = CHUNK_TOKENS) -> Launch:
+    def fold(self, prompt_len: int) -> Launch:
         """Cost of reading all queries of a prompt chunk by chunk; nothing for other policies.
 
         Raises
@@ -263,10 +274,9 @@ class Probe:
         ConfigError
             If the policy cannot read tensors without data.
         """
-        counter = OperationCounter(META)
-        if self.policy.queries is Queries.PROMPT:
-            self._run(lambda: self._fold(prompt_len, chunk_tokens, counter))
-        return counter.launch()
+        if self.policy.queries is not Queries.PROMPT:
+            return OperationCounter(META).launch()
+        return self._run(lambda: self._folded(prompt_len))[1].launch()
 
     def _run(self, work: Callable[[], Any]) -> Any:
         try:
@@ -280,13 +290,11 @@ class Probe:
 
     def _score(self, num_tokens: int, num_keep: int, decoding: bool) -> ScoringCost:
         policy, heads = self.policy, self.heads
-        reads = policy.queries is Queries.WINDOW or (
-            policy.queries is Queries.PROMPT and decoding
-        )
+        reads = policy.queries is Queries.WINDOW or (policy.queries is Queries.PROMPT and decoding)
         rows = RecordedRows(heads, num_tokens, self.observation_window if reads else None)
         accumulated = None
         if policy.queries is Queries.PROMPT and not decoding:
-            accumulated = self._fold(num_tokens, num_tokens, OperationCounter(META))
+            accumulated = self._folded(num_tokens)[0]
         projection = None
         if policy.needs_output_projection:
             shape = (heads.heads, self.hidden_size, heads.head_dim)
@@ -303,6 +311,7 @@ class Probe:
             output_projection=projection,
             rotary=self._rotary,
             num_ranks=self.num_ranks,
+            all_reduce=torch.clone if self.num_ranks > 1 else (lambda tensor: tensor),
         )
         with OperationCounter(META) as counter:
             policy.score(inputs)
@@ -314,11 +323,16 @@ class Probe:
             return None
         return Rotary(torch.empty(self.heads.head_dim // 2, device=META), is_neox=True)
 
-    def _fold(self, prompt_len: int, chunk_tokens: int, counter: OperationCounter) -> Any:
-        """The summary of a prompt; operations are counted."""
-        heads, accumulated = self.heads, None
-        for start in range(0, prompt_len, chunk_tokens):
-            end = min(start + chunk_tokens, prompt_len)
+    def _folded(self, prompt_len: int) -> tuple[Any, OperationCounter]:
+        """The summary of a prompt, and what it took; found once."""
+        if prompt_len not in self._summaries:
+            self._summaries[prompt_len] = self._fold(prompt_len)
+        return self._summaries[prompt_len]
+
+    def _fold(self, prompt_len: int) -> tuple[Any, OperationCounter]:
+        heads, accumulated, counter = self.heads, None, OperationCounter(META)
+        for start in range(0, prompt_len, self.chunk_tokens):
+            end = min(start + self.chunk_tokens, prompt_len)
             rows = RecordedRows(heads, end, end - start)
             queries = rows.queries
             assert queries is not None
@@ -334,4 +348,4 @@ class Probe:
                     rotary=self._rotary,
                 )
                 accumulated = self.policy.accumulate(accumulated, chunk)
-        return accumulated
+        return accumulated, counter

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -209,16 +210,19 @@ def _batch_json(plan: "SpeedPlan", batch: int, accepted: float | None) -> dict[s
 
 def print_speed(args: argparse.Namespace, plan: "SpeedPlan") -> None:
     """Tables behind those of memory."""
-    say(f"\nTimes, COMPUTED and not measured, on {plan.machine.describe()}")
+    say(
+        f"\nTimes, COMPUTED and not measured, on {plan.machine.describe()}\n({plan.machine.source})"
+    )
     each = " and worker" if args.tensor_parallel_size > 1 else ""
     say(f"\nOnce per request{each}")
     _print_once(plan)
-    say(f"Every step{each}, {plan.tail:,.0f} output tokens in")
+    drafts = "; drafts and a verify pass make a step of draft mode" * plan.can_draft
+    say(f"Every step{each}, {plan.tail:,.0f} output tokens in{drafts}")
     _print_steps(args, plan)
     if args.kv_cache_memory and args.output_len:
         say(f"Output tokens per second with a full cache of {format_size(args.kv_cache_memory)}")
         _print_throughput(args, plan)
-    say(f"Left out: {'; '.join(LEFT_OUT)}.")
+    say(textwrap.fill(f"Left out: {'; '.join(LEFT_OUT)}.", 100))
 
 
 def _numbers(work: Work, plan: "SpeedPlan") -> list[str]:
@@ -252,7 +256,7 @@ def _print_steps(args: argparse.Namespace, plan: "SpeedPlan") -> None:
     if plan.evicts:
         titles += ["with: GB", "ms", "faster", "pays after"]
     if plan.can_draft:
-        titles += [f"{plan.config.draft.tokens} drafts + verify: GB", "ms", "pays from"]
+        titles += [f"{plan.config.draft.tokens} drafts: GB", "ms", "pays from"]
         titles += [f"at {args.accepted:g}"] if args.accepted else []
     table = make_table(*titles, right=range(len(titles)))
     for batch in _batches_of(args):

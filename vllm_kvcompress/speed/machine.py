@@ -44,7 +44,7 @@ class Machine:
             link = f", {self.link_bandwidth / 1e9:,.0f} GB/s to other ranks"
         return (
             f"{self.bandwidth / 1e9:,.0f} GB/s, {self.flops / 1e12:,.4g} TFLOP/s{link}, "
-            f"{self.launch_seconds * 1e6:g} us of host time per launch ({self.source})"
+            f"{self.launch_seconds * 1e6:g} us of host time per launch"
         )
 
 

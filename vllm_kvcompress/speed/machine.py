@@ -127,12 +127,16 @@ def read_measured(path: Path) -> Measured:
         If it is no such file, or a rate in it is no number above 0.
     """
     found, device = {}, ""
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            place = row.get("kernel"), row.get("metric"), row.get("unit")
-            if place in (_COPY, _MATMUL):
-                found[place] = _measured_rate(row, path)
-                device = row.get("device") or "a device without a name"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ConfigError(f"--measured: {path}: not a CSV file: {error}.") from None
+    for row in rows:
+        place = row.get("kernel"), row.get("metric"), row.get("unit")
+        if place in (_COPY, _MATMUL):
+            found[place] = _measured_rate(row, path)
+            device = row.get("device") or "a device without a name"
     if _COPY not in found:
         raise ConfigError(
             f"--measured: {path} has no line for the bandwidth of a copy; give the kernels.csv "

@@ -161,7 +161,8 @@ def _capture(
         kept = kernel_bytes.store_rows(probe.heads, chunk, probe.observation_window)
         return (_stage("queries", [(kept, shape.num_layers)], copies=1),)
     if probe.policy.queries is Queries.PROMPT:
-        return (_stage("queries", [(probe.fold(prompt_len), shape.num_layers)]),)
+        folded = probe.fold(prompt_len)
+        return (_stage("queries", [(each, shape.num_layers) for each in folded]),)
     return ()
 
 

@@ -266,8 +266,8 @@ class Probe:
             self._scored[key] = self._run(lambda: self._score(*key))
         return self._scored[key]
 
-    def fold(self, prompt_len: int) -> Launch:
-        """Cost of reading all queries of a prompt chunk by chunk; nothing for other policies.
+    def fold(self, prompt_len: int) -> list[Launch]:
+        """Cost of reading all queries of a prompt chunk by chunk; empty for other policies.
 
         Raises
         ------
@@ -275,8 +275,8 @@ class Probe:
             If the policy cannot read tensors without data.
         """
         if self.policy.queries is not Queries.PROMPT:
-            return OperationCounter(META).launch()
-        return self._run(lambda: self._folded(prompt_len))[1].launch()
+            return []
+        return self._run(lambda: self._folded(prompt_len))[1]
 
     def _run(self, work: Callable[[], Any]) -> Any:
         try:
@@ -323,14 +323,15 @@ class Probe:
             return None
         return Rotary(torch.empty(self.heads.head_dim // 2, device=META), is_neox=True)
 
-    def _folded(self, prompt_len: int) -> tuple[Any, OperationCounter]:
+    def _folded(self, prompt_len: int) -> tuple[Any, list[Launch]]:
         """The summary of a prompt, and what it took; found once."""
         if prompt_len not in self._summaries:
             self._summaries[prompt_len] = self._fold(prompt_len)
         return self._summaries[prompt_len]
 
-    def _fold(self, prompt_len: int) -> tuple[Any, OperationCounter]:
+    def _fold(self, prompt_len: int) -> tuple[Any, list[Launch]]:
         heads, accumulated, counter = self.heads, None, OperationCounter(META)
+        measured: list[Launch] = []
         for start in range(0, prompt_len, self.chunk_tokens):
             end = min(start + self.chunk_tokens, prompt_len)
             rows = RecordedRows(heads, end, end - start)
@@ -348,4 +349,5 @@ class Probe:
                     rotary=self._rotary,
                 )
                 accumulated = self.policy.accumulate(accumulated, chunk)
-        return accumulated, counter
+            measured += rows.measured.values()
+        return accumulated, [*measured, counter.launch()]

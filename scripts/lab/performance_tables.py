@@ -258,8 +258,8 @@ def wins() -> str:
         {
             "A tight pool with long prompts and long outputs": (
                 f"of 32k prompts with {LONG_OUTPUT:,} output tokens {fit.one_by_one} requests "
-                f"decode at once instead of {fit.stock_decoding}, and {number(compressed)} tokens/s "
-                f"come out instead of {number(whole)}, prompts included: "
+                f"decode at once instead of {fit.stock_decoding}, and {number(compressed)} "
+                f"tokens/s come out instead of {number(whole)}, prompts included: "
                 f"{compressed / whole:.1f} times as many."
             ),
             "Large batches at long contexts, whatever the pool": (

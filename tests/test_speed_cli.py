@@ -142,6 +142,11 @@ def test_ranks_take_a_link(plan: Plan) -> None:
             [*RATES, "--accepted", "2", "--kv-compression-config", '{"trigger": "interval"}'],
             ["--accepted", "trigger end_of_prompt"],
         ),
+        (
+            [*RATES, "--accepted", "2"]
+            + ["--kv-compression-config", '{"draft": {"budget": {"ratio": 0.05}}}'],
+            ["--accepted", "without codebook and draft.budget"],
+        ),
     ],
 )
 def test_errors_are_one_sentence(plan: Plan, options: list[str], words: list[str]) -> None:

@@ -132,7 +132,8 @@ def plan_speed(
     plan = SpeedPlan(shape, machine, config, usage, *sizes)
     if args.accepted is not None and not plan.can_draft:
         raise ConfigError(
-            "--accepted: drafts need a setting with the trigger end_of_prompt and no codebook."
+            "--accepted: drafts over the survivors are computed for settings with the trigger "
+            "end_of_prompt, and without codebook and draft.budget."
         )
     return plan
 

@@ -6,8 +6,10 @@ rule as in the model, copies from the host among them.
 """
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
@@ -22,17 +24,21 @@ from vllm_kvcompress.budgets import (
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.geometry import ModelGeometry
-from vllm_kvcompress.kernels import select_tokens
+from vllm_kvcompress.kernels import select_tokens, step_slots
+from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.sizing import request_usage
 from vllm_kvcompress.speed.compaction import compaction
+from vllm_kvcompress.speed.drafting import DRAFT_LAUNCHES
 from vllm_kvcompress.speed.paths import Path
+from vllm_kvcompress.speed.plan import STEP_LAUNCHES
 from vllm_kvcompress.speed.scoring import META, OperationCounter
 from vllm_kvcompress.speed.shapes import ModelShape
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.draft_step import DraftRows, DraftStep
 from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout import StridedLayout
@@ -75,8 +81,8 @@ def plan_of(config: CompressionConfig, groups: int) -> CompactionPlan:
     return CompactionPlan("prompt", TOKENS, False, 0, tuple(plans))
 
 
-def counted(config: CompressionConfig, monkeypatch: Any) -> tuple[Counter, OperationCounter]:
-    """Kernels by name, and torch's operators, of one compaction of all layers."""
+def count_kernels(monkeypatch: Any) -> Counter:
+    """Kernels that are launched from now on, by name; none runs."""
     kernels: Counter = Counter()
 
     def launcher(function: Any, grid: Any) -> Any:
@@ -84,6 +90,12 @@ def counted(config: CompressionConfig, monkeypatch: Any) -> tuple[Counter, Opera
 
     for kind in (InterpretedFunction, JITFunction):
         monkeypatch.setattr(kind, "__getitem__", launcher)
+    return kernels
+
+
+def counted(config: CompressionConfig, monkeypatch: Any) -> tuple[Counter, OperationCounter]:
+    """Kernels by name, and torch's operators, of one compaction of all layers."""
+    kernels = count_kernels(monkeypatch)
     numbers = layer_groups(SHAPE.num_layers, config.layer_groups)
     cache = torch.empty(1100, 8, BLOCK, 256, dtype=torch.bfloat16, device=META)
     layout, sources = StridedLayout(128, BLOCK), Sources(config)
@@ -150,3 +162,46 @@ def test_a_union_of_heads(monkeypatch) -> None:
     assert config is not None
     kernels, counter = counted(config, monkeypatch)
     assert sum(kernels.values()) + counter.operations == modelled(config).launches
+
+
+def test_the_inputs_of_a_draft_step(monkeypatch) -> None:
+    """All that `DraftStep.prepare` launches but the backend's metadata, in one layer group."""
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    rows, host = 5, np.zeros(5, dtype=np.int32)
+    step: Any = DraftStep.__new__(DraftStep)
+    step.max_model_len, step._num_padded = 8192, rows
+    step.positions, step.slots = numbers(8), numbers(1, 8)
+    step.seq_lens, step._lost = numbers(1, 8, dtype=torch.int32), numbers(1, rows)
+    step.requests, step.query_start_loc = numbers(8), numbers(9, dtype=torch.int32)
+    step.number = numbers()
+    table = numbers(8, 512, dtype=torch.int32)
+    step.view_tables, step._own_tables = [table], BlockTables.of([table], [BLOCK])
+    evicted = SimpleNamespace(gpu=numbers(1, 8, dtype=torch.int32), np=np.zeros((1, 8), np.int32))
+    views = SimpleNamespace(num_dropped_np=lambda group, requests: host)
+    step.state = SimpleNamespace(lengths=SimpleNamespace(evicted=evicted), views=views)
+    step._physical_slots = step_slots.physical_slots
+    step._rows = DraftRows(numbers(rows), np.arange(rows), numbers(rows), torch.ones(rows).int())
+    monkeypatch.setattr(DraftStep, "_attention", lambda *args: None)
+    kernels = count_kernels(monkeypatch)
+    with OperationCounter(META) as counter:
+        step.prepare(0)
+    assert sum(kernels.values()) + counter.operations == 12
+    # Before the model's graph; behind it drafts are widened, kept and counted.
+    assert DRAFT_LAUNCHES == 12 + 1 + 3
+
+
+def test_what_a_step_with_compacted_requests_adds(monkeypatch) -> None:
+    """Lengths and slots of four layer groups are a launch each."""
+    kernels, groups = count_kernels(monkeypatch), 4
+    lengths = torch.empty(8, dtype=torch.int32, device=META)
+    evicted = torch.empty(groups, 8, dtype=torch.int32, device=META)
+    positions = torch.empty(8, dtype=torch.int64, device=META)
+    tables = BlockTables.of([torch.empty(8, 64, dtype=torch.int32, device=META)] * groups, [16] * 4)
+    starts, slots = torch.empty(9, dtype=torch.int32, device=META), positions.new_empty(groups, 8)
+    with OperationCounter(META) as counter:
+        step_slots.physical_seq_lens(lengths, lengths, evicted, evicted)
+        step_slots.physical_slots(positions, starts, lengths, evicted, tables, slots)
+    assert (sum(kernels.values()), counter.operations) == (STEP_LAUNCHES, 0)

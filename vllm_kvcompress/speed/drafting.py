@@ -30,8 +30,8 @@ from vllm_kvcompress.speed.paths import Path
 from vllm_kvcompress.speed.shapes import ModelShape
 
 DRAFT_LAUNCHES = 16
-"""Of a draft step: the model's graph, and the small ones around it in ``worker/draft_step.py`` and
-``worker/view_speculator.py``, counted by reading with one layer group and greedy drafts."""
+"""Of a draft step with greedy drafts, backends' metadata left out: the model's graph; 12 that write
+its inputs (``worker/draft_step.py``); 3 that keep its drafts (``worker/view_speculator.py``)."""
 
 
 def accepted_length(probability: float, num_drafts: int) -> float:

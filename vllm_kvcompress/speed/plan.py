@@ -186,8 +186,10 @@ class SpeedPlan:
 
     @property
     def can_draft(self) -> bool:
-        """Whether the survivors of the setting can be a view to draft over."""
-        return self.config.trigger == "end_of_prompt" and self.config.codebook is None
+        """Whether the survivors of the setting can be a view to draft over the whole cache."""
+        config = self.config
+        at_the_end = config.trigger == "end_of_prompt" and config.draft.budget is None
+        return at_the_end and config.codebook is None
 
     def gain(self, batch: int) -> float:
         """Stock's decode step over the compressed one, above 1 where compression is faster."""

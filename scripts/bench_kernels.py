@@ -138,6 +138,20 @@ def copy_bytes() -> int:
     return 1 << (30 if ON_GPU else 28)
 
 
+def measure_matmul() -> Times:
+    """Milliseconds of a product of two square matrices of `matmul_size()` rows in bfloat16."""
+    shape = (matmul_size(), matmul_size())
+    one, other = (torch.ones(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    for matrix in (one, other):
+        matrix.normal_()
+    return measure(lambda: one @ other)
+
+
+def matmul_size() -> int:
+    """Large enough for a GPU's peak rate; small on a CPU."""
+    return 8192 if ON_GPU else 512
+
+
 def small_check(row: Row, seed: int, layout: str) -> float:
     """Difference at a small size with requests of different lengths; float32 on a CPU."""
     # Triton's interpreter multiplies the bits of bfloat16 matrices.
@@ -423,6 +437,11 @@ def main() -> int:
         who = ["copy", "torch", "", "", ""]
         writer.writerow([*who, "time", "ms", *map(number, copied), "", *tail])
         writer.writerow([*who, "achieved", "GB/s", number(copy_gbps), "", "", "", *tail])
+        product = measure_matmul()
+        tflops = 2 * matmul_size() ** 3 / product[0] / 1e9
+        who = ["matmul", "torch", "", "", ""]
+        writer.writerow([*who, "time", "ms", *map(number, product), "", *tail])
+        writer.writerow([*who, "achieved", "TFLOP/s", number(tflops), "", "", "", *tail])
 
         def save(result: Result) -> None:
             writer.writerows([*line, *tail] for line in result.columns(copy_gbps))

@@ -34,7 +34,6 @@ from vllm_kvcompress.evaluation import serving_report as reports
 from vllm_kvcompress.evaluation.serving_client import BenchError
 from vllm_kvcompress.evaluation.serving_models import MODELS, write_model
 from vllm_kvcompress.evaluation.speculation_engine import DRAFT, NGRAM, STOCK, VARIANTS, Child
-from vllm_kvcompress.evaluation.speculation_model import ModelShape, Speculation
 from vllm_kvcompress.evaluation.speculation_report import (
     INTERPRETER,
     CsvLog,
@@ -46,6 +45,8 @@ from vllm_kvcompress.evaluation.speculation_report import (
     write_plot,
 )
 from vllm_kvcompress.settings import merge_fields
+from vllm_kvcompress.speed.drafting import Speculation
+from vllm_kvcompress.speed.shapes import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".demo"

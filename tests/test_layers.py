@@ -39,7 +39,9 @@ LAYERS = {
     "serve_options": 5,
     "policies": 4,
     "messages": 4,
+    "geometry": 4,
     "sizing": 5,
+    "speed": 6,
     "checks": 5,
     "core": 6,
     "worker": 6,
@@ -53,6 +55,7 @@ LAYERS = {
     "cli_codebook": 10,
     "cli_doctor": 10,
     "cli_eval": 10,
+    "cli_speed": 10,
     "cli_inspect": 10,
     "cli_tune": 10,
     "cli": 11,
@@ -62,7 +65,7 @@ PURE |= {"budgets", "metrics", "kernels", "policies", "cpu_triton", "task_classi
 PURE |= {"plain_values", "yaml_reader", "validation_messages", "merging", "idle_fields"}
 PURE |= {"messages", "cli", "cli_codebook", "cli_common", "codebook_lengths", "codebook_settings"}
 PURE |= {"cli_doctor", "cli_eval", "cli_inspect", "cli_measuring", "cli_tune", "doctor_savings"}
-PURE |= {"findings", "decode_queries"}
+PURE |= {"findings", "geometry", "speed", "cli_speed", "decode_queries"}
 
 
 def modules() -> list[tuple[str, Path]]:

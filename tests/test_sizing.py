@@ -12,14 +12,13 @@ from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.geometry import ModelGeometry, read_geometry
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.sizing import (
-    ModelGeometry,
     block_tables,
     capacity,
     format_size,
     parse_size,
-    read_geometry,
     request_usage,
 )
 from vllm_kvcompress.spec import CompressedAttentionSpec

@@ -23,20 +23,25 @@ from vllm_kvcompress.cli_common import at_least, complain, make_table, say, show
 from vllm_kvcompress.cli_doctor import add_doctor_options, run_doctor
 from vllm_kvcompress.cli_eval import add_eval_options, run_eval
 from vllm_kvcompress.cli_inspect import add_inspect_options, run_inspect
+from vllm_kvcompress.cli_speed import (
+    add_speed_options,
+    plan_speed,
+    print_speed,
+    speed_json,
+    speed_warnings,
+)
 from vllm_kvcompress.cli_tune import add_tune_options, run_tune
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.sizing import (
-    DTYPE_BYTES,
     Capacity,
-    ModelGeometry,
     RequestUsage,
     capacity,
     format_size,
     parse_size,
-    read_geometry,
     request_usage,
 )
 
@@ -190,14 +195,18 @@ def _run_plan(args: argparse.Namespace) -> int:
     task, usage = max(usages.items(), key=lambda item: item[1].blocks_decoding)
     fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory else None
     plan = _Plan(args, variants[task], geometry, usage, fit)
-    for warning in _warnings(plan):
+    speed = plan_speed(args, plan.config, geometry, usage)
+    for warning in [*_warnings(plan), *(speed_warnings(args, speed) if speed else ())]:
         complain("warning", warning)
     if len(set(usages.values())) > 1:
         complain("warning", f"requests of the task {task} keep most and are shown.")
     if args.json:
-        say(json.dumps(_plan_json(plan), indent=2))
+        found = _plan_json(plan) | ({"speed": speed_json(args, speed)} if speed else {})
+        say(json.dumps(found, indent=2))
     else:
         _print_plan(plan)
+        if speed:
+            print_speed(args, speed)
     return 0
 
 
@@ -320,6 +329,7 @@ def _add_plan_options(option: Callable[..., Any]) -> None:
     memory = "memory for the cache on each worker, such as 40GiB: count the requests that fit"
     option("--kv-cache-memory", metavar="SIZE", type=_size, help=memory)
     option("--json", action="store_true", help="print it for programs")
+    add_speed_options(option)
 
 
 def make_parser() -> argparse.ArgumentParser:

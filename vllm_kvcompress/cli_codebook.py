@@ -29,8 +29,8 @@ from vllm_kvcompress.cli_common import (
 from vllm_kvcompress.codebook_settings import CodebookConfig
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
 from vllm_kvcompress.settings import CompressionConfig, LayerGroupsConfig
-from vllm_kvcompress.sizing import DTYPE_BYTES, ModelGeometry, read_geometry
 
 if TYPE_CHECKING:
     from vllm_kvcompress.evaluation.codebook_choice import Limits, Recommendation, Tried

@@ -21,7 +21,7 @@ from vllm_kvcompress.cli_common import at_least, complain, make_console, make_ta
 from vllm_kvcompress.cli_common import share as share_of_one
 from vllm_kvcompress.config import parse_config, parse_json, preset_names
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.sizing import read_geometry
+from vllm_kvcompress.geometry import read_geometry
 
 if TYPE_CHECKING:
     from vllm_kvcompress.evaluation.inspected_prompt import Piece

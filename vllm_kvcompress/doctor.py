@@ -17,8 +17,8 @@ from vllm_kvcompress.config import CONFIG_KEY, parse_config, parse_json
 from vllm_kvcompress.doctor_savings import find_savings
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.findings import Check, Finding, Question
+from vllm_kvcompress.geometry import read_geometry
 from vllm_kvcompress.registry import policy_names
-from vllm_kvcompress.sizing import read_geometry
 
 _PLUGINS = {
     "vllm.general_plugins": "kvcompress",

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from vllm_kvcompress.findings import Finding, Question
+from vllm_kvcompress.geometry import read_geometry
 from vllm_kvcompress.sizing import (
     RequestUsage,
     capacity,
     format_size,
-    read_geometry,
     request_usage,
 )
 

@@ -5,12 +5,9 @@ out as vLLM 0.32 lays out a hybrid model: a block of the pool holds `block_size`
 `layers_per_block` layers, and every block table takes whole blocks.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from vllm_kvcompress.budgets import (
     after_compaction,
@@ -19,12 +16,11 @@ from vllm_kvcompress.budgets import (
     next_lengths,
     permanent_ranges,
 )
-from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.geometry import DTYPE_BYTES, ModelGeometry
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.settings import CompressionConfig
-
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {"B": 1, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
@@ -53,136 +49,6 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
-# --- the model ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """What a model's cache depends on.
-
-    Attributes
-    ----------
-    num_layers, num_kv_heads, head_dim : int
-        Of the whole model.
-    dtype : str
-        Of the cache: a key of `DTYPE_BYTES`.
-    max_positions : int or None
-        Longest sequence the model was made for, where the configuration says so.
-    """
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: str
-    max_positions: int | None = None
-
-    def kv_heads_per_worker(self, tensor_parallel_size: int) -> int:
-        """KV heads of one rank; vLLM repeats them where there are more ranks than heads."""
-        low, high = sorted((self.num_kv_heads, tensor_parallel_size))
-        if high % low:
-            raise ConfigError(
-                f"--tensor-parallel-size {tensor_parallel_size}: must divide the model's "
-                f"{self.num_kv_heads} KV heads or be a multiple of them."
-            )
-        return max(self.num_kv_heads // tensor_parallel_size, 1)
-
-    def page_bytes(self, block_size: int, tensor_parallel_size: int = 1) -> int:
-        """Keys and values of `block_size` tokens of one layer on one worker."""
-        heads = self.kv_heads_per_worker(tensor_parallel_size)
-        return 2 * block_size * heads * self.head_dim * DTYPE_BYTES[self.dtype]
-
-
-def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
-    """Read the ``config.json`` of a local Hugging Face folder.
-
-    Parameters
-    ----------
-    folder : Path
-        The folder.
-    dtype : str
-        A key of `DTYPE_BYTES`; "auto" takes the model's, and bfloat16 for float32 as vLLM does.
-
-    Raises
-    ------
-    ConfigError
-        If a file or a field is missing or wrong.
-    UnsupportedModelError
-        If the server would refuse to compress this model.
-    """
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--model: there is no folder {folder}; give the local folder of a Hugging Face model."
-        )
-    path = folder / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--model: {folder} holds no config.json.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: the file must hold an object of fields.")
-    text = data["text_config"] if isinstance(data.get("text_config"), dict) else data
-    _check_supported(data, text, folder)
-    num_heads = _whole_number(text, "num_attention_heads", path)
-    head_dim = text.get("head_dim")
-    if head_dim is None:
-        head_dim = _whole_number(text, "hidden_size", path) // num_heads
-    else:
-        head_dim = _whole_number(text, "head_dim", path)
-    kv_heads = num_heads
-    if text.get("num_key_value_heads") is not None:
-        kv_heads = _whole_number(text, "num_key_value_heads", path)
-    positions = text.get("max_position_embeddings")
-    return ModelGeometry(
-        num_layers=_whole_number(text, "num_hidden_layers", path),
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=_cache_dtype(dtype, data, text, path),
-        max_positions=positions if isinstance(positions, int) else None,
-    )
-
-
-def _whole_number(fields: dict[str, Any], name: str, path: Path) -> int:
-    value = fields.get(name)
-    if value is None:
-        raise ConfigError(f"{path}: the field {name} is missing.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{path}: {name} must be a whole number from 1 up, got {value!r}.")
-    return value
-
-
-def _cache_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: Path) -> str:
-    if chosen != "auto":
-        return chosen
-    places = [where.get(key) for where in (text, data) for key in ("dtype", "torch_dtype")]
-    found = next((value for value in places if value is not None), "float32")
-    name = str(found).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        allowed = ", ".join(DTYPE_BYTES)
-        raise ConfigError(f"{path}: dtype {name!r} is unknown; set --dtype to one of {allowed}.")
-    return "bfloat16" if name == "float32" else name
-
-
-def _check_supported(data: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
-    """Refuse what ``checks.py`` refuses at start-up, as far as config.json tells."""
-    types = set(text.get("layer_types") or ())
-    window = text.get("sliding_window") and text.get("use_sliding_window", True)
-    kinds = {
-        "is an encoder-decoder model": data.get("is_encoder_decoder"),
-        "has multi-head latent attention (MLA)": text.get("kv_lora_rank"),
-        "is a multimodal model": any(f"{k}_config" in data for k in ("vision", "audio")),
-        "has sliding-window or other partial-attention layers": (window and not types)
-        or types - {"full_attention"},
-    }
-    for kind, applies in kinds.items():
-        if applies:
-            raise UnsupportedModelError(
-                f"--model: {folder} {kind}, and the server would refuse to compress it: choose a "
-                "decoder-only text model whose layers all attend to everything."
-            )
-
-
 # --- the pool -----------------------------------------------------------------------------
 
 
@@ -209,6 +75,8 @@ class GroupUsage:
     tokens_before, tokens_after : int
         Slots in use per layer before and after the first compaction: one per token, fewer where a
         codebook stands for tokens.
+    tokens_attended : int
+        Tokens that a decode step attends to per layer after it, coded ones included.
     blocks_before, blocks_after : int
         Blocks of the pool, all tables.
     """
@@ -219,6 +87,7 @@ class GroupUsage:
     num_tables: int
     tokens_before: int
     tokens_after: int
+    tokens_attended: int
     blocks_before: int
     blocks_after: int
 
@@ -298,6 +167,12 @@ def _compactions(
         lengths = next_lengths(prompt_len, position, before, config, block_size, codes)
 
 
+def _attended(cache: GroupCache) -> int:
+    """Tokens whose keys and values a group's slots stand for."""
+    book = cache.book
+    return cache.num_tokens if book is None else cache.num_tokens - book.num_slots + book.num_tokens
+
+
 def request_usage(
     geometry: ModelGeometry,
     config: CompressionConfig,
@@ -325,6 +200,7 @@ def request_usage(
         grown.append(blocks(c.num_tokens + until - each.position for c in each.after))
     before = [c.num_tokens for c in done[0].before] if done else [prompt_len] * len(tables)
     after = [c.num_tokens for c in done[0].after] if done else before
+    attended = [_attended(c) for c in done[0].after] if done else before
     groups = tuple(
         GroupUsage(
             layer_group=group,
@@ -333,6 +209,7 @@ def request_usage(
             num_tables=count,
             tokens_before=before[group],
             tokens_after=after[group],
+            tokens_attended=attended[group],
             blocks_before=count * -(-before[group] // block_size),
             blocks_after=count * -(-after[group] // block_size),
         )

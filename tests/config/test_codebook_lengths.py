@@ -27,10 +27,11 @@ from vllm_kvcompress.budgets import (
 from vllm_kvcompress.codebook_lengths import book_lengths, coded_groups, extended_lengths
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.geometry import ModelGeometry
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.plans import BookLengths, GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.sizing import ModelGeometry, request_usage
+from vllm_kvcompress.sizing import request_usage
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 MODEL = ModelGeometry(num_layers=4, num_kv_heads=2, head_dim=64, dtype="float16")

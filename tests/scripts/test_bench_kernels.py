@@ -24,6 +24,7 @@ from vllm_kvcompress.evaluation.kernel_bench import (
     verdicts,
 )
 from vllm_kvcompress.evaluation.kernel_inputs import Case, Shape
+from vllm_kvcompress.speed.machine import read_measured
 
 __all__ = ["mended_interpreter"]
 
@@ -226,6 +227,14 @@ def test_a_run_without_vllm_writes_its_files(tmp_path: Path) -> None:
     assert float(rows["key_similarity", "torch", "time"]["median"]) > 0
     assert float(rows["key_similarity", "triton", "error at small size"]["median"]) < 1e-3
     assert float(rows["copy", "torch", "achieved"]["median"]) > 0
+    # What plan --speed --measured reads: 2 * 512^3 FLOPs in the median time.
+    product = rows["matmul", "torch", "time"], rows["matmul", "torch", "achieved"]
+    assert [row["unit"] for row in product] == ["ms", "TFLOP/s"]
+    milliseconds, rate = (float(row["median"]) for row in product)
+    assert rate * milliseconds == pytest.approx(2 * 512**3 / 1e9, rel=1e-2)
+    rates = read_measured(out / "kernels.csv")
+    assert rates.flops == pytest.approx(rate * 1e12)
+    assert rates.bandwidth == float(rows["copy", "torch", "achieved"]["median"]) * 1e9
     about = json.loads((out / "run.json").read_text())
     assert about["command"].startswith("scripts/bench_kernels.py --out results --rows")
     assert str(tmp_path) not in text + json.dumps(about)

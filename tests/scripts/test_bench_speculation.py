@@ -17,8 +17,8 @@ from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.serving_client import BenchError
 from vllm_kvcompress.evaluation.speculation_engine import VARIANTS, Meter, Pass, check_counts
-from vllm_kvcompress.evaluation.speculation_model import Speculation
 from vllm_kvcompress.evaluation.speculation_report import conclude, make_table, target_line
+from vllm_kvcompress.speed.drafting import Speculation
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_speculation.py"

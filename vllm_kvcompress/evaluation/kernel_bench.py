@@ -23,6 +23,8 @@ import torch
 from vllm_kvcompress.evaluation import kernel_inputs as inputs
 from vllm_kvcompress.evaluation.kernel_inputs import ENTRIES, GROUPS, RING, WINDOW, Case, Shape
 from vllm_kvcompress.evaluation.kernel_prompt import paged_attention, whole_prompt
+from vllm_kvcompress.speed import kernel_bytes
+from vllm_kvcompress.speed.kernel_bytes import Heads
 
 MODELS = {"llama-3-8b": 32, "qwen3-8b": 36}
 """Layers. Both have 32 query heads, 8 KV heads and head_dim 128."""
@@ -130,21 +132,26 @@ def _queries(s: Shape, count: int) -> int:
     return s.batch * count * s.heads * s.head_dim * s.dtype.itemsize
 
 
+def _heads(s: Shape) -> Heads:
+    return Heads(s.heads, s.kv_heads, s.head_dim, s.dtype.itemsize)
+
+
 def _token_bytes(s: Shape, window: int) -> int:
-    return 2 * (_keys(s) + _queries(s, window)) + _scores(s, s.tokens)
+    return int(s.batch * kernel_bytes.token_scores(_heads(s), s.tokens, window).num_bytes)
 
 
 def _window_bytes(s: Shape, window: int) -> int:
-    return _keys(s) + _queries(s, window) + _scores(s, -(-s.tokens // WINDOW))
+    launch = kernel_bytes.window_scores(_heads(s), s.tokens, window, WINDOW)
+    return int(s.batch * launch.num_bytes)
 
 
 def _select_bytes(s: Shape) -> int:
-    each = s.kv_heads * (5 * 4 * s.tokens + 8 * s.kept)
-    return s.layers * s.batch * each + s.batch * s.tokens
+    launch = kernel_bytes.select_tokens(_heads(s), s.layers, s.tokens, s.kept)
+    return int(s.batch * launch.num_bytes)
 
 
 def _compact_bytes(s: Shape) -> int:
-    return s.layers * s.batch * s.kept * (4 * s.row + 8 * s.kv_heads)
+    return int(s.batch * kernel_bytes.compact_pages(_heads(s), s.layers, s.kept).num_bytes)
 
 
 def _slot_bytes(s: Shape, decodes: bool) -> int:
@@ -154,12 +161,11 @@ def _slot_bytes(s: Shape, decodes: bool) -> int:
 
 def _store_bytes(s: Shape, decodes: bool) -> int:
     tokens, stored = (1, 1) if decodes else (s.tokens, min(s.tokens, RING))
-    return 8 * s.batch * tokens + 2 * _queries(s, stored)
+    return int(s.batch * kernel_bytes.store_rows(_heads(s), tokens, stored).num_bytes)
 
 
 def _build_bytes(s: Shape) -> int:
-    n, vector = s.tokens, s.head_dim * s.dtype.itemsize
-    return 2 * s.batch * s.kv_heads * (3 * n * vector + 3 * n * n // 16 + 16 * n)
+    return int(s.batch * kernel_bytes.build_codebook(_heads(s), s.tokens).num_bytes)
 
 
 def _codebook_bytes(s: Shape) -> int:

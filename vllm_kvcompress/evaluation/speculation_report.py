@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from vllm_kvcompress.evaluation.speculation_engine import DRAFT, STOCK, VARIANTS
-from vllm_kvcompress.evaluation.speculation_model import ModelShape, Speculation
+from vllm_kvcompress.speed.drafting import Speculation
+from vllm_kvcompress.speed.shapes import ModelShape
 
 UNITS = {
     "tokens_per_second": "output tokens/s",

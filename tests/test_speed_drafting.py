@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 
 from vllm_kvcompress.evaluation.serving_models import MODELS
-from vllm_kvcompress.evaluation.speculation_model import (
-    H200_BANDWIDTH,
-    H200_BF16_FLOPS,
-    SHAPES,
-    ModelShape,
-    Speculation,
-    accepted_length,
-)
+from vllm_kvcompress.speed.drafting import Speculation, accepted_length
+from vllm_kvcompress.speed.machine import MACHINES, Machine
+from vllm_kvcompress.speed.shapes import ModelShape
+
+SHAPES = {name: ModelShape.from_config(MODELS[name]) for name in ("llama-3-8b", "qwen3-8b")}
+H200 = MACHINES["h200"]
 
 # Layer: queries and output 2 * 8 * 2 * 4 = 128, keys and values 2 * 8 * 2 * 2 = 64, MLP
 # 3 * 8 * 10 = 240; two layers 864; head 20 * 8 = 160: 1024 weights. A token: 2 * 2 * 2 * 2 = 16.
@@ -46,16 +44,18 @@ def test_configs_without_the_newer_fields() -> None:
 
 
 def test_bytes_of_passes_by_hand() -> None:
-    assert CASE.plain_step.num_bytes == 2048 + 3 * 110 * 64
-    assert CASE.draft_step.num_bytes == 2048 + 3 * 35 * 64
-    assert CASE.verify_pass.num_bytes == CASE.plain_step.num_bytes
+    assert CASE.plain_step.read == 2048 + 3 * 110 * 64
+    assert CASE.draft_step.read == 2048 + 3 * 35 * 64
+    assert CASE.verify_pass.read == CASE.plain_step.read
+    assert CASE.plain_step.written == 3 * 64
+    assert CASE.verify_pass.written == 5 * 3 * 64
     assert CASE.view_bytes == 3 * 25 * 64
 
 
 def test_flops_of_verify_by_hand() -> None:
     assert CASE.plain_step.flops == 2 * 1024 * 3 + 64 * 330
-    assert CASE.verify_pass.linear_flops == 2 * 1024 * 15
-    assert CASE.verify_pass.attention_flops == 64 * 330 * 5
+    assert CASE.verify_pass.stage("matrices").flops == 2 * 1024 * 15
+    assert CASE.verify_pass.stage("attention").flops == 64 * 330 * 5
 
 
 def test_bytes_per_token_by_hand() -> None:
@@ -82,8 +82,8 @@ def test_probabilities_are_checked() -> None:
 
 def test_the_target_of_llama_at_32k_by_32() -> None:
     """152.4 GB a step, 49.4 GB a draft: (4 * 49.37 + 152.45) / 152.45 = 2.295 steps' bytes."""
-    assert BIG.plain_step.num_bytes == pytest.approx(15_009_316_864 + 2**37)
-    assert BIG.draft_step.num_bytes == pytest.approx(15_009_316_864 + 2**35)
+    assert BIG.plain_step.read == pytest.approx(15_009_316_864 + 2**37)
+    assert BIG.draft_step.read == pytest.approx(15_009_316_864 + 2**35)
     assert BIG.limit == pytest.approx(5 / 2.2953, rel=1e-3)
     assert BIG.needed_length(2.0) == pytest.approx(2 * 2.2953, rel=1e-3)
     assert BIG.speed_up(BIG.needed_length(2.0)) == pytest.approx(2.0)
@@ -108,24 +108,39 @@ def test_drafting_that_never_or_always_pays() -> None:
     assert BIG.tokens_to_pay(5.0, target=2.6) is None
 
 
+def memory_bound(case: Speculation) -> tuple[bool, ...]:
+    return tuple(stage.waits_for_memory(H200) for stage in case.verify_pass.stages)
+
+
 def test_verify_stops_being_memory_bound() -> None:
-    rates = H200_BANDWIDTH, H200_BF16_FLOPS
-    assert BIG.verify_pass.is_memory_bound(*rates) == (True, True)
+    assert memory_bound(BIG) == (True, True)
     # bfloat16: a weight's two FLOPs per token over its two bytes reach 206 at 206 tokens.
-    assert replace(BIG, num_drafts=5).verify_pass.is_memory_bound(*rates)[0]
-    assert not replace(BIG, num_drafts=6).verify_pass.is_memory_bound(*rates)[0]
+    assert memory_bound(replace(BIG, num_drafts=5))[0]
+    assert not memory_bound(replace(BIG, num_drafts=6))[0]
     # Four query heads per KV head: 4 (k + 1) FLOPs per byte, whatever the batch.
-    assert replace(BIG, num_drafts=50).verify_pass.is_memory_bound(*rates)[1]
-    assert not replace(BIG, num_drafts=51).verify_pass.is_memory_bound(*rates)[1]
+    assert memory_bound(replace(BIG, num_drafts=50))[1]
+    assert not memory_bound(replace(BIG, num_drafts=52))[1]
 
 
 def test_seconds() -> None:
     work = CASE.verify_pass
-    assert work.seconds(1.0) == work.num_bytes
-    assert work.seconds(math.inf, 2.0) == work.flops / 2
-    # Matrices compute-bound (30,720 FLOPs for 2048 bytes), attention too: 105,600 for 21,120.
-    assert work.seconds(1.0, 10.0) == 3072 + 21_120
-    assert CASE.speed_up(4.0, bandwidth=1.0, flops_rate=10.0) < CASE.speed_up(4.0)
+    assert work.seconds(Machine(1.0)) == 2048 + 21_120 + 15 * 64
+    assert work.seconds(Machine(math.inf, 2.0)) == work.flops / 2
+    # Matrices compute-bound (30,720 FLOPs for 2048 bytes), attention not: 105,600 for 22,080.
+    slow = Machine(1.0, 10.0)
+    assert work.seconds(slow) == 3072 + 22_080
+    assert CASE.speed_up(4.0, machine=slow) < CASE.speed_up(4.0)
+    # Five times the matrices' FLOPs and the plain step's bytes, against four draft steps too.
+    plain, draft = 2048 + 21_120 + 192, 2048 + 6720 + 192
+    assert CASE.speed_up(4.0, machine=slow) == pytest.approx(4 * plain / (4 * draft + 25_152))
+    assert CASE.needed_length(machine=slow) == pytest.approx((4 * draft + 25_152) / plain)
+
+
+def test_launches_of_a_step() -> None:
+    assert CASE.plain_step.launches == CASE.verify_pass.launches == 1
+    assert CASE.step.launches == 4 * 16 + 1
+    fast = Machine(math.inf, math.inf, launch_seconds=5e-6)
+    assert CASE.step.seconds(fast) == pytest.approx(65 * 5e-6)
 
 
 def test_llama_at_32k_by_32_does_not_fit_one_gpu_of_141_gb() -> None:

@@ -31,11 +31,11 @@ from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.sizing import request_usage
-from vllm_kvcompress.speed.compaction import compaction
+from vllm_kvcompress.speed.compaction import compaction, heads_of
 from vllm_kvcompress.speed.drafting import DRAFT_LAUNCHES
 from vllm_kvcompress.speed.paths import Path
 from vllm_kvcompress.speed.plan import STEP_LAUNCHES
-from vllm_kvcompress.speed.scoring import META, OperationCounter
+from vllm_kvcompress.speed.scoring import META, OperationCounter, RecordedRows
 from vllm_kvcompress.speed.shapes import ModelShape
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.draft_step import DraftRows, DraftStep
@@ -62,8 +62,8 @@ class Sources:
 
         if self.policy.queries is not Queries.PROMPT:
             return queries(self.config.observation_window)
-        keys = torch.empty(8, TOKENS, 128, dtype=torch.bfloat16, device=META)
-        chunk = ChunkInputs(queries(TOKENS), keys, 0, TOKENS, 128**-0.5, 4, FREQUENCIES)
+        rows = RecordedRows(heads_of(SHAPE), TOKENS, TOKENS)
+        chunk = ChunkInputs(rows, 0, TOKENS, 4, FREQUENCIES)
         with torch.utils._python_dispatch._disable_current_modes():
             return self.policy.accumulate(None, chunk)
 
@@ -148,9 +148,9 @@ def test_kernels_by_hand(monkeypatch) -> None:
         "_stats_kernel": 32, "_combine_kernel": 32, "_token_kernel": 32,
         "_select_kernel": 1, "_copy_kernel": 1,
     }  # fmt: skip
-    # A pooling and a concatenation a layer, the stack of scores, seven copies from the host.
-    assert counter.operations == 2 * 32 + 1 + 7
-    assert modelled(setting("snapkv")).launches == 98 + 72
+    # A pooling, a concatenation and a place beside the others a layer; one copy from the host.
+    assert counter.operations == 3 * 32 + 1
+    assert modelled(setting("snapkv")).launches == 98 + 97
     kernels, _ = counted(setting("windowkv_llama3"), monkeypatch)
     assert sum(kernels.values()) == 4 * (3 + 2)
     kernels, _ = counted(setting("keydiff"), monkeypatch)

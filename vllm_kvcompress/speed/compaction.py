@@ -19,11 +19,9 @@ from vllm_kvcompress.speed.paths import Path, Stage
 from vllm_kvcompress.speed.scoring import Probe
 from vllm_kvcompress.speed.shapes import ModelShape
 
-GROUP_COPIES = 6
-"""From the host per layer group: tables, lengths and forced tokens (``worker/group_batch.py``)."""
-
-ADDRESS_COPIES = 1
-"""From the host per copying launch: the addresses of its layers."""
+HOST_COPIES = 1
+"""Of a compaction from the host: tables, lengths, forced tokens and addresses of all its layer
+groups together (``worker/group_batch.py``)."""
 
 
 @dataclass(frozen=True)
@@ -174,14 +172,14 @@ def _scoring(probe: Probe, groups: Sequence[_Group], decoding: bool) -> tuple[St
 
 
 def _selecting(shape: ModelShape, groups: Sequence[_Group]) -> Stage:
-    """Scores of a group side by side, then the choice in all its layers."""
+    """Scores of a group side by side, layer by layer, then the choice in all its layers."""
     heads, launches = heads_of(shape), []
     for group in groups:
         size = 4 * shape.num_kv_heads * group.layers * group.region_len
-        launches.append((Launch(size, size, kernels=0, operations=1), 1))
+        launches.append((Launch(size, size, kernels=0, operations=group.layers), 1))
         chosen = (group.layers, group.region_len, group.num_survivors)
         launches.append((kernel_bytes.select_tokens(heads, *chosen), 1))
-    return _stage("select", launches, copies=GROUP_COPIES * len(groups))
+    return _stage("select", launches, copies=HOST_COPIES)
 
 
 def _copying(shape: ModelShape, groups: Sequence[_Group], rotates: bool) -> Stage:
@@ -191,7 +189,7 @@ def _copying(shape: ModelShape, groups: Sequence[_Group], rotates: bool) -> Stag
     launches = [(kernel_bytes.compact_pages(heads, g.layers, g.num_survivors), 1) for g in plain]
     # Where keys are turned, the positions that they are turned to are worked out first.
     launches += [(Launch(0, 0, kernels=0, operations=1), 1)] * (rotates * len(plain))
-    return _stage("copy", launches, copies=ADDRESS_COPIES * len(plain))
+    return _stage("copy", launches)
 
 
 def _books(shape: ModelShape, groups: Sequence[_Group]) -> Stage:

@@ -99,6 +99,28 @@ def window_scores(h: Heads, num_tokens: int, num_queries: int, window_size: int)
     return Launch(read, 4 * h.kv_heads * windows, flops, kernels=3)
 
 
+def attention_sums(h: Heads, num_tokens: int, num_queries: int) -> Launch:
+    """Attention of all queries of a chunk, the last of n tokens: keys and queries twice.
+
+    2 n KV D e + 2 w H D e read, 4 KV n written; a query and a key that it does not see count not.
+    """
+    pairs = num_queries * (num_tokens - num_queries) + num_queries * (num_queries + 1) // 2
+    read = 2 * num_tokens * h.row + 2 * num_queries * h.query
+    flops = 2 * 2 * h.heads * h.head_dim * pairs
+    return Launch(read, 4 * h.kv_heads * num_tokens, flops, kernels=3)
+
+
+def key_redundancy(h: Heads, num_tokens: int) -> Launch:
+    """Keys four times, and products of all pairs at most: 2 n^2 D FLOPs per KV head.
+
+    Lengths of 4 and exempted sums of 8 bytes per token are written and read on the way.
+    """
+    between = 12 * h.kv_heads * num_tokens
+    read, written = 4 * num_tokens * h.row + between, between + 4 * h.kv_heads * num_tokens
+    flops = 2 * h.kv_heads * num_tokens**2 * h.head_dim
+    return Launch(read, written, flops, kernels=4, operations=2)
+
+
 def key_similarity(h: Heads, num_tokens: int) -> Launch:
     """Keys twice; a sum over splits in between."""
     return Launch(2 * num_tokens * h.row, 4 * h.kv_heads * num_tokens, kernels=2, operations=1)

@@ -188,6 +188,13 @@ class RecordedRows(CacheRows):
         name = f"attention per head of {num_queries} queries"
         return self._measure(name, launch, self.heads.heads)
 
+    def attention_sums(self) -> torch.Tensor:
+        """[KV, n]"""
+        assert self.queries is not None
+        count = self.queries.shape[1]
+        launch = kernel_bytes.attention_sums(self.heads, self.length, count)
+        return self._measure(f"attention sums of {count} queries", launch, self.heads.kv_heads)
+
     def window_attention(self, window_size: int) -> torch.Tensor:
         """[KV, windows]; by way of token scores where the kernel does not take the size."""
         assert self.queries is not None
@@ -202,6 +209,11 @@ class RecordedRows(CacheRows):
         """[KV, n]"""
         launch = kernel_bytes.key_similarity(self.heads, self.length)
         return self._measure("key similarity", launch, self.heads.kv_heads)
+
+    def key_redundancy(self, threshold: float) -> torch.Tensor:
+        """[KV, n]"""
+        launch = kernel_bytes.key_redundancy(self.heads, self.length)
+        return self._measure(f"redundancy above {threshold:g}", launch, self.heads.kv_heads)
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
         """[KV, n]"""
@@ -335,16 +347,12 @@ class Probe:
         for start in range(0, prompt_len, self.chunk_tokens):
             end = min(start + self.chunk_tokens, prompt_len)
             rows = RecordedRows(heads, end, end - start)
-            queries = rows.queries
-            assert queries is not None
             with counter:
-                # The worker copies a chunk's queries, and gathers the keys.
+                torch.full((1,), end, dtype=torch.int32, device=META)  # how many the rows are
                 chunk = ChunkInputs(
-                    queries=queries.transpose(0, 1).clone().transpose(0, 1),
-                    keys=rows.keys,
+                    rows=rows,
                     start=start,
                     prompt_len=prompt_len,
-                    scale=rows.scale,
                     num_sink_tokens=self.num_sink_tokens,
                     rotary=self._rotary,
                 )

@@ -5,8 +5,8 @@ import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.worker.host_mirror import HostMirror
 from vllm_kvcompress.kernels.host_copy import to_device
+from vllm_kvcompress.worker.host_mirror import HostMirror
 
 
 class CompressionState:

@@ -357,7 +357,7 @@ def tiles(
     while 4 * tile * block_d * queries.element_size() > _SHARED_BYTES:  # queries, 3 tiles of keys
         tile //= 2
     if queries.dtype == torch.float32:
-        tile = min(tile, 32)  # without tensor cores, threads hold whole rows: larger would spill
+        tile = max(2048 // block_d, 16)  # without tensor cores, threads hold rows: larger spills
     block_m = min(max(triton.next_power_of_2(num_rows), 16), tile) if fit else tile
     heads = pages.num_kv_heads * triton.cdiv(num_rows, block_m)
     split_len = split_length(pages.max_tokens, heads * pages.num_requests, tile)

@@ -20,6 +20,7 @@ MODULES = sorted(
 READ_ROWS = {
     "_stats_kernel", "_token_kernel", "_copy_kernel", "_rotate_kernel", "_unit_sum_kernel",
     "_similarity_kernel", "_lag_kernel", "_store_kernel", "_split_kernel", "_tail_kernel",
+    "_length_kernel", "_latest_kernel", "_mean_kernel", "_key_sum_kernel",
 }  # fmt: skip
 NARROW_TOO = {"_split_kernel"}  # a token's codes are six numbers of 16 bits
 WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}

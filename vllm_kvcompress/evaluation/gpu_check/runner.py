@@ -147,9 +147,8 @@ def _run(stage: Stage, out: Path, about: dict[str, Any], limit: float) -> Outcom
         found = stage.summary(folder)
     except (OSError, KeyError, ValueError):
         found = ""
-    if status != PASSED and not found:
-        found = _last_line(folder / "log.txt")
-    summary = ". ".join(filter(None, [words, found]))
+    last = "" if status == PASSED else _last_line(folder / "log.txt")
+    summary = ". ".join(filter(None, [words, found, last]))
     return Outcome(
         stage.name, stage.title, status, seconds, limit, summary, stage.shown, started, about
     )

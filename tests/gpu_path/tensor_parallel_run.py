@@ -20,7 +20,7 @@ SETTING = {
     "interval": 16,
     "min_prompt_len": 64,
 }
-PROMPT_LENS, NUM_TOKENS = (250, 180), 36
+PROMPT_LENS, NUM_TOKENS = (250, 180), 20
 
 launches: Counter[str] = Counter()
 

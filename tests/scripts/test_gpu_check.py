@@ -99,11 +99,16 @@ def test_a_result_is_written_before_the_next_stage_begins(tmp_path: Path) -> Non
     assert [each.status for each in outcomes] == [FAILED, PASSED]
 
 
-def test_resume_repeats_what_did_not_pass(tmp_path: Path) -> None:
-    run_stages([stage("good", GOOD), stage("raises", RAISES)], tmp_path, ABOUT)
-    again = [stage("good", RAISES), stage("raises", GOOD)]
+def test_resume_repeats_what_did_not_pass_and_keeps_what_it_left(tmp_path: Path) -> None:
+    """The benchmarks refuse a folder that exists: a second try once failed for that alone."""
+    makes = "import sys, pathlib; pathlib.Path(sys.argv[1], 'results').mkdir(); sys.exit({code})"
+    run_stages([stage("good", GOOD), stage("bench", makes.format(code=1))], tmp_path, ABOUT)
+    again = [stage("good", RAISES), stage("bench", makes.format(code=0))]
     assert [each.status for each in run_stages(again, tmp_path, ABOUT, resume=True)] == [PASSED] * 2
+    assert json.loads((tmp_path / "bench.1" / "outcome.json").read_text())["status"] == FAILED
+    assert (tmp_path / "bench.1" / "results").is_dir()
     assert [each.status for each in run_stages(again, tmp_path, ABOUT)] == [FAILED, PASSED]
+    assert (tmp_path / "bench.2").is_dir()
 
 
 def test_what_no_time_is_left_for_is_not_run(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,17 @@ def write_json(path: Path, found: Any) -> None:
     part.replace(path)
 
 
+def _set_aside(out: Path, name: str) -> None:
+    """Keep what an earlier try of a stage has left, as ``NAME.1``, ``NAME.2``, ..."""
+    folder, result = out / name, out / f"{name}.json"
+    if not folder.exists():
+        return
+    number = next(n for n in count(1) if not (out / f"{name}.{n}").exists())
+    if result.exists():
+        result.rename(folder / "outcome.json")
+    folder.rename(out / f"{name}.{number}")
+
+
 def _passed_before(out: Path, stage: Stage) -> Outcome | None:
     try:
         found = Outcome(**json.loads((out / f"{stage.name}.json").read_text(encoding="utf-8")))
@@ -138,7 +150,8 @@ def _skipped(stage: Stage, about: dict[str, Any]) -> Outcome:
 
 def _run(stage: Stage, out: Path, about: dict[str, Any], limit: float) -> Outcome:
     folder = out / stage.name
-    folder.mkdir(exist_ok=True)
+    _set_aside(out, stage.name)
+    folder.mkdir()
     command = [word.replace("{out}", str(folder)) for word in stage.command]
     started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     status, words = run_limited(command, folder / "log.txt", limit, stage.environment)
@@ -147,9 +160,8 @@ def _run(stage: Stage, out: Path, about: dict[str, Any], limit: float) -> Outcom
         found = stage.summary(folder)
     except (OSError, KeyError, ValueError):
         found = ""
-    if status != PASSED and not found:
-        found = _last_line(folder / "log.txt")
-    summary = ". ".join(filter(None, [words, found]))
+    last = "" if status == PASSED else _last_line(folder / "log.txt")
+    summary = ". ".join(filter(None, [words, found, last]))
     return Outcome(
         stage.name, stage.title, status, seconds, limit, summary, stage.shown, started, about
     )

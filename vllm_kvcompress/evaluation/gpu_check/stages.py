@@ -102,7 +102,17 @@ SMALL_SERVING: Words = (
     "--requests",
     "2",
 )
-SMALL_SERVING += ("--variants", "none", "0.25", "--rounds", "1", "--warmups", "0")
+SMALL_SERVING += (
+    "--pools",
+    "tight",
+    "--variants",
+    "none",
+    "0.25",
+    "--rounds",
+    "1",
+    "--warmups",
+    "0",
+)
 SMALL_SPECULATION: Words = (
     "--device",
     "cpu",

@@ -368,7 +368,7 @@ def build_codebook(
     num_words = triton.cdiv(num_places, 32)
     block_d = max(triton.next_power_of_2(dim), 16)
     compare = threshold >= IDENTICAL_FROM
-    block = 64 if compare or block_d > 128 else 128
+    block = 64 if compare or block_d > 128 or block_d != dim else 128
     if vectors.dtype == torch.float32:
         block = 32  # without tensor cores, threads hold whole vectors; larger tiles would spill
     shape = {"BLOCK": block, "BLOCK_D": block_d}

@@ -343,8 +343,8 @@ _SHARED_BYTES = 160 << 10  # of the 227 KiB a program may have on Hopper
 
 
 _TILE, _WIDE_TILE, _FLOAT32_TILE = 128, 32, 16
-"""Rows of queries, and tokens, that a program multiplies at once; fewer where head_dim is above 128,
-and in float32, which no tensor core takes: there threads hold whole rows, and more would spill."""
+"""Rows of queries, and tokens, that a program multiplies at once; fewer where head_dim is above
+128, and in float32, which no tensor core takes: threads hold whole rows, and more would spill."""
 
 
 def _launch(queries: torch.Tensor, pages: Pages) -> tuple[dict[str, int], tuple, int]:

@@ -393,8 +393,8 @@ def build_codebook(
         BLOCK=next((size for size in COVER_BLOCKS if size >= num_places), COVER_BLOCKS[-1]),
         BATCH=8, num_warps=8,
     )  # fmt: skip
-    _nearest_kernel[grid](
+    _nearest_kernel[(triton.cdiv(num_places, min(block, 64)) * num_problems,)](
         vectors, magnitude, num_vectors, entries, num_entries, index, cosine,
-        num_places, max_entries, dim, *strides, **shape, num_warps=8,
+        num_places, max_entries, dim, *strides, BLOCK=min(block, 64), BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
     return Codebook(entries, num_entries, index, magnitude, cosine, num_forced)

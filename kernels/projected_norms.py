@@ -8,7 +8,7 @@ n tokens, D head_dim, M hidden size of the model.
 
 import torch
 
-_ELEMENTS = 2**24  # of W v at a time, 32 MiB in bfloat16
+PROJECTED_AT_ONCE = 2**24  # of W v at a time, 32 MiB in bfloat16
 
 
 def projected_value_norms(values: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def projected_value_norms(values: torch.Tensor, projection: torch.Tensor) -> tor
     group = projection.shape[0] // num_kv_heads
     weights = projection.reshape(num_kv_heads, -1, head_dim)  # [KV, g * M, D]
     norms = torch.empty(num_kv_heads, num_tokens, dtype=torch.float32, device=values.device)
-    step = max(_ELEMENTS // weights.shape[1], 1)
+    step = max(PROJECTED_AT_ONCE // weights.shape[1], 1)
     for head in range(num_kv_heads):
         for start in range(0, num_tokens, step):
             some = values[head, start : start + step].to(projection.dtype)

@@ -341,11 +341,12 @@ def check_window_size(window_size: int) -> None:
 
 
 _SHARED_BYTES = 160 << 10  # of the 227 KiB a program may have on Hopper
+_TILE, _WIDE_TILE, _FLOAT32_TILE = 128, 32, 16
+"""Rows of queries, and tokens, of a program; fewer where head_dim is above 128, and in float32,
+which no tensor core takes: threads hold whole rows, and more would spill."""
 
 
-def tiles(
-    queries: torch.Tensor, pages: Pages, fit: bool = True
-) -> tuple[dict[str, int], tuple, int]:
+def tiles(queries: torch.Tensor, pages: Pages, fit: bool = True) -> tuple[dict, tuple, int]:
     """Tile sizes, the grid (splits, KV heads * row tiles, requests), and tokens per split.
 
     Tiles of rows `fit` few rows, or have one size for any number: one variant of a kernel.
@@ -353,11 +354,11 @@ def tiles(
     group = queries.shape[2] // pages.num_kv_heads
     num_rows = group * queries.shape[1]
     block_d = max(triton.next_power_of_2(pages.head_dim), 16)
-    tile = 128
+    tile = _TILE if block_d <= 128 else _WIDE_TILE
+    if queries.element_size() == 4:
+        tile = _FLOAT32_TILE
     while 4 * tile * block_d * queries.element_size() > _SHARED_BYTES:  # queries, 3 tiles of keys
         tile //= 2
-    if queries.dtype == torch.float32:
-        tile = max(2048 // block_d, 16)  # without tensor cores, threads hold rows: larger spills
     block_m = min(max(triton.next_power_of_2(num_rows), 16), tile) if fit else tile
     heads = pages.num_kv_heads * triton.cdiv(num_rows, block_m)
     split_len = split_length(pages.max_tokens, heads * pages.num_requests, tile)

@@ -19,6 +19,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 def _odd(value: int) -> int:
@@ -78,6 +79,16 @@ class Policy(BaseModel, ABC):
     def rerotates_keys(self) -> bool:
         """Whether surviving keys are turned to neighbouring positions (needs rotary)."""
         return False
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """Most memory that `score` holds at once for so many cached tokens, its result included.
+
+        Of one layer on one rank, in bytes; the tokens may be those of several requests. The server
+        keeps it free of cache blocks. As it stands it is for policies that ask `rows` for
+        measurements and rank them; one that copies keys or values, or multiplies them, holds more
+        (`LayerShape` has the sizes).
+        """
+        return 32 * layer.num_kv_heads * num_tokens
 
     def accumulate(self, accumulated: Any, chunk: ChunkInputs) -> Any:
         """Fold one chunk of the prompt into a summary; the first chunk gets None.

@@ -7,6 +7,7 @@ from torch.nn.functional import avg_pool1d
 from vllm_kvcompress.kernels.window_attention import window_attention
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 class CAKE(Policy):
@@ -33,6 +34,11 @@ class CAKE(Policy):
     def queries(self) -> Queries:
         """Those of the observation window."""
         return Queries.WINDOW
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """A copy of the keys; of one head at a time keys in float32, logits and attention."""
+        one_head = layer.float_bytes + 2 * layer.logit_bytes
+        return super().working_bytes(layer, num_tokens) + (layer.copy_bytes + one_head) * num_tokens
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return pooled indicators. Pooling stops at the window, whose scores are not pooled in."""

@@ -3,9 +3,10 @@
 import torch
 from pydantic import Field
 
-from vllm_kvcompress.kernels.projected_norms import projected_value_norms
+from vllm_kvcompress.kernels.projected_norms import PROJECTED_AT_ONCE, projected_value_norms
 from vllm_kvcompress.kernels.tiers import best_tokens, two_tiers
 from vllm_kvcompress.policies.inputs import ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.policies.wrapping import WrappingPolicy
 
 
@@ -35,6 +36,16 @@ class CriticalKV(WrappingPolicy):
     def needs_output_projection(self) -> bool:
         """Always."""
         return True
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """A copy of the values, the output projection, and the part that is projected at once."""
+        projection = layer.num_heads * layer.head_dim * layer.hidden_size * layer.itemsize
+        return (
+            super().working_bytes(layer, num_tokens)
+            + layer.copy_bytes * num_tokens
+            + projection
+            + 4 * PROJECTED_AT_ONCE
+        )
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return ranks: tokens of the first stage first, then by score times norm."""

@@ -9,6 +9,7 @@ from vllm_kvcompress.kernels.query_statistics import QueryStatistics
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 class ExpectedAttention(Policy):
@@ -63,6 +64,15 @@ class ExpectedAttention(Policy):
         skipped = min(max(self.n_sink - chunk.start, 0), chunk.queries.shape[1])
         statistics = _statistics(chunk.queries[:, skipped:], chunk.start + skipped, chunk.rotary)
         return statistics if accumulated is None else accumulated.merge(statistics)
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """Copies of keys and values; of one head keys in float32 and two products of them.
+
+        Two covariances besides, of every query head.
+        """
+        per_token = 2 * layer.copy_bytes + 3 * layer.float_bytes
+        covariances = 2 * layer.num_heads * layer.head_dim * layer.float_bytes
+        return super().working_bytes(layer, num_tokens) + per_token * num_tokens + covariances
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return expected attention times value length; sinks get the head's maximum plus 1."""

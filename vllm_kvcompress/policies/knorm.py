@@ -4,6 +4,7 @@ import torch
 
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 class Knorm(Policy):
@@ -12,6 +13,10 @@ class Knorm(Policy):
     Short keys tend to get much attention, so no queries are needed. Every layer is compressed
     alike; the authors' examples leave the first two whole. (arXiv 2406.11430)
     """
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """A copy of the keys."""
+        return super().working_bytes(layer, num_tokens) + layer.copy_bytes * num_tokens
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return minus the length of each key; in float32, or bfloat16 would tie most of them."""

@@ -7,6 +7,7 @@ from torch.nn.functional import max_pool1d, pad
 from vllm_kvcompress.kernels.window_attention import window_logits
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 class RKV(Policy):
@@ -40,6 +41,16 @@ class RKV(Policy):
     def queries(self) -> Queries:
         """Those of the observation window."""
         return Queries.WINDOW
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """A copy of the keys; of one head at a time keys in float32 and logits; of all directions.
+
+        Directions are keys in float32 of length 1.
+        """
+        one_head = 3 * layer.float_bytes + 2 * layer.logit_bytes
+        directions = 3 * layer.num_kv_heads * layer.float_bytes
+        per_token = layer.copy_bytes + one_head + directions
+        return super().working_bytes(layer, num_tokens) + per_token * num_tokens
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return importance against redundancy; tokens of the window have no importance."""

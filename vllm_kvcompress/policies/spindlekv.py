@@ -8,6 +8,7 @@ from torch.nn.functional import avg_pool1d
 from vllm_kvcompress.kernels.tiers import ranks
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.policies.layer_shape import LayerShape
 
 
 class SpindleKV(Policy):
@@ -47,6 +48,11 @@ class SpindleKV(Policy):
     def runs_while_decoding(self) -> bool:
         """No: see the class."""
         return False
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """Ranks of every query head, where these choose together."""
+        kept = super().working_bytes(layer, num_tokens)
+        return kept if self.selection == "kv_head" else kept + 32 * layer.num_heads * num_tokens
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return accumulated scores, or for "union" the ranks that they give."""

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
+from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.registry import load_policy_class
 from vllm_kvcompress.settings import PolicyConfig
 
@@ -65,6 +66,13 @@ class WrappingPolicy(Policy):
     def runs_while_decoding(self) -> bool:
         """As the scorer."""
         return self.inner.runs_while_decoding
+
+    def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
+        """What the scorer holds and its scores, or else what ranks them."""
+        scores = 8 * layer.num_kv_heads * num_tokens
+        return scores + max(
+            super().working_bytes(layer, num_tokens), self.inner.working_bytes(layer, num_tokens)
+        )
 
     def accumulate(self, accumulated: Any, chunk: ChunkInputs) -> Any:
         """As the scorer."""

@@ -159,8 +159,8 @@ class Compactor:
         self, policy: Policy, group: GroupBatch, number: int, kind: PlanKind, scores: torch.Tensor
     ) -> None:
         """Fill the destination blocks of group `number`, by scores [L, R, num_kv_heads, n]."""
-        indices = self._select(group, scores)
         layers = self._layers_of(number)
+        indices = self._select(group, layers, scores)
         if kind is PlanKind.CODES:
             self.codebooks.write(group, layers, indices)
         else:
@@ -256,8 +256,11 @@ class Compactor:
 
     # --- select and copy ------------------------------------------------------------------
 
-    def _select(self, group: GroupBatch, scores: torch.Tensor) -> torch.Tensor:
+    def _select(
+        self, group: GroupBatch, layers: list[LayerCache], scores: torch.Tensor
+    ) -> torch.Tensor:
         """Survivors of the regions in the order they are written, [L, R, num_kv_heads, K] int64."""
+        assert len(layers) == len(scores)
         max_keep = max(plan.lengths.num_survivors for plan in group.plans)
         forced = group.forced[:, : scores.shape[3]]
         indices = self.select_tokens(

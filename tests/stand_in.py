@@ -24,13 +24,15 @@ from vllm_kvcompress.budgets import (
     next_lengths,
     permanent_ranges,
 )
+from vllm_kvcompress.decode_queries import RingShape
 from vllm_kvcompress.kernels import dispatch
 from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.worker import codebook_rows, state
+from vllm_kvcompress.worker import codebook_rows
 from vllm_kvcompress.worker.codebook_reader import CodebookReader
 from vllm_kvcompress.worker.codebook_rows import CodebookState
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
@@ -120,15 +122,18 @@ class StandIn:
         ]  # fmt: skip
         window = max(config.observation_window, *(c.observation_window for c in self.configs))
         self.window, self.prompt = QueryWindow(META), PromptQueries()
-        self.ring = QueryRing(window, 4, shape.max_num_reqs, shape.max_num_tokens, META)
+        slots = RingShape(window, window + 10, shape.max_num_reqs)
+        self.ring = QueryRing(slots, shape.max_num_reqs, shape.max_num_tokens, META)
+        for row in range(shape.max_num_reqs):
+            self.ring.assign(row, row)
         for layer in self.layers:
             self.ring.add_layer(layer.name, shape.num_heads, shape.head_dim, shape.dtype)
-        with patch.multiple(state, UvaBackedTensor=HostBacked):
-            self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)
+        self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)
         with patch.multiple(codebook_rows, UvaBackedTensor=HostBacked):
             self.codebooks = CodebookState(self.num_groups, shape.max_num_reqs, META)
         self.views = DraftViews(self.tables, [shape.block_size] * self.num_groups)
         self.reader = CodebookReader(self.codebooks, self.layers, META)
+        self.prompt.bind(self.layers, self._rows_so_far)
         self.compactor = self.make_compactor(QuerySources(self.window, self.prompt, self.ring))
         self.runner = self._make_runner()
 
@@ -136,6 +141,13 @@ class StandIn:
     def configs(self) -> list[CompressionConfig]:
         """The setting and its variants by task."""
         return [self.config, *self.config.by_task.values()]
+
+    def _rows_so_far(
+        self, layer: LayerCache, row: int, num_tokens: int, queries: torch.Tensor
+    ) -> CacheRows:
+        """As the model runner finds them."""
+        blocks = self.tables[layer.group][row, : -(-num_tokens // self.shape.block_size)]
+        return layer.layout.rows_so_far(layer.cache(), blocks, num_tokens, queries, layer.scale)
 
     def _zeros(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.zeros(*size, dtype=dtype or self.shape.dtype, device=META)

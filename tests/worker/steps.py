@@ -60,15 +60,8 @@ def forward(model: StandIn, rows: list[tuple[int, int, int]]) -> None:
             model.reader.attend(layer.name, query, torch.empty_like(query))
     model.codebooks.end_batch()
     model.window.end_batch()
-    if model.prompt.is_active:
-        model.prompt.end_batch(model.layers, lambda layer, row, n: read_keys(model, layer, row, n))
+    model.prompt.end_batch()
     model.ring.end_batch()
-
-
-def read_keys(model: StandIn, layer: Any, row: int, num_tokens: int) -> torch.Tensor:
-    """As the model runner reads them."""
-    blocks = model.tables[layer.group][row, : -(-num_tokens // model.shape.block_size)]
-    return layer.layout.read(layer.cache(), blocks.long())[0][:, :num_tokens]
 
 
 def decoding(model: StandIn, config: CompressionConfig, lengths: list[int], grown: int) -> None:

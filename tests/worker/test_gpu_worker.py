@@ -1,12 +1,22 @@
-"""Our warm-up's place in vLLM's start-up."""
+"""Our places in vLLM's start-up: what stays free, and when kernels are compiled."""
 
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 from vllm.utils import jit_monitor
 from vllm.v1.worker import gpu_worker
 
+from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.worker.gpu_worker import CompressedGPUWorker
+from vllm_kvcompress.worker.reserve import table_bytes
+from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes
+
+GIB = 1 << 30
+SHAPE = RankShape(32, range(32), 32, 8, 128, 4096, torch.bfloat16, 16, 131072, 1024)
+TABLE = 1024 * 8192 * 4
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
@@ -38,3 +48,38 @@ def test_kernels_are_compiled_after_the_graphs_and_before_vllm_watches(
     gpu_worker.Worker.compile_or_warm_up_model(worker)
     graphs = [] if enforce_eager else ["graphs"]
     assert order == [*graphs, "ours", "error", "sync check"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_tables"),
+    [
+        ({"preset": "auto"}, 0),  # vLLM has two for any model
+        ({"preset": "auto", "layer_groups": {"count": 32}}, 2 * 31),
+        ({"preset": "auto", "mode": "draft"}, 2),
+        ({"preset": "auto", "mode": "draft", "layer_groups": {"count": 4}}, 2 * 3 + 2 * 4),
+    ],
+)
+def test_block_tables_of_further_groups_are_counted(setting: Any, num_tables: int) -> None:
+    assert table_bytes(parse_config(setting), SHAPE) == num_tables * TABLE
+
+
+def test_the_cache_leaves_room_for_compactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = MagicMock(spec=CompressedGPUWorker, cache_config=MagicMock(), model_runner=MagicMock())
+    runner = worker.model_runner
+    layer = SimpleNamespace(
+        num_heads=32, num_kv_heads=8, head_size=128, kv_cache_torch_dtype=torch.bfloat16
+    )
+    runner._attention_layers.return_value = {f"model.layers.{n}.attn": layer for n in range(32)}
+    runner._num_layers.return_value = 32
+    runner.model_config.get_hidden_size.return_value = 4096
+    runner.cache_config.block_size, runner.max_model_len, runner.max_num_reqs = 16, 131072, 1024
+    runner.model_state.config = config = parse_config({"preset": "snapkv"})
+    monkeypatch.setattr(gpu_worker.Worker, "determine_available_memory", lambda self: 40 * GIB)
+    worker.cache_config.kv_cache_memory_bytes = None
+    reserve = compaction_bytes(config, SHAPE)
+    assert 0.1 * GIB < reserve < 2 * GIB
+    assert CompressedGPUWorker.determine_available_memory(worker) == 40 * GIB - reserve
+    worker.cache_config.kv_cache_memory_bytes = 40 * GIB
+    assert CompressedGPUWorker.determine_available_memory(worker) == 40 * GIB, (
+        "the user's own number"
+    )

@@ -43,13 +43,9 @@ class RKV(Policy):
         return Queries.WINDOW
 
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
-        """A copy of the keys; of one head at a time keys in float32 and logits; of all directions.
-
-        Directions are keys in float32 of length 1.
-        """
+        """A copy of the keys; of one head at a time keys in float32 and logits."""
         one_head = 3 * layer.float_bytes + 2 * layer.logit_bytes
-        directions = 3 * layer.num_kv_heads * layer.float_bytes
-        per_token = layer.copy_bytes + one_head + directions
+        per_token = layer.copy_bytes + one_head
         return super().working_bytes(layer, num_tokens) + per_token * num_tokens
 
     def score(self, inputs: ScoreInputs) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.buffer_utils import UvaBufferPool
+
+from vllm_kvcompress.kernels.host_copy import overwrite
 
 
 class HostMirror:
@@ -29,10 +30,9 @@ class HostMirror:
     """
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self._pool = UvaBufferPool(shape, dtype=torch.int32)
         self.np = np.zeros(shape, dtype=np.int32)
         self.gpu = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def send(self) -> None:
         """Let kernels launched from now on read what the host has written."""
-        self._pool.copy_to_gpu(self.np, out=self.gpu)
+        overwrite(self.gpu, self.np)

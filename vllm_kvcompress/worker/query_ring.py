@@ -8,11 +8,11 @@ places are computed outside.
 import numpy as np
 import torch
 from vllm.utils.mem_utils import format_gib
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.decode_queries import RingShape
 from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.host_copy import overwrite
 
 
 class QueryRing:
@@ -73,7 +73,7 @@ class QueryRing:
     def begin_batch(self, input_batch: InputBatch) -> None:
         """Find the places of a real batch's tokens."""
         if self._is_dirty:
-            async_tensor_h2d(self._slot_of_row, out=self._slot_of_row_gpu)
+            overwrite(self._slot_of_row_gpu, self._slot_of_row)
             self._is_dirty = False
         if self._layers and (self._slot_of_row[input_batch.idx_mapping_np] >= 0).any():
             self._find_places(

@@ -17,13 +17,14 @@ from vllm_kvcompress.settings import CompressionConfig, LayerBudgetConfig, Layer
 def layer_groups(num_layers: int, config: LayerGroupsConfig) -> list[int]:
     """Return the group number of every layer: consecutive runs, numbered from 0.
 
-    With `count`, sizes differ by at most one, larger groups first; a count above the number of
-    layers gives one group per layer.
+    Sizes differ by at most one, larger groups first. With `size` there are as few groups as have
+    no more layers than that; a `count` above the number of layers gives one group per layer.
     """
     if config.size is not None:
-        return [layer // config.size for layer in range(num_layers)]
-    assert config.count is not None
-    count = min(config.count, num_layers)
+        count = -(-num_layers // config.size)
+    else:
+        assert config.count is not None
+        count = min(config.count, num_layers)
     small, larger = divmod(num_layers, count)
     sizes = [small + 1] * larger + [small] * (count - larger)
     return [group for group, size in enumerate(sizes) for _ in range(size)]

@@ -61,7 +61,8 @@ class LayerGroupsConfig(_Model):
     count : int or None
         Number of groups, of sizes that differ by at most one. Exactly one of `count` and `size`.
     size : int or None
-        Layers per group; the last group may be smaller.
+        Most layers of a group: as few groups as that allows, of sizes that differ by at most one.
+        vLLM gives all block tables equally many layers, so one small group would split the others.
     """
 
     count: int | None = Field(default=None, ge=1)

@@ -42,7 +42,7 @@ def forced_of(num_tokens: int, setting: CompressionConfig) -> tuple[tuple[int, i
         ({"count": 3}, [0, 0, 0, 1, 1, 2, 2]),
         ({"count": 7}, [0, 1, 2, 3, 4, 5, 6]),
         ({"count": 99}, [0, 1, 2, 3, 4, 5, 6]),
-        ({"size": 3}, [0, 0, 0, 1, 1, 1, 2]),
+        ({"size": 3}, [0, 0, 0, 1, 1, 2, 2]),
         ({"size": 9}, [0] * 7),
     ],
 )

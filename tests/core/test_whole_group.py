@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from vllm_kvcompress.budgets import layer_groups
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
@@ -25,6 +26,7 @@ from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.request_options import parse_request
+from vllm_kvcompress.settings import LayerGroupsConfig
 from vllm_kvcompress.spec import CompressedAttentionSpec, GroupMap
 
 BLOCK = 16
@@ -151,8 +153,8 @@ def test_a_draft_models_spec_merges_with_its_own_kind_only() -> None:
     assert not spec(None).is_uniform_with_collection({"a": spec(None), "b": spec(0)})
 
 
-def vllm_groups(layout: KVCacheLayout, draft_heads: int) -> list[KVCacheGroupSpec]:
-    """What vLLM makes of four layers in two groups and two layers of a draft model."""
+def vllm_groups(layout: KVCacheLayout, specs: dict[str, Any]) -> list[KVCacheGroupSpec]:
+    """What vLLM makes of layers."""
     register_manager()
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
@@ -160,9 +162,25 @@ def vllm_groups(layout: KVCacheLayout, draft_heads: int) -> list[KVCacheGroupSpe
         attention_config=None,
         speculative_config=None,
     )
-    specs = {f"layers.{layer}": spec(layer // 2, heads=4) for layer in range(4)}
-    specs |= {f"draft_model.layers.{layer}": spec(None, heads=draft_heads) for layer in range(2)}
     return get_kv_cache_groups(config, specs)
+
+
+def with_draft_model(draft_heads: int) -> dict[str, Any]:
+    """Four layers in two groups, and two layers of a draft model."""
+    specs = {f"layers.{layer}": spec(layer // 2, heads=4) for layer in range(4)}
+    return specs | {
+        f"draft_model.layers.{layer}": spec(None, heads=draft_heads) for layer in range(2)
+    }
+
+
+@pytest.mark.parametrize("num_layers", [28, 30, 32, 33, 36, 40, 48, 61, 80])
+def test_groups_of_a_size_are_block_tables_of_that_size(num_layers: int) -> None:
+    """A small group left over would make vLLM cut all others to its size."""
+    for size in (1, 4, 8, 16):
+        numbers = layer_groups(num_layers, LayerGroupsConfig(size=size))
+        specs = {f"layers.{layer}": spec(number) for layer, number in enumerate(numbers)}
+        tables = vllm_groups(KVCacheLayout.LBHNC, specs)
+        assert len(tables) == max(numbers) + 1 == -(-num_layers // size)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +189,7 @@ def vllm_groups(layout: KVCacheLayout, draft_heads: int) -> list[KVCacheGroupSpe
 )
 def test_vllm_gives_a_draft_model_block_tables_of_its_own(draft_heads: int, block_sizes) -> None:
     """Blocks are equal in bytes: a layer with fewer heads gets longer ones."""
-    groups = vllm_groups(KVCacheLayout.LBHNC, draft_heads)
+    groups = vllm_groups(KVCacheLayout.LBHNC, with_draft_model(draft_heads))
     assert [each.kv_cache_spec.block_size for each in groups] == block_sizes
     found = GroupMap.of(each.kv_cache_spec for each in groups)
     assert (found.layer_groups, found.num_layer_groups) == ((0, 1, None), 2)
@@ -180,7 +198,7 @@ def test_vllm_gives_a_draft_model_block_tables_of_its_own(draft_heads: int, bloc
 
 def test_wrapped_specs_are_understood() -> None:
     """Where a block holds all layers of its table, vLLM wraps the specs of a group."""
-    groups = vllm_groups(KVCacheLayout.BLHNC, draft_heads=2)
+    groups = vllm_groups(KVCacheLayout.BLHNC, with_draft_model(2))
     assert any(isinstance(each.kv_cache_spec, UniformTypeKVCacheSpecs) for each in groups)
     found = GroupMap.of(each.kv_cache_spec for each in groups)
     assert (found.layer_groups, found.num_layer_groups, found.block_size) == ((0, 1, None), 2, 16)

@@ -229,7 +229,7 @@ def main() -> None:
         for name in args.cases:
             results[name] = run(model, CASES[name], args.repetitions)
     lines = rows(results)
-    show(lines, Console(width=110))
+    show(lines, Console(width=150))
     if args.out is not None:
         args.out.mkdir(parents=True)
         with (args.out / "host.csv").open("w", newline="") as file:

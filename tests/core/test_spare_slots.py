@@ -132,7 +132,7 @@ def test_books_are_those_of_a_manager_that_is_always_asked(
     events: list[Any], num_groups: int, lookahead: int, num_blocks: int
 ) -> None:
     fast, slow = Host(num_groups, num_blocks), Host(num_groups, num_blocks)
-    slow.room._spare.cover = lambda *_: False  # type: ignore[method-assign]
+    slow.room._spare.take = lambda *_: None  # type: ignore[method-assign]
     for event, name, drafts, number in events:
         steps = []
         for host in (fast, slow):
@@ -156,7 +156,7 @@ def test_books_are_those_of_a_manager_that_is_always_asked(
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 32])
-def test_vllm_is_asked_once_per_block_however_many_groups(num_groups: int) -> None:
+def test_vllm_is_asked_once_however_many_groups(num_groups: int) -> None:
     host = Host(num_groups, 1 + 32 * 32)
     assert host.admit("r", 100, 0)
     host.compact("r")
@@ -164,7 +164,7 @@ def test_vllm_is_asked_once_per_block_however_many_groups(num_groups: int) -> No
     host.num_calls = 0
     for _ in range(10 * BLOCK):
         assert host.decode("r", 0, 0, 0) is not None
-    assert host.num_calls == 10 + 1, "and once to learn what is there"
+    assert host.num_calls == 1, "to learn what is there"
 
 
 def test_an_uncompressed_request_is_asked_for_when_a_block_is_full_too() -> None:
@@ -182,9 +182,26 @@ def test_arguments_of_admission_and_connectors_go_to_vllm() -> None:
     assert host.decode("r", 0, 0, 0) is not None
     spare: SpareSlots = host.room._spare
     request = host.requests["r"]
-    assert spare.cover(request, 1, {"num_lookahead_tokens": 0})
+    assert spare.take(request, 1, {"num_lookahead_tokens": 0}) is not None
     for option in ("new_computed_blocks", "reserved_blocks", "full_sequence_must_fit"):
-        assert not spare.cover(request, 1, {option: 0})
-    assert not spare.cover(request, 0, {}), "vLLM raises for it"
+        assert spare.take(request, 1, {option: 0}) is None
+    assert spare.take(request, 0, {}) is None, "vLLM raises for it"
     host.free("r")
-    assert not spare.cover(request, 1, {}), "its blocks are gone"
+    assert spare.take(request, 1, {}) is None, "its blocks are gone"
+
+
+def test_too_few_blocks_are_vllms_decision() -> None:
+    host = Host(2, 1 + 2 * 8)
+    assert host.admit("r", 100, 0)
+    host.compact("r")
+    host.commit("r")
+    assert host.decode("r", 0, 0, 0) is not None
+    others = host.manager.block_pool.get_new_blocks(host.room.num_free - 1)
+    host.num_calls = 0
+    steps = 0
+    while host.decode("r", 0, 0, 0) is not None:
+        steps += 1
+    assert steps < BLOCK and host.num_calls == 1, "it was asked, and said no"
+    assert host.room.num_free == 1, "nothing is half taken"
+    host.manager.block_pool.free_blocks(others)
+    assert host.decode("r", 0, 0, 0) == [1, 1]

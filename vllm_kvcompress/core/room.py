@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
@@ -59,8 +58,7 @@ class Room:
     _changes: int = 0
 
     def __post_init__(self) -> None:
-        self._spare = SpareSlots(self.managers, self.max_model_len)
-        self._no_blocks = KVCacheBlocks(tuple(() for _ in self.managers))
+        self._spare = SpareSlots(self.managers, self.pool, self.max_model_len)
 
     @property
     def num_free(self) -> int:
@@ -178,8 +176,9 @@ class Room:
         Its caller relies on None leaving everything as it was, and on blocks for the tokens
         otherwise; a running request that gets None is preempted, or another one for it.
         """
-        if self._spare.cover(request, num_new_tokens, options):
-            return self._no_blocks
+        given = self._spare.take(request, num_new_tokens, options)
+        if given is not None:
+            return given
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_tokens += options.get("num_new_computed_tokens", 0)
         if options.get("full_sequence_must_fit"):

@@ -340,10 +340,16 @@ def test_a_summary_is_asked_for_in_another_tone(engine, prompts) -> None:
 def test_the_cache_holds_the_selected_rows(engine, prompts, monkeypatch) -> None:
     """Bit for bit: destination rows are the source rows the policy selected."""
     compactor = engine.runner.compactor
-    original, copies = compactor._copy, []
+    select, choose_and_copy = compactor._select, compactor._choose_and_copy
+    selected, copies = [], []
 
-    def spy(policy, group, layers, indices):
-        original(policy, group, layers, indices)
+    def selecting(*args):
+        selected.append(select(*args))
+        return selected[-1]
+
+    def spy(policy, group, number, *args):
+        choose_and_copy(policy, group, number, *args)
+        layers, indices = compactor._layers_of(number), selected[-1]
         for layer, chosen in zip(layers, indices[:, 0], strict=True):
             read, cache = layer.layout.read, layer.cache()
             sources, found = read(cache, group.blocks(0)), read(cache, group.destination(0))
@@ -352,6 +358,7 @@ def test_the_cache_holds_the_selected_rows(engine, prompts, monkeypatch) -> None
                     assert torch.equal(rows[head], source[head, chosen[head]])
             copies.append(layer.name)
 
-    monkeypatch.setattr(compactor, "_copy", spy)
+    monkeypatch.setattr(compactor, "_select", selecting)
+    monkeypatch.setattr(compactor, "_choose_and_copy", spy)
     engine.generate([prompts[8]], 2, {"kv_compression": "snapkv"})
     assert len(copies) == 4

@@ -96,6 +96,26 @@ def _type_loop_indices(interpreter: Any) -> None:
     interpreter._patch_lang_core = patch_lang_core
 
 
+def _allow_nan(reduce_ops: Any) -> None:
+    """Let an index of the largest of nothing but NaN be 0, as when compiled.
+
+    vLLM samples from logits that mean nothing before there is a cache; on a CPU they are whatever
+    memory held, NaN at times, and numpy raises.
+    """
+    import numpy as np
+
+    original = reduce_ops.min_max
+
+    def min_max(self: Any, values: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
+        def index(data: Any, axis: int, keepdims: bool) -> Any:
+            nothing = np.isnan(data).all(axis=axis, keepdims=True)
+            return idx_reduce_op(np.where(nothing, 0, data), axis=axis, keepdims=keepdims)
+
+        return original(self, values, val_reduce_op, idx_reduce_op and index)
+
+    reduce_ops.min_max = min_max
+
+
 def _choose_interpreter() -> None:
     """Make ``triton.jit`` hand out interpreted functions, those of Triton's own library included.
 
@@ -137,5 +157,6 @@ def register() -> None:
     from triton.runtime import interpreter
 
     _cast_masks(interpreter.InterpreterBuilder)
+    _allow_nan(interpreter.ReduceOps)
     _type_loop_indices(interpreter)
     _add_log1p()

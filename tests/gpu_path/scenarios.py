@@ -96,10 +96,11 @@ def policy_names() -> list[str]:
 
 
 def run_warm_up(engine: Engine, prompts: Prompts) -> Said:
-    """What a GPU worker launches before the server takes requests, for two settings."""
+    """What a GPU worker launches before the server takes requests.
+
+    With codebooks the interpreter needs minutes; `tests/worker/test_compile_keys.py` has them.
+    """
     engine.runner.warm_up_compaction()
-    with serving(engine, CODES):
-        engine.runner.warm_up_compaction()
     return Said()
 
 

@@ -36,7 +36,7 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, elements: in
     values = torch.randn(2, 111, 16, generator=generator)
     projection = torch.randn(8, 40, 16, generator=generator)
     whole = projected_value_norms(values, projection)
-    monkeypatch.setattr(module, "_ELEMENTS", elements)
+    monkeypatch.setattr(module, "PROJECTED_AT_ONCE", elements)
     torch.testing.assert_close(projected_value_norms(values, projection), whole)
 
 

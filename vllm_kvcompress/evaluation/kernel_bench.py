@@ -120,14 +120,6 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
 # --- bytes and memory ---------------------------------------------------------------------
 
 
-def _keys(s: Shape) -> int:
-    return s.batch * s.tokens * s.row
-
-
-def _scores(s: Shape, count: int) -> int:
-    return s.batch * s.kv_heads * count * 4
-
-
 def _queries(s: Shape, count: int) -> int:
     return s.batch * count * s.heads * s.head_dim * s.dtype.itemsize
 
@@ -192,8 +184,9 @@ def _prompt_bytes(s: Shape, preset: str) -> int:
 
 def _cache_memory(s: Shape) -> int:
     """Cache with room for survivors, scores of it, and float copies of one request."""
-    cache = 2 * s.layers * (_keys(s) + s.batch * s.kept * s.row)
-    return cache + 4 * _scores(s, s.tokens) + 16 * s.kv_heads * s.tokens * s.head_dim
+    cache = 2 * s.layers * s.batch * (s.tokens + s.kept) * s.row
+    scores = 4 * s.batch * s.kv_heads * s.tokens
+    return cache + 4 * scores + 16 * s.kv_heads * s.tokens * s.head_dim
 
 
 def _select_memory(s: Shape) -> int:

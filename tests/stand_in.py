@@ -124,8 +124,6 @@ class StandIn:
         self.window, self.prompt = QueryWindow(META), PromptQueries()
         slots = RingShape(window, window + 10, shape.max_num_reqs)
         self.ring = QueryRing(slots, shape.max_num_reqs, shape.max_num_tokens, META)
-        for row in range(shape.max_num_reqs):
-            self.ring.assign(row, row)
         for layer in self.layers:
             self.ring.add_layer(layer.name, shape.num_heads, shape.head_dim, shape.dtype)
         self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)

@@ -40,6 +40,8 @@ def forward(model: StandIn, rows: list[tuple[int, int, int]]) -> None:
     found: Any = batch(rows)
     runner = model.runner
     query = model.query(found.num_tokens)
+    for row, *_ in rows:
+        model.ring.assign(row, row)
     for source in (model.window, model.prompt, model.ring):
         source.begin_batch(found)
     model.lengths.begin_batch(found)
@@ -68,6 +70,8 @@ def decoding(model: StandIn, config: CompressionConfig, lengths: list[int], grow
     """A compaction so many tokens behind the prompts, and a step that reads what it left."""
     if not (config.compresses_while_decoding or config.extends_codebooks):
         return
+    for row in range(len(lengths)):
+        model.ring.assign(row, row)
     model.compactor.run(jobs_of(model, config, lengths, grown))
     model.compactor.codebooks.take_measures()
 

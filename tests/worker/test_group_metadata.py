@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.spec import CompressedAttentionSpec
@@ -14,17 +17,23 @@ from vllm_kvcompress.worker.group_metadata import (
     _LIKE_THE_FIRST,
     _OWN,
     Families,
+    derives,
     without_schedule,
 )
 
-AT_DEFAULT = {
+QUERIES = torch.tensor([0, 1, 2], dtype=torch.int32)
+LENGTHS = torch.tensor([[50, 60, 0], [40, 30, 0], [7, 8, 0]], dtype=torch.int32)
+TABLES = [torch.full((2, 4), number, dtype=torch.int32) for number in range(3)]
+SLOTS = torch.arange(6).view(3, 2)
+
+UNUSED = {
     "FlashAttentionMetadata": {
         "max_dcp_context_kv_len", "dcp_context_kv_lens", "num_decode_reqs", "num_prefill_reqs",
         "num_decode_tokens", "num_prefill_tokens", "scheduler_metadata",
     },
     "TritonAttentionMetadata": {"scheduler_metadata"},
 }  # fmt: skip
-"""Fields that are made from lengths: metadata that has them is not copied."""
+"""Fields that are made from lengths: metadata that uses them is not copied."""
 
 
 @pytest.mark.parametrize("name", _LIKE_THE_FIRST)
@@ -33,8 +42,67 @@ def test_every_field_of_the_hosts_metadata_is_accounted_for(name: str) -> None:
     module, kind = name.split(":")
     metadata = resolve_obj_by_qualname(f"{module}.{kind}")
     shared = _LIKE_THE_FIRST[name]
-    assert {each.name for each in fields(metadata)} == shared | _OWN | AT_DEFAULT[kind]
-    assert not shared & _OWN and not (shared | _OWN) & AT_DEFAULT[kind]
+    assert {each.name for each in fields(metadata)} == shared | _OWN | UNUSED[kind]
+    assert not shared & _OWN and not (shared | _OWN) & UNUSED[kind]
+
+
+def common(group: int) -> CommonAttentionMetadata:
+    """Two decoding requests as one layer group has them."""
+    return CommonAttentionMetadata(
+        query_start_loc=QUERIES, query_start_loc_cpu=QUERIES, num_reqs=2, num_actual_tokens=2,
+        max_query_len=1, seq_lens=LENGTHS[group, :2], max_seq_len=int(LENGTHS[group, :2].max()),
+        block_table_tensor=TABLES[group], slot_mapping=SLOTS[group],
+    )  # fmt: skip
+
+
+def builder(kind: Any, **values: Any) -> Any:
+    """A builder of vLLM without its device; its `build` is vLLM's own."""
+    made = object.__new__(kind)
+    vars(made).update(values)
+    return made
+
+
+BUILDERS = {
+    "flash": builder(
+        FlashAttentionMetadataBuilder, aot_schedule=False, aot_sliding_window=(-1, -1),
+        use_full_cuda_graph=True, max_cudagraph_size=512, max_num_splits=32, dcp_world_size=1,
+        rswa_window=None, mm_prefix_query_ranges_np=None,
+    ),
+    "triton": builder(
+        TritonAttentionMetadataBuilder, seq_threshold_3D=8, num_par_softmax_segments=16,
+        max_seqs_64_segments=0, softmax_segm_output=torch.zeros(1), rswa_window=None,
+        softmax_segm_max=torch.zeros(1), softmax_segm_expsum=torch.zeros(1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_is_derived_is_what_vllm_builds(name: str) -> None:
+    build = BUILDERS[name].build
+    first = build(0, common(0))
+    assert derives(first)
+    families = Families(0, (1, 2), (), (["one"], ["two", "more"]))
+    bounds = [int(each[:2].max()) for each in LENGTHS]
+    derived = families.derive(first, LENGTHS, bounds, TABLES, SLOTS)
+    assert list(derived) == ["one", "two", "more"]
+    assert derived["two"] is derived["more"]
+    for group, layer in ((1, "one"), (2, "two")):
+        expected = build(0, common(group))
+        for each in fields(expected):
+            own, wanted = getattr(derived[layer], each.name), getattr(expected, each.name)
+            if isinstance(wanted, torch.Tensor):
+                assert own.data_ptr() == wanted.data_ptr() and own.shape == wanted.shape, each.name
+            else:
+                assert own == wanted, each.name
+
+
+@pytest.mark.parametrize(
+    "used", [{"scheduler_metadata": torch.zeros(1)}, {"max_dcp_context_kv_len": 7}]
+)
+def test_what_vllm_makes_from_lengths_is_not_copied(used: dict[str, Any]) -> None:
+    metadata = BUILDERS["flash"].build(0, common(0))
+    vars(metadata).update(used)
+    assert not derives(metadata)
 
 
 def group(layer_group: int | None, **changes: Any) -> Any:
@@ -43,12 +111,12 @@ def group(layer_group: int | None, **changes: Any) -> Any:
         block_size=changes.pop("block_size", 16), num_kv_heads=2, head_size=8, dtype=torch.float32
     )
     values = {"num_heads_q": 4, "aot_schedule": True, **changes.pop("builder", {})}
-    builder = SimpleNamespace(**values)
+    own = SimpleNamespace(**values)
     return SimpleNamespace(
         backend=changes.pop("backend", "A"), kernel_block_size=changes.pop("kernel_block", None),
         kv_cache_spec=CompressedAttentionSpec.from_full(spec, layer_group),
-        metadata_builders=[builder], layer_names=[f"layer.{layer_group}"],
-        get_metadata_builder=lambda: builder,
+        metadata_builders=[own], layer_names=[f"layer.{layer_group}"],
+        get_metadata_builder=lambda: own,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ metadata of a backend holds nothing else that depends on them, that of further g
 one's with these four replaced; a build, with its Python and its checks, is made once per step.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -29,24 +30,27 @@ _LIKE_THE_FIRST: Mapping[str, frozenset[str]] = {
         }
     ),
 }  # fmt: skip
-"""Metadata that can be derived, and its fields that are of the batch or of scratch memory. Fields
-that are in neither set must be at their defaults: schedules made from lengths, context parallelism.
-`tests/worker/test_group_metadata.py` holds the sets against the installed vLLM."""
+"""Metadata that can be derived, and its fields that are of the batch or of scratch memory. All
+others but `_OWN` must be None or 0, unused: schedules made from lengths, context parallelism.
+`tests/worker/test_group_metadata.py` holds the sets, and what is derived, against vLLM's own."""
 
 _OWN = frozenset({"seq_lens", "max_seq_len", "block_table", "slot_mapping"})
 
 
 def derives(metadata: Any) -> bool:
     """Whether another group's metadata is this one with its own lengths, blocks and slots."""
-    kind = type(metadata)
+    kind: Any = type(metadata)
     shared = _LIKE_THE_FIRST.get(f"{kind.__module__}:{kind.__qualname__}")
     if shared is None:
         return False
-    return all(
-        getattr(metadata, each.name) == each.default
-        for each in fields(metadata)
-        if each.name not in shared and each.name not in _OWN
-    )
+    values = [vars(metadata)[name] for name in _unused(kind, shared)]
+    return all(each is None or (isinstance(each, int) and each == 0) for each in values)
+
+
+@functools.cache
+def _unused(kind: Any, shared: frozenset[str]) -> tuple[str, ...]:
+    """Fields of metadata that depend on a group in ways that are not copied."""
+    return tuple(each.name for each in fields(kind) if each.name not in shared | _OWN)
 
 
 def _traits(attn_groups: Sequence[Any]) -> Any:

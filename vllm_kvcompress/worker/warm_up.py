@@ -86,8 +86,10 @@ def warm_up_steps(
         seq_lens=one.int(), idx_mapping=-one, idx_mapping_np=np.array([-1]),
     )  # fmt: skip
     lengths.begin_batch(batch)
+    ring.assign(-1, 0)  # a row must record, or nothing is launched
     ring.begin_batch(batch)
     ring.end_batch()
+    ring.assign(-1, -1)
     physical_slots(
         positions=batch.positions, query_start_loc=batch.query_start_loc,
         idx_mapping=batch.idx_mapping, evicted=lengths.evicted.gpu, tables=tables,

@@ -320,10 +320,10 @@ def test_plan_warns(run: Run, probe_model: str, options: list[str], words: list[
 
 def test_plan_warns_of_padding(run: Run, probe_model: str, tmp_path: Path) -> None:
     fields = json.loads((Path(probe_model) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 80}))
-    options = ("--kv-compression-config", '{"layer_groups": {"size": 30}}')
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 5}))
+    options = ("--kv-compression-config", '{"layer_groups": {"size": 3}}')
     err = plan(run, str(tmp_path), *options)[2]
-    assert "so 20.0% of the pool stays empty" in err and "80 layers" in err
+    assert "so 16.7% of the pool stays empty" in err and "5 layers" in err
 
 
 @pytest.mark.parametrize(

@@ -228,10 +228,17 @@ def test_layer_groups_keep_their_own_budgets_over_one_pool() -> None:
 
 
 def test_unequal_groups_waste_what_vllm_pads() -> None:
+    model = ModelGeometry(5, 8, 128, "bfloat16")
+    usage = request_usage(model, setting(layer_groups={"size": 3}), 32_000)
+    assert [group.num_tables for group in usage.groups] == [2, 1]  # 3 and 2 layers, cut to twos
+    assert usage.padding == pytest.approx(1 / 6)
+
+
+def test_groups_of_a_size_are_spread_evenly() -> None:
     model = ModelGeometry(80, 8, 128, "bfloat16")
     usage = request_usage(model, setting(layer_groups={"size": 30}), 32_000)
-    assert [group.num_tables for group in usage.groups] == [2, 2, 1]  # 15 + 15 of 20, twice
-    assert usage.padding == pytest.approx(0.2)
+    assert [group.num_tables for group in usage.groups] == [1, 1, 1]  # 27, 27 and 26
+    assert usage.padding == pytest.approx(1 / 81)
 
 
 def test_a_prompt_within_its_budget_is_left_alone() -> None:

@@ -28,7 +28,7 @@ setup(
         "vllm_kvcompress.kernels.reference": "kernels/reference",
         "vllm_kvcompress.configs": "configs",
     },
-    package_data={"vllm_kvcompress": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},
+    package_data={"vllm_kvcompress.core": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},
     install_requires=[
         "pydantic>=2.7",  # typed configuration with readable errors
         "PyYAML>=6.0",  # policy presets
@@ -58,9 +58,11 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["kvcompress = vllm_kvcompress.cli:main"],
+        "console_scripts": ["kvcompress = vllm_kvcompress.cli.main:main"],
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.plugin:register"],
-        "vllm.platform_plugins": ["kvcompress_cpu_triton = vllm_kvcompress.cpu_triton:register"],
+        "vllm.platform_plugins": [
+            "kvcompress_cpu_triton = vllm_kvcompress.host.cpu_triton:register"
+        ],
         "vllm_kvcompress.policies": [
             "adakv = vllm_kvcompress.policies.adakv:AdaKV",
             "cake = vllm_kvcompress.policies.cake:CAKE",

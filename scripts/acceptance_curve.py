@@ -31,7 +31,9 @@ from rich.table import Table
 from show import MODEL, describe
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.evaluation.acceptance import (
     Acceptance,
     Walk,
@@ -48,8 +50,6 @@ from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_rand
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
 from vllm_kvcompress.request_options import choose_task, parse_request, resolve_request
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 POLICIES = ["windowkv", "snapkv", "keydiff", "streaming_llm", "h2o", "random"]
 BUDGETS = [0.03, 0.06, 0.12, 0.25, 0.5]

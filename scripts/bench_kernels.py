@@ -420,7 +420,7 @@ def main() -> int:
     """Check, measure, write."""
     args = parse()
     if not ON_GPU:
-        from vllm_kvcompress import cpu_triton
+        from vllm_kvcompress.host import cpu_triton
 
         cpu_triton.register()
         # With few cores, threads wait for each other longer than they compute.

@@ -39,7 +39,7 @@ from demo import (  # the script beside this one: servers are started and stoppe
 )
 from rich.console import Console
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation import serving
 from vllm_kvcompress.evaluation import serving_client as client
@@ -48,7 +48,7 @@ from vllm_kvcompress.evaluation.serving import POOLS, STOCK, Scenario
 from vllm_kvcompress.evaluation.serving_client import BenchError, Server
 from vllm_kvcompress.evaluation.serving_models import MODELS, block_bytes, weight_bytes, write_model
 from vllm_kvcompress.evaluation.serving_report import Results, Row, public_words
-from vllm_kvcompress.sizing import parse_size
+from vllm_kvcompress.lengths.sizing import parse_size
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / ".demo"

@@ -28,7 +28,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import merge_fields
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation import serving_report as reports
 from vllm_kvcompress.evaluation.serving_client import BenchError
@@ -44,7 +45,6 @@ from vllm_kvcompress.evaluation.speculation_report import (
     target_line,
     write_plot,
 )
-from vllm_kvcompress.settings import merge_fields
 from vllm_kvcompress.speed.drafting import Speculation
 from vllm_kvcompress.speed.shapes import ModelShape
 

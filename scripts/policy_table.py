@@ -26,14 +26,14 @@ from rich.progress import track
 from show import MODEL, describe
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.budgets import compaction_lengths, layer_groups
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
 from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.request_options import parse_request, resolve_request
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 RATIOS = (0.5, 0.25, 0.12, 0.06)
 COLUMNS = ["prompt_tokens", "preset", "ratio", "kept_tokens", "right", "total"]

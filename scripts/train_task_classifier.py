@@ -25,9 +25,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vllm_kvcompress.evaluation.tasks.instruction_contexts import CONTEXTS, TextSource
-from vllm_kvcompress.evaluation.tasks.instructions import TaskPrompt, make_prompts
-from vllm_kvcompress.task_classifier import (
+from vllm_kvcompress.core.classifier import (
     FORMAT_VERSION,
     NUM_BUCKETS,
     TASKS,
@@ -36,8 +34,10 @@ from vllm_kvcompress.task_classifier import (
     features,
     head_and_tail,
 )
+from vllm_kvcompress.evaluation.tasks.instruction_contexts import CONTEXTS, TextSource
+from vllm_kvcompress.evaluation.tasks.instructions import TaskPrompt, make_prompts
 
-OUT = Path(__file__).parent.parent / "vllm_kvcompress" / WEIGHTS_FILE
+OUT = Path(__file__).parent.parent / "vllm_kvcompress" / "core" / WEIGHTS_FILE
 EDGE_CHARS = 1024  # stands for 256 tokens where there is no tokenizer
 TRAIN_EDGES = (768, 1024, 1280)  # tokenizers differ in their characters per token
 REGULARISATION = 1.0  # scikit-learn's C; see the docs for how it was chosen

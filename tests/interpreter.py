@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress import cpu_triton
+from vllm_kvcompress.host import cpu_triton
 
 cpu_triton.register()  # before any test module imports Triton
 

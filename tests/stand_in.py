@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.budgets import (
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.kernels import dispatch
+from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     forced_ranges,
     layer_groups,
@@ -24,14 +30,8 @@ from vllm_kvcompress.budgets import (
     next_lengths,
     permanent_ranges,
 )
-from vllm_kvcompress.decode_queries import RingShape
-from vllm_kvcompress.kernels import dispatch
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.decode_queries import RingShape
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker import codebook_rows
 from vllm_kvcompress.worker.codebook_reader import CodebookReader
 from vllm_kvcompress.worker.codebook_rows import CodebookState

@@ -7,8 +7,8 @@ it, and repeat neither the reading of its options nor the arithmetic.
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.plans import CompactionPlan
-from vllm_kvcompress.settings import CompressionConfig
 
 _ATTRIBUTE = "kv_compression"
 

@@ -3,6 +3,6 @@
 
 def register() -> None:
     """Install the hooks. Without ``--kv-compression`` they change nothing."""
-    from vllm_kvcompress.vllm_hooks import install_hooks
+    from vllm_kvcompress.host.hooks import install_hooks
 
     install_hooks()

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from vllm_kvcompress.config import NONE, parse_config, preset_names
-from vllm_kvcompress.decode_queries import decode_window
+from vllm_kvcompress.config.reading import NONE, parse_config, preset_names
+from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
+from vllm_kvcompress.lengths.decode_queries import decode_window
 from vllm_kvcompress.plans import RequestOptions
-from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
 REQUEST_KEYS = (
     "kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task", "kv_draft_tokens",

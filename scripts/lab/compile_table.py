@@ -36,7 +36,7 @@ from triton.backends import backends  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from tests.stand_in import Shape, StandIn  # noqa: E402
-from vllm_kvcompress.config import parse_config, preset_names  # noqa: E402
+from vllm_kvcompress.config.reading import parse_config, preset_names  # noqa: E402
 
 del os.environ["TRITON_INTERPRET"]
 backends.pop("cpu", None)  # the interpreter's stand-in, which compiles nothing

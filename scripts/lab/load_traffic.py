@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvcompress.checks import check_setting
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.host.checks import check_setting
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import check_fits_server, named_config
-from vllm_kvcompress.settings import CompressionConfig
 
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 2048

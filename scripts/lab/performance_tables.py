@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.cli_speed import draft_limit
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.cli.speed import draft_limit
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.serving_models import MODELS
-from vllm_kvcompress.geometry import ModelGeometry
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.sizing import capacity, request_usage
+from vllm_kvcompress.lengths.geometry import ModelGeometry
+from vllm_kvcompress.lengths.sizing import capacity, request_usage
 from vllm_kvcompress.speed.machine import make_machine
 from vllm_kvcompress.speed.paths import Path as Work
 from vllm_kvcompress.speed.plan import SpeedPlan

@@ -7,14 +7,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress import config as config_module
-from vllm_kvcompress import yaml_reader
-from vllm_kvcompress.config import parse_config, parse_json, preset_names
+from vllm_kvcompress.config import reading as config_module
+from vllm_kvcompress.config import yaml_reader
+from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.config.yaml_reader import parse_yaml
 from vllm_kvcompress.errors import MAX_LENGTH, ConfigError
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import REQUEST_KEYS, check_fits_server, parse_request
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.yaml_reader import parse_yaml
 
 RUNS = settings(max_examples=300, deadline=None)
 

@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from vllm_kvcompress.config import parse_config, parse_json, preset_names
-from vllm_kvcompress.decode_queries import decode_window
+from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.lengths.decode_queries import decode_window
 from vllm_kvcompress.registry import load_policy_class, policy_names
 from vllm_kvcompress.request_options import (
     check_fits_server,
@@ -13,7 +14,6 @@ from vllm_kvcompress.request_options import (
     parse_request,
     resolve_request,
 )
-from vllm_kvcompress.settings import CompressionConfig
 
 
 @pytest.mark.parametrize("name", preset_names())

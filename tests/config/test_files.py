@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress.config import parse_config, parse_json
+from vllm_kvcompress.config.reading import parse_config, parse_json
+from vllm_kvcompress.config.yaml_reader import MAX_BYTES
 from vllm_kvcompress.errors import MAX_LENGTH, ConfigError
-from vllm_kvcompress.yaml_reader import MAX_BYTES
 
 FIELDS = "policy: {name: snapkv}\nbudget: {ratio: 0.1}\n"
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vllm_kvcompress.budgets import layer_groups, score_leaders
-from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.settings import LayerGroupsConfig
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import LayerGroupsConfig
+from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 
 
 @pytest.mark.parametrize(

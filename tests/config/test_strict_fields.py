@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import MAX_LENGTH, ConfigError, config_error
 from vllm_kvcompress.request_options import parse_request, resolve_request
 

@@ -1,6 +1,6 @@
 """The life of a request, without an engine."""
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner, SkipReason, State
 from vllm_kvcompress.request_options import parse_request
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner, SkipReason, State
 from vllm_kvcompress.core.query_slots import QuerySlots
-from vllm_kvcompress.decode_queries import MIN_SLOTS, decode_gap, decode_window, ring_shape
+from vllm_kvcompress.lengths.decode_queries import MIN_SLOTS, decode_gap, decode_window, ring_shape
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.request_options import parse_request
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_kvcompress.core import task
+from vllm_kvcompress.core.classifier import head_and_tail
 from vllm_kvcompress.core.task import RequestClassifier
-from vllm_kvcompress.task_classifier import head_and_tail
 
 QUESTION = "Answer the question based on the passage.\n\n"
 SUMMARY = "Write a one-page summary of the report.\n\n"

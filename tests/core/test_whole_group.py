@@ -15,18 +15,18 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvcompress.budgets import layer_groups
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
+from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.request_options import parse_request
-from vllm_kvcompress.settings import LayerGroupsConfig
 from vllm_kvcompress.spec import CompressedAttentionSpec, GroupMap
 
 BLOCK = 16

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
 

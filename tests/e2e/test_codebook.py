@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from tests.e2e.codes_by_hand import Coded, Vectors, cosines, decode, rotated
 from tests.e2e.conftest import assert_idle, opened, serving
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
 from vllm_kvcompress.evaluation.tasks.needle import make_samples

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.e2e.conftest import assert_idle, opened
-from vllm_kvcompress import decode_queries
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.scenarios import churn
+from vllm_kvcompress.lengths import decode_queries
 
 pytestmark = pytest.mark.engine
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import opened
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.random_models import weights_digest, write_random_model
 

@@ -120,7 +120,7 @@ def test_repeated_compactions_equal_a_cache_pruned_again_and_again(
 
 
 def setting_policy(setting: dict[str, Any]) -> str:
-    from vllm_kvcompress.config import parse_config
+    from vllm_kvcompress.config.reading import parse_config
 
     config = parse_config(setting)
     assert config is not None

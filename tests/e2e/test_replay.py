@@ -3,7 +3,7 @@
 import pytest
 
 from tests.e2e.conftest import opened
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.compactions import prompt_checksum
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.request_options import parse_request, resolve_request

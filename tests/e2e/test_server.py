@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from tests.e2e.serving import VLLM, Server, environment, serving
-from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.evaluation.tasks.needle import is_right
-from vllm_kvcompress.prometheus import COUNTERS
+from vllm_kvcompress.host.prometheus import COUNTERS
 
 pytestmark = pytest.mark.engine
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.acceptance import (
     Continuation,
     Walk,

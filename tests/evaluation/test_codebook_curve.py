@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.codebook_curve import (
     GRID,
     Cell,
@@ -21,7 +22,6 @@ from vllm_kvcompress.evaluation.codebook_curve import (
     used_share,
 )
 from vllm_kvcompress.evaluation.replay import Replay
-from vllm_kvcompress.settings import CompressionConfig
 
 SHAPE = Shape(num_layers=4, num_kv_heads=2, head_dim=64, element_bytes=4, block_size=16)
 BASE = {

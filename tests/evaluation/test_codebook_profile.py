@@ -9,8 +9,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
-from vllm_kvcompress.codebook_lengths import coded_groups
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.codebook_choice import (
     Limits,
@@ -46,6 +45,7 @@ from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_rand
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.kernels.reference.codebook_build import build_codebook
 from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.codebook import coded_groups
 
 STILL = Rotary(torch.zeros(8), is_neox=True)
 TURNING = Rotary(10.0 ** -torch.arange(8.0), is_neox=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.records import read_records

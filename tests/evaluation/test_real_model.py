@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "reports" / "smollm2" / "records.jsonl"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
 from vllm_kvcompress.request_options import parse_request, resolve_request

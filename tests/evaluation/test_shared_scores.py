@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.replay import Replay
 
 

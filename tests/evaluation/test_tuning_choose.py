@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from vllm_kvcompress.cli import make_parser
+from vllm_kvcompress.cli.main import make_parser
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.tuning.choose import (
     FEWEST_PROMPTS,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.cli import main
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.cli.main import main
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.tuning import measuring

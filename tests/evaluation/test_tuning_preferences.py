@@ -8,9 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.budgets import group_budgets
-from vllm_kvcompress.cli import main
-from vllm_kvcompress.codebook_lengths import coded_groups
+from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.replay import Replay
@@ -24,6 +22,8 @@ from vllm_kvcompress.evaluation.tuning.preferences import (
     set_aside,
 )
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt, read_prompts
+from vllm_kvcompress.lengths.budgets import group_budgets
+from vllm_kvcompress.lengths.codebook import coded_groups
 
 NUM_PROMPTS = 13
 

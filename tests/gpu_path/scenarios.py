@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.e2e.conftest import assert_idle, serving
-from vllm_kvcompress.config import preset_names
+from vllm_kvcompress.config.reading import preset_names
 from vllm_kvcompress.evaluation.engine import Engine
 
 Prompts = Sequence[list[int]]

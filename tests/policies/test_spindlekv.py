@@ -6,12 +6,12 @@ import torch
 
 from tests import spindlekv_paper as paper
 from tests.policies.helpers import best_first, make_inputs, select
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import LayerBudgetConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.layer_budgets import SHAPES
+from vllm_kvcompress.lengths.layer_budgets import SHAPES
 from vllm_kvcompress.policies.spindlekv import SpindleKV, best_ranks
 from vllm_kvcompress.request_options import parse_request, resolve_request
-from vllm_kvcompress.settings import LayerBudgetConfig
 
 
 def papers_scores(given) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.serving_client import BenchError
 from vllm_kvcompress.evaluation.speculation_engine import VARIANTS, Meter, Pass, check_counts

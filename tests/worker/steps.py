@@ -7,8 +7,8 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 
 from tests.stand_in import META, StandIn, batch, jobs_of
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.draft_step import DraftStep
 from vllm_kvcompress.worker.view_speculator import ViewSpeculator
 

@@ -24,7 +24,7 @@ from tests.worker.test_compactor import (
     rows_of,
     strided_world,
 )
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.kernels import codebook_attention, codebook_build
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.worker.codebook_reader import CodebookReader

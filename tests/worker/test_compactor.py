@@ -13,13 +13,13 @@ import torch
 
 from tests.kernels.paged import DEVICE, make_cache
 from tests.policies.cases import CASES
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels import select_tokens
 from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.layer_cache import LayerCache

@@ -8,7 +8,7 @@ import torch
 from tests.stand_in import META, Shape, StandIn, replace_launches
 from tests.worker import steps
 from tests.worker.compile_keys import CompileKeys, unseen
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.kernels.select_tokens import select_tokens
 
 LLAMA = Shape(num_layers=6)

@@ -9,7 +9,7 @@ import torch
 from vllm.utils import jit_monitor
 from vllm.v1.worker import gpu_worker
 
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.worker.gpu_worker import CompressedGPUWorker
 from vllm_kvcompress.worker.reserve import table_bytes
 from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes

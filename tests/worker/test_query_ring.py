@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.decode_queries import RingShape
+from vllm_kvcompress.lengths.decode_queries import RingShape
 from vllm_kvcompress.worker.query_ring import QueryRing
 
 NUM_ROWS, WINDOW = 4, 8

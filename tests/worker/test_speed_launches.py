@@ -15,22 +15,22 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from vllm_kvcompress.budgets import (
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.evaluation.serving_models import MODELS
+from vllm_kvcompress.kernels import select_tokens, step_slots
+from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.budgets import (
     compaction_lengths,
     forced_ranges,
     layer_groups,
     permanent_ranges,
 )
-from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.evaluation.serving_models import MODELS
-from vllm_kvcompress.geometry import ModelGeometry
-from vllm_kvcompress.kernels import select_tokens, step_slots
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.geometry import ModelGeometry
+from vllm_kvcompress.lengths.sizing import request_usage
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.sizing import request_usage
 from vllm_kvcompress.speed.compaction import compaction, heads_of
 from vllm_kvcompress.speed.drafting import DRAFT_LAUNCHES
 from vllm_kvcompress.speed.paths import Path

@@ -13,7 +13,7 @@ import torch
 from tests.stand_in import META, Shape, StandIn, jobs_of, replace_launches
 from tests.worker import steps
 from tests.worker.host_watch import watched
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.kernels import host_copy
 
 SHAPE = Shape(num_layers=6)

@@ -10,9 +10,9 @@ import torch
 from tests.policies.cases import CASES
 from tests.stand_in import META, Shape, StandIn, jobs_of, replace_launches
 from tests.worker.memory_watch import MemoryWatch
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker import compactor, warm_up, working_memory
 from vllm_kvcompress.worker.compactor import QuerySources
 from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes

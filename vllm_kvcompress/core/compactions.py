@@ -7,11 +7,11 @@ from typing import Any
 
 from vllm.v1.request import Request
 
-from vllm_kvcompress.budgets import forced_ranges
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.tracked_request import State, TrackedRequest
+from vllm_kvcompress.lengths.budgets import forced_ranges
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
 

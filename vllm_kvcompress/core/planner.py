@@ -23,7 +23,10 @@ blocks were needed, leaves it DONE.
 
 from dataclasses import dataclass, field, replace
 
-from vllm_kvcompress.budgets import (
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.draft_history import DraftHistory
+from vllm_kvcompress.core.tracked_request import SkipReason, State, TrackedRequest
+from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     compaction_lengths,
     forced_ranges,
@@ -31,13 +34,10 @@ from vllm_kvcompress.budgets import (
     next_lengths,
     permanent_ranges,
 )
-from vllm_kvcompress.core.draft_history import DraftHistory
-from vllm_kvcompress.core.tracked_request import SkipReason, State, TrackedRequest
-from vllm_kvcompress.decode_queries import decode_gap, decode_window
+from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
-from vllm_kvcompress.settings import CompressionConfig
 
 MIN_STEPS = 4
 """Verifications before a view's share of accepted drafts counts."""

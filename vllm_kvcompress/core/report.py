@@ -3,9 +3,9 @@
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
 
-from vllm_kvcompress.budgets import budget_tokens, compaction_lengths
-from vllm_kvcompress.codebook_lengths import coded_groups
-from vllm_kvcompress.config import CompressionConfig
+from vllm_kvcompress.config.reading import CompressionConfig
+from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
+from vllm_kvcompress.lengths.codebook import coded_groups
 from vllm_kvcompress.spec import GroupMap
 
 

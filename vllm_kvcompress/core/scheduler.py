@@ -16,15 +16,16 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.checks import check_setting
-from vllm_kvcompress.config import CONFIG_KEY, parse_config
+from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner, State, TrackedRequest
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.task import RequestClassifier
-from vllm_kvcompress.decode_queries import ring_shape
+from vllm_kvcompress.host.checks import check_setting
+from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan
 from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
 from vllm_kvcompress.plans import RequestOptions
@@ -34,7 +35,6 @@ from vllm_kvcompress.request_options import (
     named_config,
     parse_request,
 )
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 
 logger = init_logger(f"vllm.{__name__}")

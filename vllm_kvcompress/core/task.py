@@ -5,7 +5,7 @@ from typing import Any
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.request import Request
 
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 
 
 class RequestClassifier:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.draft_history import DraftHistory
 from vllm_kvcompress.plans import GroupCache, GroupLengths
-from vllm_kvcompress.settings import CompressionConfig
 
 
 class State(Enum):

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample
-from vllm_kvcompress.settings import CompressionConfig
 
 WORDS_CUT = 3
 NUM_RESAMPLES = 4000

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvcompress.codebook_lengths import coded_groups
-from vllm_kvcompress.codebook_settings import CodebookConfig
+from vllm_kvcompress.config.codebook import CodebookConfig
+from vllm_kvcompress.lengths.codebook import coded_groups
 
 PARTS = 12
 """Shallow parts that are tried beside the first group alone, at most."""

@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_kvcompress.budgets import (
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     compaction_lengths,
     layer_groups,
     permanent_ranges,
 )
-from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.plans import GroupCache, GroupLengths
-from vllm_kvcompress.settings import CompressionConfig
 
 GRID = 500
 """Settings of equal bytes are looked for among ratios of 1/500, 2/500, ..., 1."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.coded_layer import (
@@ -31,7 +32,6 @@ from vllm_kvcompress.evaluation.coded_layer import (
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
 from vllm_kvcompress.kernels.codebook_build import Codebook
-from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 
 NUM_QUERIES = 8
 CHECK_TOKENS = 32

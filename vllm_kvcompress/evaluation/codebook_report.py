@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from vllm_kvcompress.cli_common import make_table
+from vllm_kvcompress.cli.common import make_table
 from vllm_kvcompress.evaluation.codebook_choice import Limits, Tried
 from vllm_kvcompress.evaluation.codebook_profile import Comparison, LayerProfile
 

@@ -15,19 +15,19 @@ import numpy.typing as npt
 import torch
 from transformers.utils import logging
 
-from vllm_kvcompress.budgets import compaction_lengths, layer_groups, score_leaders
-from vllm_kvcompress.checks import has_plain_rotary
-from vllm_kvcompress.codebook_lengths import coded_groups
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.host.checks import has_plain_rotary
 from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups, score_leaders
+from vllm_kvcompress.lengths.codebook import coded_groups
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import choose_task, resolve_request
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 Kept = npt.NDArray[np.bool_]
 

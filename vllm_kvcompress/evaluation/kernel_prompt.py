@@ -65,15 +65,15 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     neighbours differently, so survivors are compared as sets; that the rows behind them were
     copied, bit for bit, is compared exactly.
     """
-    from vllm_kvcompress.budgets import (
+    from vllm_kvcompress.config.reading import parse_config
+    from vllm_kvcompress.kernels import select_tokens
+    from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
+    from vllm_kvcompress.lengths.budgets import (
         compaction_lengths,
         forced_ranges,
         layer_groups,
         permanent_ranges,
     )
-    from vllm_kvcompress.config import parse_config
-    from vllm_kvcompress.kernels import select_tokens
-    from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
     from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
     from vllm_kvcompress.request_options import parse_request, resolve_request
     from vllm_kvcompress.worker.compactor import Compactor, QuerySources

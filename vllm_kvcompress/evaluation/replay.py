@@ -17,20 +17,20 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vllm_kvcompress.budgets import (
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.coded_tokens import CodedTokens
+from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.lengths.budgets import (
     compaction_lengths,
     forced_ranges,
     layer_groups,
     permanent_ranges,
 )
-from vllm_kvcompress.kernels.cache_rows import DenseRows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.coded_tokens import CodedTokens
-from vllm_kvcompress.kernels.rotary import Rotary
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
 from vllm_kvcompress.worker.layer_cache import LayerCache

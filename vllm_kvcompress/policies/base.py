@@ -1,7 +1,7 @@
 """The interface of an eviction policy.
 
-The life of one compaction is budgets -> score -> select -> copy. Budgets (how many tokens per layer
-group) come from ``budgets.py``, because the scheduler must know them beforehand. A policy answers
+The life of one compaction is budgets -> score -> select -> copy. Budgets (tokens per layer
+group) come from ``lengths.budgets``: the scheduler must know them beforehand. A policy answers
 one question: how much is each token worth. Forcing sinks, window and pins, top-k, rounding to
 blocks and copying happen once, elsewhere.
 

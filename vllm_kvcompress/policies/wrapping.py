@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import model_validator
 
+from vllm_kvcompress.config.settings import PolicyConfig
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.registry import load_policy_class
-from vllm_kvcompress.settings import PolicyConfig
 
 
 class ScorerConfig(PolicyConfig):

@@ -8,10 +8,10 @@ other. Launches are counted as ``worker/compactor.py`` makes them on a GPU, and 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_kvcompress.budgets import layer_groups, score_leaders
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
+from vllm_kvcompress.lengths.sizing import GroupUsage, RequestUsage
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.sizing import GroupUsage, RequestUsage
 from vllm_kvcompress.speed import kernel_bytes
 from vllm_kvcompress.speed.kernel_bytes import Heads, Launch
 from vllm_kvcompress.speed.passes import CHUNK_TOKENS

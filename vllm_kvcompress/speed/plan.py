@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.sizing import RequestUsage, capacity
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.sizing import RequestUsage, capacity
 from vllm_kvcompress.speed import kernel_bytes
 from vllm_kvcompress.speed.compaction import Compaction, compaction, heads_of
 from vllm_kvcompress.speed.drafting import Speculation

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.geometry import DTYPE_BYTES, ConfigFile, ModelGeometry
+from vllm_kvcompress.lengths.geometry import DTYPE_BYTES, ConfigFile, ModelGeometry
 
 
 @dataclass(frozen=True)

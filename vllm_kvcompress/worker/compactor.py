@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.budgets import layer_groups, score_leaders
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.codebook_writer import CodebookWriter
 from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch, group_batches
 from vllm_kvcompress.worker.group_scores import GroupScores

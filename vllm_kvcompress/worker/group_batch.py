@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.host_copy import send_together
 from vllm_kvcompress.plans import CompactionPlan, GroupPlan, PlanKind, Span
-from vllm_kvcompress.settings import CompressionConfig
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_kvcompress.config import CONFIG_KEY, parse_config
-from vllm_kvcompress.decode_queries import ring_shape
+from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.spec import GroupMap
 from vllm_kvcompress.worker.codebook_rows import CodebookState
 from vllm_kvcompress.worker.draft_views import DraftViews

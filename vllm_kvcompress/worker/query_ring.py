@@ -10,9 +10,9 @@ import torch
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_kvcompress.decode_queries import RingShape
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.host_copy import overwrite
+from vllm_kvcompress.lengths.decode_queries import RingShape
 
 
 class QueryRing:

@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_kvcompress.budgets import layer_groups
-from vllm_kvcompress.settings import CompressionConfig
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes
 
 _HOST_TABLES, _VIEW_TABLES = 2, 2

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.codebook_build import COVER_BLOCKS
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
-from vllm_kvcompress.settings import CompressionConfig
 from vllm_kvcompress.worker.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.group_batch import CompactionJob
 from vllm_kvcompress.worker.query_ring import QueryRing

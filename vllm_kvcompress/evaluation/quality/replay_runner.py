@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.evaluation.inspection import load_replay
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
 from vllm_kvcompress.evaluation.quality.prompts import Prompt, Prompter
@@ -17,8 +19,6 @@ from vllm_kvcompress.evaluation.quality.variants import Variant, kept_share
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
 from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
 
 BATCH_TOKENS = 16_384
 """Cached tokens that are decoded together: more take memory and save nothing."""

@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.budgets import compaction_lengths, layer_groups
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.records import BASELINE
+from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.request_options import parse_request, resolve_request
-from vllm_kvcompress.settings import CompressionConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.config import parse_config, preset_names
+from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, did_you_mean
-from vllm_kvcompress.settings import CompressionConfig
 
 GRID, BOOKS, BEST = "grid", "books", "auto"
 """Names of all chains of the grid, of those with codebooks, and of our best preset, which the grid

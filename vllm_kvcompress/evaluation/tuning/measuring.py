@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_kvcompress.checks import has_plain_rotary
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
@@ -29,8 +30,7 @@ from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
 from vllm_kvcompress.evaluation.tuning.preferences import layer_shares
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
-from vllm_kvcompress.settings import CompressionConfig
-from vllm_kvcompress.task_classifier import TaskClassifier, head_and_tail
+from vllm_kvcompress.host.checks import has_plain_rotary
 
 AGREEMENT, ANSWERS = "agreement", "answers"
 MEASURES = (AGREEMENT, ANSWERS)

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.budgets import layer_groups
-from vllm_kvcompress.config import parse_config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.config.settings import CompressionConfig, LayerGroupsConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.tuning.losses import write_whole
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
-from vllm_kvcompress.settings import CompressionConfig, LayerGroupsConfig
+from vllm_kvcompress.lengths.budgets import layer_groups
 
 PREFERENCES = "preferences"
 """Name of the measured chains, in lists of policies."""

@@ -1,0 +1,1 @@
+"""The command ``kvcompress``: one file per command."""

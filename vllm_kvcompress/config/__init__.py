@@ -1,0 +1,1 @@
+"""Settings: what may be said, how it is read, what is wrong with it."""

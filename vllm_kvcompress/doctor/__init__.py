@@ -1,0 +1,1 @@
+"""Would a server start, and what would it save?"""

@@ -1,0 +1,1 @@
+"""Where this package meets vLLM: hooks, options, checks."""

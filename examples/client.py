@@ -11,7 +11,9 @@ from urllib.request import urlopen
 
 from openai import BadRequestError, OpenAI
 
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
 
 
 def main(url: str) -> None:

@@ -17,7 +17,7 @@ check ruff format --check
 check mypy vllm_kvcompress kernels
 # Into build/, which git ignores. --strict: a dead link fails.
 export NO_MKDOCS_2_WARNING=1
-check mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+check mkdocs build --strict --config-file docs/site/mkdocs.yml
 # Engines are bound by one core each. On a GPU they would compete for its memory.
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi

@@ -34,7 +34,7 @@ def rows(page: Path) -> dict[str, list[str]]:
     for line in page.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| `") and (names := re.findall(r"`([^`]+)`", cells[0])):
-            found |= {name: cells for name in names}
+            found |= dict.fromkeys(names, cells)
     return found
 
 

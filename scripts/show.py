@@ -1,4 +1,4 @@
-"""Print the figures that the README quotes, from real runs of the engine in this process.
+"""Print the figures that docs/results.md quotes, from real runs of the engine in this process.
 
     python scripts/show.py needle    exact answers per policy, budget and length
     python scripts/show.py lossless  tokens with nothing evicted against stock vLLM's

@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.cli import make_parser
-from vllm_kvcompress.config import preset_names
-from vllm_kvcompress.prometheus import COUNTERS, PREFIX, SKIP_REASONS
+from vllm_kvcompress.cli.main import make_parser
+from vllm_kvcompress.config.reading import preset_names
+from vllm_kvcompress.config.settings import CompressionConfig, PolicyConfig
+from vllm_kvcompress.host.prometheus import COUNTERS, PREFIX, SKIP_REASONS
 from vllm_kvcompress.registry import load_policy_class, policy_names
 from vllm_kvcompress.request_options import REQUEST_KEYS
-from vllm_kvcompress.settings import CompressionConfig, PolicyConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lab.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.cli import main
 from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 
 Run = Callable[..., tuple[int, str, str]]
 

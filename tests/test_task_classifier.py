@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_kvcompress.evaluation.tasks.instructions import make_prompts, styles_of
+from lab.classifier.instructions import make_prompts, styles_of
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 from vllm_kvcompress.task_classifier import (
     NUM_BUCKETS,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lab.scenarios import churn
 from tests.e2e.conftest import assert_idle, opened
 from vllm_kvcompress import decode_queries
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 

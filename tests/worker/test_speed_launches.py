@@ -15,6 +15,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from lab.serving.models import MODELS
 from vllm_kvcompress.budgets import (
     compaction_lengths,
     forced_ranges,
@@ -22,7 +23,6 @@ from vllm_kvcompress.budgets import (
     permanent_ranges,
 )
 from vllm_kvcompress.config import parse_config
-from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.geometry import ModelGeometry
 from vllm_kvcompress.kernels import select_tokens, step_slots
 from vllm_kvcompress.kernels.block_tables import BlockTables

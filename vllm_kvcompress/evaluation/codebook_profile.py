@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.coded_layer import (
     CodedLayer,
     Options,
@@ -30,6 +29,7 @@ from vllm_kvcompress.evaluation.coded_layer import (
 )
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.kernels.codebook_build import Codebook
 from vllm_kvcompress.settings import BudgetConfig, CompressionConfig
 

@@ -19,10 +19,10 @@ from vllm_kvcompress.budgets import compaction_lengths, layer_groups, score_lead
 from vllm_kvcompress.checks import has_plain_rotary
 from vllm_kvcompress.codebook_lengths import coded_groups
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import choose_task, resolve_request

@@ -14,7 +14,7 @@ check() {
 
 check ruff check
 check ruff format --check
-check mypy vllm_kvcompress kernels
+check mypy vllm_kvcompress kernels scripts/lab
 # Engines are bound by one core each. On a GPU they would compete for its memory.
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi

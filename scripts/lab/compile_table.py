@@ -123,7 +123,9 @@ def compile_for(
             for setting in settings:
                 # Two layers: every layer of a model launches the same variants.
                 shape = Shape(num_layers=2, head_dim=dim, dtype=DTYPES[dtype], hidden_size=512)
-                StandIn(parse_config(setting), shape).runner.warm_up_compaction()
+                config = parse_config(setting)
+                assert config is not None
+                StandIn(config, shape).runner.warm_up_compaction()
             seconds = time.perf_counter() - start
             print(f"sm_{target} {dtype} {dim}: {len(table.rows)} rows, {seconds:.0f} s", flush=True)
 

@@ -153,7 +153,7 @@ def show_lossless(args: argparse.Namespace) -> bool:
     expected = stock.generate(prompts, max_tokens, ignore_eos=True)
     stock.close()
     engine = Engine(MODEL, FOUR_GROUPS)
-    settings = {
+    settings: dict[str, Any] = {
         "vllm_xargs kv_compression=none": {"kv_compression": "none"},
         "vllm_xargs kv_budget_ratio=1.0": {"kv_budget_ratio": 1.0},
         "vllm_xargs kv_budget_tokens=4000": {"kv_budget_tokens": 4000},
@@ -252,7 +252,8 @@ def show_draft(args: argparse.Namespace) -> bool:
         heading(f"{args.num_samples} prompts, {args.max_tokens} greedy tokens each")
         for name, model in models.items():
             found = []
-            extra = {} if name == "probe" else {"skip_tokenizer_init": True, "max_model_len": 2048}
+            extra: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 2048}
+            extra = {} if name == "probe" else extra
             for each in (None, setting):
                 engine = Engine(model, each, **extra)
                 prompts = draft_prompts(engine, name, args.num_samples)

@@ -116,8 +116,9 @@ def plot(runs: list[tuple[dict[str, Any], list[tuple[int, int, int]]]], path: Pa
     axes.plot([g for _, g, _ in rows], grown, color="0.7", label="uncompressed (computed)")
     for about, rows in runs:
         name = "async" if about["async_scheduling"] else "sync"
-        style = {"linestyle": "--"} if about["async_scheduling"] else {}
-        axes.plot([g for _, g, _ in rows], [h for *_, h in rows], label=f"held, {name}", **style)
+        style = "--" if about["async_scheduling"] else "-"
+        held = [h for *_, h in rows]
+        axes.plot([g for _, g, _ in rows], held, style, label=f"held, {name}")
     axes.set_xlabel("generated tokens")
     axes.set_ylabel(f"blocks of {BLOCK_SIZE} tokens")
     axes.set_title(

@@ -14,7 +14,6 @@ thread: with few cores, threads wait for each other longer than they compute.
 import argparse
 import csv
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from lab.places import PROBE_MODEL
 from vllm_kvcompress.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.config import parse_config, preset_names
 from vllm_kvcompress.evaluation.provenance import versions
+from vllm_kvcompress.evaluation.quality.intervals import wilson
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
 from vllm_kvcompress.kernels.code_rows import codes_per_row
@@ -40,14 +40,6 @@ COLUMNS = ["prompt_tokens", "preset", "ratio", "kept_tokens", "right", "total"]
 NUM_LAYERS, BLOCK_SIZE = 4, 32
 CODES_PER_ROW = codes_per_row(64 * 4)  # of the probe model's heads in float32
 NUM_ANSWER_TOKENS = 8
-
-
-def wilson(right: int, total: int) -> tuple[float, float]:
-    """Bounds of the 95 % interval of a share (Wilson, 1927)."""
-    z, share = 1.96, right / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + (z / total / 2) ** 2)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @dataclass(frozen=True)
@@ -198,7 +190,8 @@ def cell_text(cell: dict[str, str] | None) -> str:
     if cell is None:
         return ""
     right, total = int(cell["right"]), int(cell["total"])
-    low, high = wilson(right, total)
+    share = wilson(right, total)
+    low, high = share.low, share.high
     return f"{right / total:.0%} ({100 * low:.0f}-{100 * high:.0f}), {cell['kept_tokens']}"
 
 

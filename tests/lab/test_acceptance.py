@@ -13,13 +13,13 @@ from lab.speculation.acceptance import (
     Walk,
     continue_exactly,
     plain_text,
-    prompt_seed,
     summarize,
     walk,
 )
 from vllm_kvcompress.config import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 from vllm_kvcompress.request_options import parse_request, resolve_request
 

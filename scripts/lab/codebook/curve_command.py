@@ -39,8 +39,8 @@ from lab.codebook.curve import (
     used_share,
 )
 from lab.places import PROBE_MODEL, ROOT
-from lab.policy_table import wilson
 from vllm_kvcompress.evaluation.provenance import provenance, public_words
+from vllm_kvcompress.evaluation.quality.intervals import wilson
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
 
@@ -177,7 +177,8 @@ def write_csv(path: Path, cells: Sequence[Cell]) -> None:
         for cell in cells:
             config, used = cell.point.config, cell.used_share
             book = None if config is None else config.codebook
-            low, high = wilson(cell.right, len(cell.digits))
+            share = wilson(cell.right, len(cell.digits))
+            low, high = share.low, share.high
             writer.writerow(
                 [
                     cell.length,

@@ -40,7 +40,8 @@ class AttentionTimer:
 
     def __init__(self, layers: dict[str, Any]) -> None:
         self.on_gpu = torch.cuda.is_available()
-        self.seconds, self.events = 0.0, []
+        self.seconds = 0.0
+        self.events: list[Any] = []
         for layer in layers.values():
             layer.impl.forward = self._timed(layer.impl.forward)
 

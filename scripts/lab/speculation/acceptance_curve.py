@@ -295,8 +295,7 @@ def main() -> int:
         },
         "seconds": round(time.monotonic() - started),
     }
-    named = {"indent": 1, "ensure_ascii": False, "default": lambda path: path.name}
-    text = json.dumps(about, **named) + "\n"
+    text = json.dumps(about, indent=1, ensure_ascii=False, default=lambda path: path.name) + "\n"
     (args.out / RUN_NAME).write_text(text, encoding="utf-8")
     print_tables(cells, args)
     print(about["right_answers_of_the_whole_cache"])

@@ -23,10 +23,7 @@ from lab.kernel_bench.rows import (
     difference,
     verdicts,
 )
-from tests.interpreter import mended_interpreter
 from vllm_kvcompress.speed.machine import read_measured
-
-__all__ = ["mended_interpreter"]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "bench_kernels.py"

@@ -14,7 +14,7 @@ check() {
 
 check ruff check
 check ruff format --check
-check mypy vllm_kvcompress kernels
+check mypy vllm_kvcompress kernels scripts/lab
 # Into build/, which git ignores. --strict: a dead link fails.
 export NO_MKDOCS_2_WARNING=1
 check mkdocs build --strict --config-file docs/site/mkdocs.yml

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lab.scenarios import churn
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from vllm_kvcompress.evaluation.engine import Engine, Result
-from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 

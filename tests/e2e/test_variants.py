@@ -2,8 +2,8 @@
 
 import pytest
 
+from lab.scenarios import churn
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
-from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 

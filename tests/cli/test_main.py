@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from vllm_kvcompress import __version__
+from vllm_kvcompress.cli import main as cli
 from vllm_kvcompress.cli.common import PIPE_WIDTH
 from vllm_kvcompress.cli.main import main
-from vllm_kvcompress.cli.main import main as cli
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.registry import load_policy_class, policy_names

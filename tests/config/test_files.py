@@ -160,9 +160,9 @@ WRONG = [
 @pytest.mark.parametrize(("text", "words"), WRONG, ids=[str(words)[:50] for _, words in WRONG])
 def test_wrong_contents_are_one_sentence(file: Path, text: str | bytes, words: str) -> None:
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    started = time.monotonic()
+    started = time.process_time()
     message = refusal("x.yaml")
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert message.startswith("x.yaml: ") and words in message
 
 

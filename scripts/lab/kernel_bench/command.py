@@ -55,8 +55,8 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     found = versions(("torch", "triton", "xformers"))
     return {
         "device": about["device"],
-        "torch": found["torch"],
-        "triton": found["triton"],
+        "torch": found.get("torch"),
+        "triton": found.get("triton"),
         "xformers": found.get("xformers"),
         "cuda": torch.version.cuda if ON_GPU else None,
         "python": found["python"],

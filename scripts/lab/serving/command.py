@@ -267,8 +267,8 @@ def report(
     if not args.on_gpu:
         print("Times are of Triton's interpreter on a CPU: only the counts mean anything.")
     found = {**about, "complete": complete, "scenarios": reports.summary(results)}
-    (args.out / "arithmetic.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    reports.write_plot(args.out / "arithmetic.png", results, about["device"])
+    (args.out / "serving.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    reports.write_plot(args.out / "serving.png", results, about["device"])
     print(f"Results are in {args.out}.")
 
 
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, argv: list[str], console: Console) -> None:
     scenarios = make_scenarios(args)
     about = about_run(args, argv)
     args.out.mkdir(parents=True)
-    results, log = Results(), reports.CsvLog(args.out / "arithmetic.csv", about)
+    results, log = Results(), reports.CsvLog(args.out / "serving.csv", about)
 
     def add(rows: list[Row]) -> None:
         results.rows += rows

@@ -195,6 +195,18 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
     assert not books.commit("r"), "nothing is pending"
 
 
+def test_a_linked_view_takes_no_blocks() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    own = tuple(block.block_id for block in books.req_to_blocks["r"])
+    plan = plan_of(books, "r", 144, 32, Purpose.LINKED_VIEW)
+    assert (plan.source_blocks, plan.destination_blocks, plan.tail_blocks) == (own[:9], (), own[9:])
+    assert books.block_pool.get_num_free_blocks() == 32 - 10
+    books.commit_view("r")
+    assert not books.views and not books.commit("r")
+    books.check_integrity()
+
+
 def test_a_new_view_frees_the_old_one() -> None:
     books = manager()
     fill(books, "r", 150)

@@ -70,14 +70,15 @@ class Compactions:
     def plan(self, due: Sequence[Request]) -> list[CompactionPlan]:
         """Plans of a step for the requests of it that are due."""
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
-        evictions = {name: t.compaction.lengths for name, t in tracked.items() if t.evicts}
+        found = {name: each.compaction.lengths for name, each in tracked.items()}
+        evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
         worthwhile, waiting = self.room.worthwhile(evictions) if evictions else (set(), set())
         plans: list[CompactionPlan] = []
         for request in due:
             name, each = request.request_id, tracked[request.request_id]
             if name in waiting:
                 self._put_off(each)
-            elif each.evicts and name not in worthwhile:
+            elif name in evictions and name not in worthwhile:
                 self.planner.decline(each)
             else:
                 plans += self._plan_one(request, each)
@@ -90,24 +91,25 @@ class Compactions:
 
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
         """Take blocks for all of a request's work; nothing where there is no room."""
-        needed = sum(self.room.num_needed(lengths) for _, lengths in tracked.work)
-        if len(tracked.work) > 1 and needed > self.room.num_free:
+        work = tracked.work
+        needed = sum(self.room.num_needed(lengths) for _, lengths in work)
+        if len(work) > 1 and needed > self.room.num_free:
             # An eviction gives memory back and must not wait for a view, which takes some.
             self.planner.drop_view(tracked)
-        if not self._has_room(request, tracked):
+            work.pop()
+        if not self._has_room(request, *work[0]):
             self._put_off(tracked)
             return []
         self.planner.note_planned(tracked)
         self._planned.append(request.request_id)
-        return [self._make_plan(request, tracked, *each) for each in tracked.work]
+        return [self._make_plan(request, tracked, *each) for each in work]
 
     def _put_off(self, tracked: TrackedRequest) -> None:
         self.stats.deferrals += 1
         self.planner.put_off(tracked)
 
-    def _has_room(self, request: Request, tracked: TrackedRequest) -> bool:
-        """Whether there are blocks for the first of a request's work, which comes before a view."""
-        purpose, lengths = tracked.work[0]
+    def _has_room(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
+        """Whether there are blocks for an eviction, or for a view that is taken alone."""
         num_needed = self.room.num_needed(lengths)
         if purpose is Purpose.LINKED_VIEW:
             return True  # of blocks that are there

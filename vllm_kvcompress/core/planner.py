@@ -277,7 +277,7 @@ class Planner:
     def commit(self, tracked: TrackedRequest) -> None:
         """Note that the planned work has been done."""
         tracked.counted, tracked.num_waited = True, 0
-        if tracked.evicts:
+        if any(tracked.compaction.lengths):
             tracked.compaction.commit(tracked.position)
         self._rearm(tracked)
 

@@ -137,11 +137,6 @@ class TrackedRequest:
         return found
 
     @property
-    def evicts(self) -> bool:
-        """Whether what is due or planned gives memory back."""
-        return any(self.compaction.lengths)
-
-    @property
     def lacks_room(self) -> bool:
         """Whether its compaction is due, would free blocks, and has found none for survivors."""
         return self.phase is Phase.DUE and not self.is_shared

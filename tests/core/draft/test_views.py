@@ -48,7 +48,7 @@ def test_a_request_drafts_from_its_view_on() -> None:
     assert tracked.view.num_drafts == tracked.view.num_draft_steps == 0
     do_work(plan, 2000)
     assert tracked.phase is Phase.DONE and tracked.view.taken_at == 2000
-    assert tracked.counted and not tracked.evicts, "it holds what it held"
+    assert tracked.counted and not tracked.compaction.lengths, "it holds what it held"
     assert tracked.view.num_drafts == tracked.view.num_draft_steps == 4
     assert not plan.note_progress("r", 9000), "views are not taken again unless asked for"
     assert plan.clip_chunk("r", 2000, 5, 2001) == 5, "drafts run on"

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.inside import pending
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
-from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 BLOCK = 16
@@ -39,10 +40,10 @@ def plan_of(
     request_id: str,
     region: int,
     kept: int,
-    is_view: bool = False,
+    purpose: Purpose = Purpose.EVICT,
 ) -> GroupPlan:
     cache = GroupCache(region + 6, ((0, 4),))
-    return books.plan(request_id, GroupLengths(region, kept), cache, ((0, 4),), is_view)
+    return books.plan(purpose, request_id, GroupLengths(region, kept), cache, ((0, 4),))
 
 
 def test_a_compaction_step_by_step() -> None:
@@ -102,7 +103,7 @@ def test_freeing_returns_everything(committed: bool) -> None:
         books.commit("r")
     books.free("r")
     assert books.block_pool.get_num_free_blocks() == 32
-    assert not books.evicted and not books._pending and not books.held_blocks()
+    assert not books.evicted and pending(books, "r") is None and not books.held_blocks()
     books.check_integrity()
     assert not books.commit("r"), "a commit that comes too late does nothing"
     assert "r" not in books.req_to_blocks
@@ -169,7 +170,7 @@ def test_any_order_of_events_keeps_the_books(events) -> None:
             books.free(name)
             lengths.pop(name, None)
             planned.discard(name)
-        elif event == 4 and name in lengths and name not in books._pending:
+        elif event == 4 and name in lengths and pending(books, name) is None:
             if books.block_pool.get_num_free_blocks():
                 lengths[name] += BLOCK
                 fill(books, name, lengths[name])
@@ -185,7 +186,7 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
     books = manager()
     fill(books, "r", 150)
     own = list(books.req_to_blocks["r"])
-    plan = plan_of(books, "r", 144, 32, is_view=True)
+    plan = plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
     assert books.req_to_blocks["r"] == own and not books.evicted
     assert [block.block_id for block in books.views["r"]] == list(plan.destination_blocks)
@@ -194,12 +195,24 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
     assert not books.commit("r"), "nothing is pending"
 
 
+def test_a_linked_view_takes_no_blocks() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    own = tuple(block.block_id for block in books.req_to_blocks["r"])
+    plan = plan_of(books, "r", 144, 32, Purpose.LINKED_VIEW)
+    assert (plan.source_blocks, plan.destination_blocks, plan.tail_blocks) == (own[:9], (), own[9:])
+    assert books.block_pool.get_num_free_blocks() == 32 - 10
+    books.commit_view("r")
+    assert not books.views and not books.commit("r")
+    books.check_integrity()
+
+
 def test_a_new_view_frees_the_old_one() -> None:
     books = manager()
     fill(books, "r", 150)
-    plan_of(books, "r", 144, 32, is_view=True)
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
-    second = plan_of(books, "r", 144, 48, is_view=True)
+    second = plan_of(books, "r", 144, 48, Purpose.COPIED_VIEW)
     assert books.block_pool.get_num_free_blocks() == 32 - 10 - 2 - 3
     books.check_integrity()
     books.commit_view("r")
@@ -210,7 +223,7 @@ def test_a_new_view_frees_the_old_one() -> None:
 def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
     books = manager()
     fill(books, "r", 150)
-    plan_of(books, "r", 144, 32, is_view=True)
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
     plan_of(books, "r", 144, 16)
     assert len(books.held_blocks()) == 10 + 2 + 1
@@ -223,7 +236,7 @@ def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
 def test_a_request_evicts_and_takes_a_view_in_one_step() -> None:
     books = manager()
     fill(books, "r", 150)
-    view, kept = plan_of(books, "r", 144, 16, is_view=True), plan_of(books, "r", 144, 64)
+    view, kept = plan_of(books, "r", 144, 16, Purpose.COPIED_VIEW), plan_of(books, "r", 144, 64)
     assert not set(view.destination_blocks) & set(kept.destination_blocks)
     assert books.block_pool.get_num_free_blocks() == 32 - 10 - 1 - 4
     books.check_integrity()

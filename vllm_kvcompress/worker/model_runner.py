@@ -28,8 +28,8 @@ from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.lengths.budgets import layer_groups
-from vllm_kvcompress.messages import StepPlan
-from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.messages import StepPlan, StepReport
+from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.codebook_meter import CodebookMeter
 from vllm_kvcompress.worker.codebook_reader import CodebookReader, read_codebooks
@@ -316,22 +316,23 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
         jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
-        self.compactor.run([job for job in jobs if not job.plan.is_linked])
-        blocks = self.compactor.choose_blocks([job for job in jobs if job.plan.is_linked])
+        linked = [job for job in jobs if job.plan.purpose is Purpose.LINKED_VIEW]
+        self.compactor.run([job for job in jobs if job.plan.purpose is not Purpose.LINKED_VIEW])
+        blocks = self.compactor.choose_blocks(linked)
         evicted = {
             plan.request_id: [each.lengths.evicted if each else 0 for each in plan.groups]
             for plan in plans
-            if not plan.is_view
+            if not plan.purpose.is_view
         }
         for plan in plans:
             row = rows[plan.request_id]
             self.model_state.forget_queries(plan.request_id)
-            if plan.is_view:
+            if plan.purpose.is_view:
                 assert self.model_state.views is not None
-                linked = {
+                chosen = {
                     group: ids for (name, group), ids in blocks.items() if name == plan.request_id
                 }
-                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), linked)
+                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), chosen)
             else:
                 self._rewrite_row(plan, row)
 
@@ -361,13 +362,10 @@ class CompressionRunnerMixin(GPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Send the times of compactions, and measures of codebooks, with the step's output."""
         output = super().sample_tokens(*args, **kwargs)
+        # With asynchronous scheduling the step's output is inside of what is returned.
         carrier = getattr(output, "model_runner_output", output)
-        if carrier is None:
-            return output
-        if seconds := list(self._timer.take()):
-            carrier.kv_compression_seconds = seconds
-        if measures := self._meter.take():
-            carrier.kv_codebook_measures = measures
+        if carrier is not None:
+            StepReport(tuple(self._timer.take()), self._meter.take() or ()).attach(carrier)
         return output
 
 

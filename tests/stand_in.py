@@ -32,19 +32,19 @@ from vllm_kvcompress.lengths.budgets import (
 )
 from vllm_kvcompress.lengths.decode_queries import RingShape
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.worker import codebook_rows
-from vllm_kvcompress.worker.codebook_reader import CodebookReader
-from vllm_kvcompress.worker.codebook_rows import CodebookState
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.draft_views import DraftViews
-from vllm_kvcompress.worker.group_batch import CompactionJob
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layout import StridedLayout
+from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.codebook import rows as codebook_rows
+from vllm_kvcompress.worker.codebook.reader import CodebookReader
+from vllm_kvcompress.worker.codebook.rows import CodebookState
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.draft.views import DraftViews
+from vllm_kvcompress.worker.layout.base import StridedLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.lengths import CompressionState
 from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
-from vllm_kvcompress.worker.prompt_queries import PromptQueries
-from vllm_kvcompress.worker.query_ring import QueryRing
-from vllm_kvcompress.worker.query_window import QueryWindow
-from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.worker.queries.prompt import PromptQueries
+from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.queries.window import QueryWindow
 
 META = torch.device("meta")
 Launch = Callable[[Any, tuple, dict], None]

@@ -324,9 +324,9 @@ def test_a_changed_host_is_refused_by_name() -> None:
 def test_overrides_stay_short() -> None:
     """Nothing of the host is pasted: an override calls super() and adds a little."""
     from vllm_kvcompress.core.scheduler import CompressionMixin
+    from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
     from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
     from vllm_kvcompress.worker.model_state import CompressedModelState
-    from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 
     owners = (CompressionMixin, CompressionRunnerMixin, CompressedModelState)
     for owner in (*owners, TypicalAcceptanceSampler):

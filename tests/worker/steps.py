@@ -9,8 +9,8 @@ from vllm.config.compilation import CUDAGraphMode
 from tests.stand_in import META, StandIn, batch, jobs_of
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.worker.draft_step import DraftStep
-from vllm_kvcompress.worker.view_speculator import ViewSpeculator
+from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
+from vllm_kvcompress.worker.draft.step import DraftStep
 
 ODD_PROMPTS = ([4097], [777, 2003, 3001], [1024])
 """Lengths of prompts that end in one step: no multiple of anything, one alone, unequal ones."""

@@ -10,9 +10,9 @@ from vllm.utils import jit_monitor
 from vllm.v1.worker import gpu_worker
 
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.worker.compaction.reserve import table_bytes
+from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
 from vllm_kvcompress.worker.gpu_worker import CompressedGPUWorker
-from vllm_kvcompress.worker.reserve import table_bytes
-from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes
 
 GIB = 1 << 30
 SHAPE = RankShape(32, range(32), 32, 8, 128, 4096, torch.bfloat16, 16, 131072, 1024)

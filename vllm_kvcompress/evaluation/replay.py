@@ -31,10 +31,10 @@ from vllm_kvcompress.lengths.budgets import (
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layout import CacheLayout
+from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 ATTENTION = "kvcompress_replay"
 CHUNK = 1024

@@ -31,22 +31,26 @@ from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
-from vllm_kvcompress.worker.codebook_meter import CodebookMeter
-from vllm_kvcompress.worker.codebook_reader import CodebookReader, read_codebooks
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.draft_views import DraftViews
-from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.codebook.meter import CodebookMeter
+from vllm_kvcompress.worker.codebook.reader import CodebookReader, read_codebooks
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.compaction.layer_parts import (
+    find_output_projection,
+    find_rotary,
+    require_parts,
+)
+from vllm_kvcompress.worker.compaction.timer import CompactionTimer
+from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
+from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
+from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
+from vllm_kvcompress.worker.draft.views import DraftViews
 from vllm_kvcompress.worker.group_metadata import without_schedule
 from vllm_kvcompress.worker.host_buffers import keep_token_ids_on_host, pools_for_writes_per_step
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
-from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
+from vllm_kvcompress.worker.layout.base import CacheLayout, StridedLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.packed import cpu_layout
 from vllm_kvcompress.worker.model_state import CompressedModelState
-from vllm_kvcompress.worker.packed_layout import cpu_layout
-from vllm_kvcompress.worker.timer import CompactionTimer
-from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
-from vllm_kvcompress.worker.view_speculator import ViewSpeculator
-from vllm_kvcompress.worker.warm_up import warm_up, warm_up_steps
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -20,14 +20,14 @@ from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.spec import GroupMap
-from vllm_kvcompress.worker.codebook_rows import CodebookState
-from vllm_kvcompress.worker.draft_views import DraftViews
+from vllm_kvcompress.worker.codebook.rows import CodebookState
+from vllm_kvcompress.worker.draft.views import DraftViews
 from vllm_kvcompress.worker.group_metadata import Families, derives
-from vllm_kvcompress.worker.prompt_queries import PromptQueries
-from vllm_kvcompress.worker.query_ring import QueryRing
-from vllm_kvcompress.worker.query_taps import QueryTaps
-from vllm_kvcompress.worker.query_window import QueryWindow
-from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.worker.lengths import CompressionState
+from vllm_kvcompress.worker.queries.prompt import PromptQueries
+from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.queries.taps import QueryTaps
+from vllm_kvcompress.worker.queries.window import QueryWindow
 
 
 class CompressedModelState(DefaultModelState):

@@ -1,19 +1,31 @@
-"""What the scheduler tells the workers beside vLLM's own step, typed and in one attribute.
+"""All mail between API server, scheduler and workers, typed; one attribute on what vLLM sends.
 
-A request is judged once, where it arrives: the workers get its setting with the step that starts
-it, and repeat neither the reading of its options nor the arithmetic.
+    API server --(vLLM's request, options in `vllm_xargs`)--> scheduler
+    scheduler  --`StepPlan`, with vLLM's ``SchedulerOutput``--> workers
+    workers    --`StepReport`, with vLLM's ``ModelRunnerOutput``--> scheduler
+    scheduler  --`post_counts`, in vLLM's ``SchedulerStats``--> API server: `take_counts`
+
+A request is judged once, by the scheduler: the workers get its setting with the step that starts
+it, and repeat neither the reading of its options nor the arithmetic. The API server only refuses
+what the scheduler could not make sense of.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
 
 _ATTRIBUTE = "kv_compression"
+"""The one attribute that our mail has on the host's objects. It is pickled with them."""
+
+_COUNTS_KEY = "vllm_kvcompress"
+"""Marks our payload in the field that ``SchedulerStats`` has for KV connectors."""
 
 ROOM_ATTRIBUTE = "kvcompress_room"
-"""Where vLLM's ``KVCacheManager`` carries the scheduler's `Room`."""
+"""Where vLLM's ``KVCacheManager`` carries the scheduler's `Room`; it goes to no other process."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,65 @@ class StepPlan:
     views_given_up: tuple[str, ...] = ()
 
     def attach(self, scheduler_output: Any) -> None:
-        """Send it with vLLM's ``SchedulerOutput``, which is pickled whole."""
+        """Send it with vLLM's ``SchedulerOutput``."""
         setattr(scheduler_output, _ATTRIBUTE, self)
 
     @classmethod
     def of(cls, scheduler_output: Any) -> "StepPlan":
         """What came with a ``SchedulerOutput``; an empty one for vLLM's own dummy steps."""
         return getattr(scheduler_output, _ATTRIBUTE, None) or cls()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a worker has measured since its last report.
+
+    Attributes
+    ----------
+    seconds : tuple[float, ...]
+        Times of steps' compactions that are known to have finished.
+    codebooks : sequence of sequences of float
+        Of keys and of values, four numbers each: `CompressionStats.record_codebooks`. Empty if
+        nothing was coded.
+    """
+
+    seconds: tuple[float, ...] = ()
+    codebooks: Sequence[Sequence[float]] = ()
+
+    def attach(self, model_runner_output: Any) -> None:
+        """Send it with vLLM's ``ModelRunnerOutput``, if there is any news."""
+        if self.seconds or self.codebooks:
+            setattr(model_runner_output, _ATTRIBUTE, self)
+
+    @classmethod
+    def of(cls, model_runner_output: Any) -> "StepReport":
+        """What came with a ``ModelRunnerOutput``; an empty one where nothing was measured."""
+        return getattr(model_runner_output, _ATTRIBUTE, None) or cls()
+
+    def count_into(self, stats: CompressionStats) -> None:
+        """Add it to the scheduler's counts."""
+        stats.seconds += self.seconds
+        stats.record_codebooks(self.codebooks)
+
+
+def post_counts(scheduler_stats: Any, stats: CompressionStats) -> None:
+    """Send what was counted with vLLM's ``SchedulerStats``, and start counting anew.
+
+    These travel as plain data without room for more, so the counts go where those of KV connectors
+    would, which are refused.
+    """
+    if counts := stats.snapshot():
+        scheduler_stats.kv_connector_stats = {_COUNTS_KEY: counts}
+        stats.clear()
+
+
+def take_counts(scheduler_stats: Any) -> dict[str, Any] | None:
+    """Take out what `post_counts` put in; None if there is nothing.
+
+    vLLM's own loggers must not find it, who expect the statistics of a KV connector.
+    """
+    payload = getattr(scheduler_stats, "kv_connector_stats", None)
+    if not payload or _COUNTS_KEY not in payload:
+        return None
+    scheduler_stats.kv_connector_stats = None
+    return payload[_COUNTS_KEY]

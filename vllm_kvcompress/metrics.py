@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-STATS_KEY = "vllm_kvcompress"
-"""Marks our payload among the statistics that travel from scheduler to API server."""
-
 CODEBOOK_MEASURES = ("vectors", "entries", "forced", "forced_distance")
 
 MAX_SAMPLES = 4096

@@ -1,6 +1,6 @@
 """What one request asks for in ``vllm_xargs``, and the setting it runs under.
 
-API server, scheduler and worker all read the same keys with the functions below.
+The API server refuses what is wrong, the scheduler decides; workers are told (messages.py).
 """
 
 import math

@@ -26,8 +26,8 @@ from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.host.checks import check_setting
 from vllm_kvcompress.lengths.decode_queries import ring_shape
-from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan
-from vllm_kvcompress.metrics import STATS_KEY, CompressionStats
+from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan, StepReport, post_counts
+from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import (
     check_fits_server,
@@ -260,19 +260,17 @@ class CompressionMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        """Take the worker's timings along."""
-        self.stats.seconds += getattr(model_runner_output, "kv_compression_seconds", ())
-        self.stats.record_codebooks(getattr(model_runner_output, "kv_codebook_measures", ()))
+        """Take the worker's measurements along."""
+        StepReport.of(model_runner_output).count_into(self.stats)
         if self.num_draft_tokens:
             self._observe_drafts(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Send our counts with vLLM's. The KV connectors' field is free: they are refused."""
+        """Send our counts with vLLM's."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and (snapshot := self.stats.snapshot()):
-            stats.kv_connector_stats = {STATS_KEY: snapshot}
-            self.stats.clear()
+        if stats is not None:
+            post_counts(stats, self.stats)
         return stats
 
     # --- tests ----------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from vllm_kvcompress.host.checks import check_config, check_setting
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
 from vllm_kvcompress.lengths.budgets import layer_groups
-from vllm_kvcompress.messages import ROOM_ATTRIBUTE
-from vllm_kvcompress.metrics import STATS_KEY
+from vllm_kvcompress.messages import ROOM_ATTRIBUTE, take_counts
 from vllm_kvcompress.request_options import (
     REQUEST_KEYS,
     check_fits_server,
@@ -301,15 +300,12 @@ def _record(original: Callable[..., Any]) -> Callable[..., Any]:
         mm_cache_stats: Any = None,
         engine_idx: int | None = None,
     ) -> Any:
-        payload = getattr(scheduler_stats, "kv_connector_stats", None)
-        if payload and STATS_KEY in payload:
-            # Taken out: vLLM's own loggers expect a KV connector's statistics here.
-            scheduler_stats.kv_connector_stats = None
+        if counts := take_counts(scheduler_stats):
             recorder = getattr(self, _RECORDER, None)
             if recorder is None:  # must not end the server for it
                 logger.warning_once("No metrics of KV compression: this process has no setting.")
             else:
-                recorder.record(payload[STATS_KEY], engine_idx or 0)
+                recorder.record(counts, engine_idx or 0)
         return original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     return record

@@ -28,7 +28,7 @@ from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.lengths.budgets import layer_groups
-from vllm_kvcompress.messages import StepPlan
+from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.batch import CompactionJob
@@ -365,13 +365,10 @@ class CompressionRunnerMixin(GPUModelRunner):
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Send the times of compactions, and measures of codebooks, with the step's output."""
         output = super().sample_tokens(*args, **kwargs)
+        # With asynchronous scheduling the step's output is inside of what is returned.
         carrier = getattr(output, "model_runner_output", output)
-        if carrier is None:
-            return output
-        if seconds := list(self._timer.take()):
-            carrier.kv_compression_seconds = seconds
-        if measures := self._meter.take():
-            carrier.kv_codebook_measures = measures
+        if carrier is not None:
+            StepReport(tuple(self._timer.take()), self._meter.take() or ()).attach(carrier)
         return output
 
 

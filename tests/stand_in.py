@@ -31,7 +31,7 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
 )
 from vllm_kvcompress.lengths.decode_queries import RingShape
-from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.codebook import rows as codebook_rows
 from vllm_kvcompress.worker.codebook.reader import CodebookReader
@@ -219,10 +219,11 @@ class StandIn:
             lengths = next_lengths(
                 prompt_len, prompt_len + grown, caches, config, shape.block_size, per_row
             )
+        is_linked = more.get("purpose") is Purpose.LINKED_VIEW
         found: list[GroupPlan | None] = []
         for own, held in zip(lengths, caches, strict=True):
             forced = forced_ranges(held, config.observation_window)
-            if own is not None and more.get("is_linked"):
+            if own is not None and is_linked:
                 own = linked_lengths(own, forced, shape.block_size)
             if own is None:
                 found.append(None)
@@ -234,7 +235,7 @@ class StandIn:
                 GroupPlan(
                     own, held, tuple((s, min(e, own.region_len)) for s, e in forced
                                      if s < own.region_len),
-                    blocks[:split], () if more.get("is_linked") else targets, blocks[split:],
+                    blocks[:split], () if is_linked else targets, blocks[split:],
                 )
             )  # fmt: skip
         return CompactionPlan(name, prompt_len + grown, grown > 0, 7, tuple(found), **more)

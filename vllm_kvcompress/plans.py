@@ -100,7 +100,9 @@ class GroupCache:
 
 
 class PlanKind(Enum):
-    """``TOKENS``: survivors as they are. ``CODES``: survivors as entries of a new codebook.
+    """What the destinations of one group hold.
+
+    ``TOKENS``: survivors as they are. ``CODES``: survivors as entries of a new codebook.
     ``MORE_CODES``: the codebook that is there, and codes of all full blocks behind it.
     """
 
@@ -116,7 +118,7 @@ class GroupPlan:
     Attributes
     ----------
     lengths : GroupLengths
-        Region and survivors, in tokens.
+        Region and survivors, in slots.
     cache : GroupCache
         What the group holds before the compaction; `cache.num_tokens` tokens are scored.
     forced : tuple[Span, ...]
@@ -150,6 +152,25 @@ class GroupPlan:
         return self.destination_blocks + self.tail_blocks
 
 
+class Purpose(Enum):
+    """What becomes of a plan's survivors.
+
+    ``EVICT``: the request goes on over them; its own blocks are given back. ``COPIED_VIEW``: they
+    are copied to blocks beside the request's own, for drafts to read. ``LINKED_VIEW``: drafts read
+    some of the request's own blocks; there are no destinations, and the worker chooses
+    ``kept_len / block_size`` source blocks.
+    """
+
+    EVICT = "evict"
+    COPIED_VIEW = "copied view"
+    LINKED_VIEW = "linked view"
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the request keeps what it holds."""
+        return self is not Purpose.EVICT
+
+
 @dataclass(frozen=True)
 class CompactionPlan:
     """One request's compaction, decided by the scheduler and executed by every worker.
@@ -166,12 +187,8 @@ class CompactionPlan:
         Checksum of the prompt's tokens, for policies that draw random numbers.
     groups : tuple[GroupPlan | None, ...]
         One entry per KV cache group; None leaves the group as it is.
-    is_view : bool
-        Whether the destination blocks become a view that drafts read, beside the request's own
-        blocks, instead of taking their place.
-    is_linked : bool
-        Whether the view is made of the request's own blocks: there are no destinations, and the
-        worker chooses ``kept_len / block_size`` source blocks.
+    purpose : Purpose
+        What becomes of the survivors.
     """
 
     request_id: str
@@ -179,8 +196,7 @@ class CompactionPlan:
     while_decoding: bool
     seed: int
     groups: tuple[GroupPlan | None, ...]
-    is_view: bool = False
-    is_linked: bool = False
+    purpose: Purpose = Purpose.EVICT
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
-from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 BLOCK = 16
@@ -39,10 +39,10 @@ def plan_of(
     request_id: str,
     region: int,
     kept: int,
-    is_view: bool = False,
+    purpose: Purpose = Purpose.EVICT,
 ) -> GroupPlan:
     cache = GroupCache(region + 6, ((0, 4),))
-    return books.plan(request_id, GroupLengths(region, kept), cache, ((0, 4),), is_view)
+    return books.plan(purpose, request_id, GroupLengths(region, kept), cache, ((0, 4),))
 
 
 def test_a_compaction_step_by_step() -> None:
@@ -185,7 +185,7 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
     books = manager()
     fill(books, "r", 150)
     own = list(books.req_to_blocks["r"])
-    plan = plan_of(books, "r", 144, 32, is_view=True)
+    plan = plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
     assert books.req_to_blocks["r"] == own and not books.evicted
     assert [block.block_id for block in books.views["r"]] == list(plan.destination_blocks)
@@ -197,9 +197,9 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
 def test_a_new_view_frees_the_old_one() -> None:
     books = manager()
     fill(books, "r", 150)
-    plan_of(books, "r", 144, 32, is_view=True)
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
-    second = plan_of(books, "r", 144, 48, is_view=True)
+    second = plan_of(books, "r", 144, 48, Purpose.COPIED_VIEW)
     assert books.block_pool.get_num_free_blocks() == 32 - 10 - 2 - 3
     books.check_integrity()
     books.commit_view("r")
@@ -210,7 +210,7 @@ def test_a_new_view_frees_the_old_one() -> None:
 def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
     books = manager()
     fill(books, "r", 150)
-    plan_of(books, "r", 144, 32, is_view=True)
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
     plan_of(books, "r", 144, 16)
     assert len(books.held_blocks()) == 10 + 2 + 1
@@ -223,7 +223,7 @@ def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
 def test_a_request_evicts_and_takes_a_view_in_one_step() -> None:
     books = manager()
     fill(books, "r", 150)
-    view, kept = plan_of(books, "r", 144, 16, is_view=True), plan_of(books, "r", 144, 64)
+    view, kept = plan_of(books, "r", 144, 16, Purpose.COPIED_VIEW), plan_of(books, "r", 144, 64)
     assert not set(view.destination_blocks) & set(kept.destination_blocks)
     assert books.block_pool.get_num_free_blocks() == 32 - 10 - 1 - 4
     books.check_integrity()

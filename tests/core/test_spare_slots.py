@@ -17,7 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress.core.block_manager import register_manager
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.spare_slots import SpareSlots
-from vllm_kvcompress.plans import GroupCache, GroupLengths
+from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 BLOCK, MAX_LEN = 16, 400
@@ -84,7 +84,7 @@ class Host:
             kept = min((1 + number) * BLOCK, region)
             if self.manager.block_pool.get_num_free_blocks() < kept // BLOCK or kept == region:
                 continue
-            group.plan(name, GroupLengths(region, kept), GroupCache(region, ()), ())
+            group.plan(Purpose.EVICT, name, GroupLengths(region, kept), GroupCache(region, ()), ())
 
     def commit(self, name: str) -> None:
         committed = [group.commit(name) for group in self.groups]

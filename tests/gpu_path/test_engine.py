@@ -16,7 +16,7 @@ from tests.gpu_path.runs import Run, assert_equal, run_all, table
 from tests.gpu_path.scenarios import DECODING, DRAFT, EVICT, VIEWS, Said, finish, policy_names
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
-from vllm_kvcompress.plans import PlanKind
+from vllm_kvcompress.plans import PlanKind, Purpose
 
 pytestmark = pytest.mark.engine
 
@@ -83,8 +83,9 @@ def test_the_scenarios_show_what_they_are_for(evict: Pair, draft: Pair) -> None:
     for run in runs.values():
         longest = max(map(len, run.said.tokens.values()))
         assert run.said.counts["steps"] < longest / 1.5, "drafts were accepted"
-    assert all(is_linked for _, _, _, is_linked, _ in runs["linked views"].plans)
-    assert {is_view for _, _, is_view, *_ in runs["views of an evicted cache"].plans} == {0, 1}
+    assert {each[2] for each in runs["linked views"].plans} == {Purpose.LINKED_VIEW}
+    both = {Purpose.EVICT, Purpose.COPIED_VIEW}
+    assert {each[2] for each in runs["views of an evicted cache"].plans} == both
 
 
 def test_requests_launch_nothing_that_the_warm_up_has_not(evict: Pair) -> None:

@@ -71,7 +71,7 @@ def watch_plans(engine: Any, watch: Watch) -> None:
     def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         for plan in StepPlan.of(scheduler_output).plans:
             name = plan.request_id.rsplit("-", 1)[0]
-            watch.plans.append((name, plan.position, plan.is_view, plan.is_linked, plan.groups))
+            watch.plans.append((name, plan.position, plan.purpose, plan.groups))
         return execute(scheduler_output, *args, **kwargs)
 
     runner.execute_model = execute_model

@@ -8,6 +8,7 @@ from vllm.config.compilation import CUDAGraphMode
 
 from tests.stand_in import META, StandIn, batch, jobs_of
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.plans import Purpose
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
 from vllm_kvcompress.worker.draft.step import DraftStep
@@ -95,7 +96,8 @@ def reads_books(model: StandIn, config: CompressionConfig, lengths: list[int]) -
 def drafts(model: StandIn, config: CompressionConfig, lengths: list[int]) -> None:
     """Views, linked ones where the policy allows it, and draft steps over them."""
     linked = config.build_policy().granularity % model.shape.block_size == 0
-    jobs = jobs_of(model, config, lengths, is_view=True, is_linked=linked)
+    purpose = Purpose.LINKED_VIEW if linked else Purpose.COPIED_VIEW
+    jobs = jobs_of(model, config, lengths, purpose=purpose)
     policy = config.build_policy()
     if policy.queries is Queries.WINDOW:
         for row, length in enumerate(lengths):

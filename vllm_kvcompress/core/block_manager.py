@@ -14,6 +14,7 @@ cache. Freeing, preempting or aborting a request between 1 and 3 returns both se
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Span
+from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Purpose, Span
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 
@@ -37,7 +38,7 @@ class CompressedAttentionManager(FullAttentionManager):
     Attributes
     ----------
     evicted : dict[str, int]
-        Tokens evicted so far, by request id; absent means none. Always a multiple of the block
+        Slots given up so far, by request id; absent means none. Always a multiple of the block
         size.
     lossy : set[str]
         Requests of which any group has lost tokens: what they compute from then on is not what an
@@ -58,22 +59,20 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def plan(
         self,
+        purpose: Purpose,
         request_id: str,
         lengths: GroupLengths,
         cache: GroupCache,
         forced: tuple[Span, ...],
-        is_view: bool = False,
     ) -> GroupPlan:
-        """Take destination blocks and describe the copy. The caller has checked for room."""
-        assert request_id not in (self._pending_views if is_view else self._pending)
+        """Take what destination blocks the purpose needs, and describe what the worker does.
+
+        The caller has checked for room.
+        """
         blocks = self.req_to_blocks[request_id]
         num_source = lengths.region_len // self.block_size
         assert num_source <= len(blocks)
-        destination = self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
-        if is_view:
-            self._pending_views[request_id] = destination
-        else:
-            self._pending[request_id] = _Pending(lengths, destination)
+        destination = self._TAKE[purpose](self, request_id, lengths)
         ids = [block.block_id for block in blocks]
         return GroupPlan(
             lengths=lengths,
@@ -84,15 +83,28 @@ class CompressedAttentionManager(FullAttentionManager):
             tail_blocks=tuple(ids[num_source:]),
         )
 
-    def link(
-        self, request_id: str, lengths: GroupLengths, cache: GroupCache, forced: tuple[Span, ...]
-    ) -> GroupPlan:
-        """Describe a view that is made of the request's own blocks and takes none."""
-        ids = [block.block_id for block in self.req_to_blocks[request_id]]
-        num_source = lengths.region_len // self.block_size
-        return GroupPlan(
-            lengths, cache, forced, tuple(ids[:num_source]), (), tuple(ids[num_source:])
-        )
+    def _new_blocks(self, lengths: GroupLengths) -> list[KVCacheBlock]:
+        return self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
+
+    def _take_for_eviction(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
+        assert request_id not in self._pending
+        destination = self._new_blocks(lengths)
+        self._pending[request_id] = _Pending(lengths, destination)
+        return destination
+
+    def _take_for_view(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
+        assert request_id not in self._pending_views
+        self._pending_views[request_id] = self._new_blocks(lengths)
+        return self._pending_views[request_id]
+
+    def _take_nothing(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
+        return []
+
+    _TAKE: ClassVar = {
+        Purpose.EVICT: _take_for_eviction,
+        Purpose.COPIED_VIEW: _take_for_view,
+        Purpose.LINKED_VIEW: _take_nothing,
+    }
 
     def commit(self, request_id: str) -> bool:
         """Swap the request's blocks and free the region. False if nothing was pending."""

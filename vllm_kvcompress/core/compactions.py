@@ -13,7 +13,7 @@ from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.tracked_request import State, TrackedRequest
 from vllm_kvcompress.lengths.budgets import forced_ranges
 from vllm_kvcompress.metrics import CompressionStats
-from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan, Purpose
 
 Lengths = Sequence[GroupLengths | None]
 
@@ -87,26 +87,25 @@ class Compactions:
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
         """Evict, take a view, or both from one region; nothing where there is no room."""
         is_draft, room = tracked.is_view_only, self.room
-        wanted = [(tracked.lengths, is_draft)]
+        purpose = Purpose.COPIED_VIEW if is_draft else Purpose.EVICT
+        if is_draft and self.planner.links_blocks(tracked):
+            purpose = Purpose.LINKED_VIEW
+        wanted = [(tracked.lengths, purpose)]
         if any(tracked.view_lengths):
-            wanted.append((tracked.view_lengths, True))
-        is_linked = is_draft and self.planner.links_blocks(tracked)
+            wanted.append((tracked.view_lengths, Purpose.COPIED_VIEW))
         num_needed = sum(room.num_needed(lengths) for lengths, _ in wanted)
         if len(wanted) > 1 and num_needed > room.num_free:
             # An eviction gives memory back and must not wait for a view, which takes some.
             wanted.pop()
             tracked.view_lengths = []
-        if not is_linked and not self._has_room(request, tracked):
+        if purpose is not Purpose.LINKED_VIEW and not self._has_room(request, tracked):
             self._put_off(tracked)
             return []
         tracked.state = State.PLANNED
         if len(wanted) > 1 or is_draft:
             self.planner.start_view(tracked)
         self._planned.append(request.request_id)
-        return [
-            self._make_plan(request, tracked, lengths, is_view, is_linked)
-            for lengths, is_view in wanted
-        ]
+        return [self._make_plan(request, tracked, *each) for each in wanted]
 
     def _put_off(self, tracked: TrackedRequest) -> None:
         self.stats.deferrals += 1
@@ -128,8 +127,7 @@ class Compactions:
         request: Request,
         tracked: TrackedRequest,
         lengths: Lengths,
-        is_view: bool,
-        is_linked: bool,
+        purpose: Purpose,
     ) -> CompactionPlan:
         assert tracked.config is not None
         caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
@@ -141,15 +139,14 @@ class Compactions:
                 continue
             cache = caches[number]
             what = (request.request_id, each, cache, forced_ranges(cache, window))
-            groups.append(manager.link(*what) if is_linked else manager.plan(*what, is_view))
+            groups.append(manager.plan(purpose, *what))
         return CompactionPlan(
             request_id=request.request_id,
             position=tracked.position,
             while_decoding=tracked.position > tracked.prompt_len,
             seed=prompt_checksum(request),
             groups=tuple(groups),
-            is_view=is_view,
-            is_linked=is_linked,
+            purpose=purpose,
         )
 
     def is_planned(self, request_id: str) -> bool:

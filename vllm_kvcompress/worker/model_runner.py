@@ -29,7 +29,7 @@ from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan, StepReport
-from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.codebook.meter import CodebookMeter
@@ -320,22 +320,23 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
         jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
-        self.compactor.run([job for job in jobs if not job.plan.is_linked])
-        blocks = self.compactor.choose_blocks([job for job in jobs if job.plan.is_linked])
+        linked = [job for job in jobs if job.plan.purpose is Purpose.LINKED_VIEW]
+        self.compactor.run([job for job in jobs if job.plan.purpose is not Purpose.LINKED_VIEW])
+        blocks = self.compactor.choose_blocks(linked)
         evicted = {
             plan.request_id: [each.lengths.evicted if each else 0 for each in plan.groups]
             for plan in plans
-            if not plan.is_view
+            if not plan.purpose.is_view
         }
         for plan in plans:
             row = rows[plan.request_id]
             self.model_state.forget_queries(plan.request_id)
-            if plan.is_view:
+            if plan.purpose.is_view:
                 assert self.model_state.views is not None
-                linked = {
+                chosen = {
                     group: ids for (name, group), ids in blocks.items() if name == plan.request_id
                 }
-                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), linked)
+                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), chosen)
             else:
                 self._rewrite_row(plan, row)
 

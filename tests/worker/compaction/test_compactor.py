@@ -18,7 +18,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels import select_tokens
 from vllm_kvcompress.kernels.cache_rows import DenseRows
 from vllm_kvcompress.kernels.rotary import Rotary
-from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan, Purpose
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
@@ -257,7 +257,10 @@ def test_a_view_and_an_eviction_of_one_request() -> None:
         world = packed_world()
         config = parse_config({"policy": {"name": "adakv"}, "budget": {"ratio": 0.5},
                                "observation_window": WINDOW})  # fmt: skip
-        plans = [replace(world.plan("a", [32, 32]), is_view=True), world.plan("a", [96, 96])]
+        plans = [
+            replace(world.plan("a", [32, 32]), purpose=Purpose.COPIED_VIEW),
+            world.plan("a", [96, 96]),
+        ]
         jobs = [CompactionJob(each, config, 0) for each in plans]
         compactor = world.compactor(config)
         for some in [jobs] if together else [[job] for job in jobs]:
@@ -278,7 +281,7 @@ def test_linked_views_are_the_best_whole_blocks(triton: bool) -> None:
     compactor = world.compactor(config)
     if triton:
         compactor.select_tokens = select_tokens.select_tokens
-    jobs = [CompactionJob(replace(each, is_view=True, is_linked=True), config, 0) for each in plans]
+    jobs = [CompactionJob(replace(each, purpose=Purpose.LINKED_VIEW), config, 0) for each in plans]
     chosen = compactor.choose_blocks(jobs)
     assert chosen.keys() == {(name, group) for name in ("a", "c") for group in range(2)}
     for (name, group), blocks in chosen.items():

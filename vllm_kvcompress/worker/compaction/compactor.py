@@ -185,7 +185,7 @@ class Compactor:
         # Groups that hold different numbers of tokens cannot share scores any more, nor can an
         # eviction and a view of one request: scores may depend on how many tokens are kept.
         places = [
-            ((job.plan.request_id, job.plan.is_view), leaders[layer.index], length)
+            ((job.plan.request_id, job.plan.purpose.is_view), leaders[layer.index], length)
             for job, length in zip(group.jobs, group.lengths, strict=True)
         ]
         missing = [

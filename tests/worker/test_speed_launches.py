@@ -40,8 +40,8 @@ from vllm_kvcompress.speed.shapes import ModelShape
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
-from vllm_kvcompress.worker.layout.base import StridedLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.strided import StridedLayout
 
 SHAPE = ModelShape.from_config(MODELS["llama-3-8b"])
 GEOMETRY = ModelGeometry(32, 8, 128, "bfloat16")

@@ -1,4 +1,4 @@
-"""Per-request numbers of the worker: how many tokens each row has lost in each cache group."""
+"""How many slots each request row has given up in each KV cache group, and lengths from that."""
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.host_mirror import HostMirror
 
 
-class CompressionState:
-    """Evicted tokens per KV cache group and request row, and the lengths that follow from them.
+class EvictedLengths:
+    """Evicted slots per KV cache group and request row, and the lengths that follow from them.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ class CompressionState:
         self.evicted.np[:, req_index] = 0
         self._dirty = True
 
-    def add_evicted(self, group: int, req_index: int, num_tokens: int) -> None:
-        """Count tokens that a row has lost in one group."""
-        self.evicted.np[group, req_index] += num_tokens
+    def add_evicted(self, group: int, req_index: int, num_slots: int) -> None:
+        """Count slots that a row has given up in one group."""
+        self.evicted.np[group, req_index] += num_slots
         self._dirty = True
 
     def begin_batch(self, input_batch: InputBatch) -> bool:
@@ -63,7 +63,7 @@ class CompressionState:
     def hide(self, group: int, batch_rows: np.ndarray) -> None:
         """Let rows of the current batch look as if they held nothing but their query tokens.
 
-        What vLLM's attention makes of them is replaced: their blocks begin with a codebook.
+        What vLLM's attention makes of them is replaced: it cannot read how their blocks begin.
         """
         assert self._batch is not None
         counts = self._batch.query_start_loc.diff()

@@ -26,10 +26,20 @@ from tests.worker.compaction.test_compactor import (
 )
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.kernels import codebook_attention, codebook_build
-from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import (
+    BookLengths,
+    CompactionPlan,
+    GroupCache,
+    GroupLengths,
+    GroupPlan,
+    PlanKind,
+)
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.codebook.reader import CodebookReader
 from vllm_kvcompress.worker.codebook.rows import CodedRows
+from vllm_kvcompress.worker.codebook.warm_up import warm_up_books
+from vllm_kvcompress.worker.codebook.writer import CodebookWriter
+from vllm_kvcompress.worker.compaction.compactor import Compactor
 from vllm_kvcompress.worker.compaction.warm_up import warm_up
 from vllm_kvcompress.worker.layout.packed import VectorLayout
 
@@ -76,13 +86,22 @@ def book_plan(world: World, name: str, book: BookLengths) -> CompactionPlan:
     return CompactionPlan(name, length, False, 7, (group, None))
 
 
+def with_books(compactor: Compactor) -> Compactor:
+    """The compactor, and a writer of codebooks for its plans of these kinds."""
+    counts = torch.zeros(LAYERS, 3, 2, KV, dtype=torch.int32, device=DEVICE)
+    CodebookWriter(counts, None).register(compactor)
+    return compactor
+
+
+def books_of(compactor: Compactor) -> CodebookWriter:
+    """The writer that `with_books` has registered."""
+    return compactor.writers[PlanKind.CODES].__self__
+
+
 def write(world: World, entries: dict[str, int], setting=None):
     """The compactor after it has coded all three prompts, and their plans by name."""
     config = parse_config({**SETTING, **(setting or {})})
-    compactor = world.compactor(config)
-    compactor.codebooks.entry_counts = torch.zeros(
-        LAYERS, 3, 2, KV, dtype=torch.int32, device=DEVICE
-    )
+    compactor = with_books(world.compactor(config))
     plans = {}
     for name, count in KEPT.items():
         book = BookLengths(count, entries[name], BLOCK)
@@ -95,8 +114,10 @@ def stored(world: World, compactor, layer: int, row: int, plan: CompactionPlan):
     """What a layer's blocks hold."""
     group = plan.groups[0]
     blocks = torch.tensor(group.destination_blocks, device=DEVICE)
-    counts = compactor.codebooks.entry_counts[layer, row]
-    return world.layout.load_codes(world.caches[layer], blocks, group.lengths.book, counts)
+    books = books_of(compactor)
+    return books.slots.load(
+        compactor.layers[layer], blocks, group.lengths.book, books.entry_counts[layer, row]
+    )
 
 
 ROOMY = {"a": 160, "b": 64, "c": 96}
@@ -120,10 +141,10 @@ def test_blocks_hold_the_survivors(world: World) -> None:
                     found_values[head], values[head, places], rtol=0, atol=5e-3
                 )
             assert coded.num_entries.tolist() == [[KEPT[name]] * KV] * 2, "noise shares nothing"
-    measures = compactor.codebooks.take_measures().tolist()
+    measures = books_of(compactor).take_measures().tolist()
     vectors = float(sum(KEPT.values()) * KV * 2)
     assert measures == [[vectors, vectors, 0.0, 0.0]] * 2
-    assert compactor.codebooks.take_measures() is None
+    assert books_of(compactor).take_measures() is None
 
 
 def test_layouts_store_the_same_where_books_are_full(monkeypatch) -> None:
@@ -145,8 +166,8 @@ def test_layouts_store_the_same_where_books_are_full(monkeypatch) -> None:
                 mine, theirs = getattr(found, kind), getattr(wanted, kind)
                 assert torch.equal(mine.index, theirs.index)
                 torch.testing.assert_close(mine.read(), theirs.read(), rtol=1e-4, atol=1e-4)
-    measures = compactor.codebooks.take_measures()
-    torch.testing.assert_close(measures, expected.codebooks.take_measures(), rtol=1e-4, atol=1e-3)
+    measures = books_of(compactor).take_measures()
+    torch.testing.assert_close(measures, books_of(expected).take_measures(), rtol=1e-4, atol=1e-3)
     assert measures[0, 2] > 0, "books were full"
 
 
@@ -240,7 +261,7 @@ def test_layers_without_codebooks_are_left_alone(world: World) -> None:
 def test_a_book_is_extended_by_the_blocks_behind_it(world: World) -> None:
     """Request b: 40 coded tokens, then 90 more that generation put behind them."""
     compactor, config, plans = write(world, ROOMY)
-    compactor.codebooks.take_measures()
+    books_of(compactor).take_measures()
     group, length = plans["b"].groups[0], LENGTHS["b"]
     old = group.lengths.book
     tail = length - group.lengths.region_len  # 1 token of the prompt
@@ -284,7 +305,7 @@ def test_a_book_is_extended_by_the_blocks_behind_it(world: World) -> None:
         wanted = before.read(ROTARY)[0]
         torch.testing.assert_close(found_keys[:, :40], wanted, rtol=0, atol=1e-3)
     vectors = float(count * KV * 2)
-    assert compactor.codebooks.take_measures().tolist() == [[vectors, vectors, 0.0, 0.0]] * 2
+    assert books_of(compactor).take_measures().tolist() == [[vectors, vectors, 0.0, 0.0]] * 2
 
 
 def test_layers_are_coded_alike_one_at_a_time_and_together(world: World, monkeypatch) -> None:
@@ -304,12 +325,11 @@ def test_layers_are_coded_alike_one_at_a_time_and_together(world: World, monkeyp
 def test_warming_up_touches_the_null_block_alone(world: World) -> None:
     before = [cache.clone() for cache in world.caches]
     config = parse_config(SETTING)
-    compactor = world.compactor(config)
-    compactor.codebooks.entry_counts = torch.zeros(
-        LAYERS, 3, 2, KV, dtype=torch.int32, device=DEVICE
-    )
+    compactor = with_books(world.compactor(config))
     sample = torch.zeros(HEADS, DIM, device=DEVICE)
-    warm_up(compactor, [config], BLOCK, {layer.name: sample for layer in compactor.layers})
+    samples = {layer.name: sample for layer in compactor.layers}
+    warm_up(compactor, [config], BLOCK, samples)
+    warm_up_books(books_of(compactor), compactor, [config], BLOCK, samples)
     reader = CodebookReader(State({}), compactor.layers, torch.device(DEVICE))
     if is_strided(world):
         reader._attend = codebook_attention.codebook_attention
@@ -318,4 +338,4 @@ def test_warming_up_touches_the_null_block_alone(world: World) -> None:
     for now, then in zip(world.caches, before, strict=True):
         assert torch.equal(now[null:].nan_to_num(7.0), then[null:].nan_to_num(7.0))
         assert not torch.equal(now[:null], then[:null]), "something was written"
-    assert compactor.codebooks.take_measures() is None
+    assert books_of(compactor).take_measures() is None

@@ -23,9 +23,11 @@ from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.warm_up import warm_up
-from vllm_kvcompress.worker.layout.base import CacheLayout, StridedLayout
+from vllm_kvcompress.worker.draft.linked_blocks import choose_blocks
+from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.packed import VectorLayout
+from vllm_kvcompress.worker.layout.strided import StridedLayout
 
 BLOCK, HEADS, KV, DIM, LAYERS, WINDOW = 32, 4, 2, 32, 4, 8
 LENGTHS = {"a": 200, "b": 97, "c": 161}
@@ -282,7 +284,7 @@ def test_linked_views_are_the_best_whole_blocks(triton: bool) -> None:
     if triton:
         compactor.select_tokens = select_tokens.select_tokens
     jobs = [CompactionJob(replace(each, purpose=Purpose.LINKED_VIEW), config, 0) for each in plans]
-    chosen = compactor.choose_blocks(jobs)
+    chosen = choose_blocks(compactor, jobs)
     assert chosen.keys() == {(name, group) for name in ("a", "c") for group in range(2)}
     for (name, group), blocks in chosen.items():
         keys, _, queries = rows_of(name, 2 * group)
@@ -310,7 +312,7 @@ def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> Non
 def test_one_launch_scores_all_requests_and_one_copies_all_layers(monkeypatch) -> None:
     """Launches do not multiply with requests: 2 groups copy, 4 layers score, for 3 requests."""
     from vllm_kvcompress.kernels import paged_rows
-    from vllm_kvcompress.worker.layout import base as layout
+    from vllm_kvcompress.worker.layout import strided as layout
 
     counts = {"score": [], "copy": []}
     score, copy = paged_rows.token_scores, layout.compact_pages

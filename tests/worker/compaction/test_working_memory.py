@@ -13,6 +13,7 @@ from tests.worker.compaction.memory_watch import MemoryWatch
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.policies.inputs import Queries
+from vllm_kvcompress.worker.codebook.working_memory import coding_bytes
 from vllm_kvcompress.worker.compaction import compactor, warm_up, working_memory
 from vllm_kvcompress.worker.compaction.compactor import QuerySources
 from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
@@ -52,12 +53,12 @@ def measured(config: CompressionConfig, shape: Shape, lengths: list[int]) -> int
     gc.collect()
     with MemoryWatch() as watch:
         model.compactor.run(jobs)
-        model.compactor.codebooks.take_measures()
+        model.codebooks.writer.take_measures()
     return watch.peak
 
 
 def check(config: CompressionConfig, shape: Shape, most: float) -> None:
-    said = compaction_bytes(config, rank_shape(shape))
+    said = compaction_bytes(config, rank_shape(shape), [coding_bytes])
     for own in (config, *config.by_task.values()):
         held = [measured(own, shape, lengths) for lengths in ([LONGEST], [1300, 901, 1024])]
         assert max(held) <= said + SLACK, (held, said)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vllm_kvcompress.worker.layout.base import StridedLayout
 from vllm_kvcompress.worker.layout.packed import AmxLayout, VectorLayout, cpu_layout
+from vllm_kvcompress.worker.layout.strided import StridedLayout
 
 NUM_BLOCKS, HEADS, BLOCK, SIZE = 6, 2, 32, 64
 

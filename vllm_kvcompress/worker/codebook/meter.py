@@ -1,4 +1,4 @@
-"""Brings what codebooks were measured by to the host, without waiting for the device."""
+"""Copies measures of codebooks to the host without waiting for the device."""
 
 from typing import Any
 

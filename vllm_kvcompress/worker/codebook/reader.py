@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.kernels.codebook_attention import CodebookPages
+from vllm_kvcompress.kernels.codebook_tail import TailPages
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.worker.codebook.rows import CodebookState, CodedRows
+from vllm_kvcompress.worker.codebook.rows import CodedRows, RequestBooks
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 
@@ -24,7 +25,7 @@ class CodebookReader:
 
     Parameters
     ----------
-    state : CodebookState
+    state : RequestBooks
         Which rows these are.
     layers : iterable of LayerCache
         All layers.
@@ -33,7 +34,7 @@ class CodebookReader:
     """
 
     def __init__(
-        self, state: CodebookState, layers: Iterable[LayerCache], device: torch.device
+        self, state: RequestBooks, layers: Iterable[LayerCache], device: torch.device
     ) -> None:
         self.state = state
         self.layers = {layer.name: layer for layer in layers}
@@ -54,22 +55,23 @@ class CodebookReader:
         self, layer: LayerCache, rows: CodedRows, query: torch.Tensor, output: torch.Tensor
     ) -> None:
         assert layer.rotary is not None, "start-up checks refuse codebooks of models without RoPE"
-        cache, layout = layer.cache(), layer.layout
-        plain, head_dim = layout.plain(cache), query.shape[-1]
+        cache, layout, head_dim = layer.cache(), layer.layout, query.shape[-1]
         book = CodebookPages(
             entries=Pages(
-                keys=plain[..., :head_dim],
-                values=plain[..., head_dim:],
-                block_table=layout.plain_table(cache, rows.table),
+                keys=cache[..., :head_dim],
+                values=cache[..., head_dim:],
+                block_table=layout.kernel_table(cache, rows.table),
                 num_tokens=rows.num_entries,
                 max_tokens=rows.max_entries,
             ),
-            codes=plain.view(torch.int16),
-            code_table=layout.plain_table(cache, rows.code_table),
+            codes=cache.view(torch.int16),
+            code_table=layout.kernel_table(cache, rows.code_table),
             num_tokens=rows.num_coded,
             max_tokens=rows.max_coded,
         )
-        tail = layout.tail(cache, rows.table, rows.first_slot, rows.num_tail, rows.max_tail)
+        tail = TailPages(
+            *layout.pages(cache, rows.table, rows.first_slot, rows.num_tail, rows.max_tail)
+        )
         found, _ = self._attend(
             query[rows.tokens], book, layer.rotary.inv_freq, layer.rotary.is_neox, layer.scale, tail
         )
@@ -102,7 +104,7 @@ class CodebookReader:
 def read_codebooks(layer_name: str, impl: Any, reader: Callable[[], CodebookReader | None]) -> None:
     """Let one attention layer read codebooks, from when there is a reader.
 
-    There is no hook between a layer and its kernel: see `query_taps.watch_layer`, which does the
+    There is no hook between a layer and its kernel: see `QueryTaps.watch`, which does the
     same for the same reason. Full CUDA graphs do not come here; batches with codebooks run without.
     """
     forward: Callable[..., torch.Tensor] = impl.forward

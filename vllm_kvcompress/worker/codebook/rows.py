@@ -53,8 +53,8 @@ class CodedRows:
     max_tail: int
 
 
-class CodebookState:
-    """Sizes of the codebooks of all request rows.
+class RequestBooks:
+    """Sizes of the codebooks of all request rows, and which rows of the step's batch read them.
 
     Parameters
     ----------

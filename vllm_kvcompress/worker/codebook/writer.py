@@ -10,8 +10,10 @@ import torch
 
 from vllm_kvcompress.kernels.coded_tokens import CodedTokens, Directions, Distance, code_tokens
 from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
-from vllm_kvcompress.plans import GroupPlan
+from vllm_kvcompress.plans import GroupPlan, PlanKind
 from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.worker.codebook.slots import BookSlots
+from vllm_kvcompress.worker.compaction.compactor import Compactor
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 MAX_COPY_BYTES = 2**28
@@ -28,15 +30,24 @@ class CodebookWriter:
         Needed to extend books.
     all_reduce : callable or None
         Sums the measures over tensor-parallel ranks; None where there is one rank.
+    slots : BookSlots, optional
+        Where codebooks are stored.
     """
 
     def __init__(
         self,
         entry_counts: torch.Tensor | None,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+        slots: BookSlots | None = None,
     ) -> None:
         self.entry_counts, self.all_reduce = entry_counts, all_reduce
+        self.slots = slots or BookSlots()
         self._measures: list[torch.Tensor] = []
+
+    def register(self, compactor: Compactor) -> None:
+        """Let a compactor have its plans of codebooks carried out here."""
+        compactor.writers[PlanKind.CODES] = self.write
+        compactor.extenders[PlanKind.MORE_CODES] = self.extend
 
     def write(self, group: GroupBatch, layers: Sequence[LayerCache], indices: torch.Tensor) -> None:
         """Code the survivors of every request of a group.
@@ -80,12 +91,11 @@ class CodebookWriter:
                 own_layers = [layer for _, layer in some]
                 rows = [lay.layout.read(lay.cache(), blocks[held:region]) for lay in own_layers]
                 before = [
-                    layer.layout.load_codes(
-                        layer.cache(), blocks[:held], old,
-                        self.entry_counts[layer.index, job.req_index],
+                    self.slots.load(
+                        layer, blocks[:held], old, self.entry_counts[layer.index, job.req_index]
                     )
                     for layer in own_layers
-                ]  # fmt: skip
+                ]
                 keys, values = [k for k, _ in rows], [v for _, v in rows]
                 positions = new.expand(sum(len(each) for each in keys), -1)
                 self._code(group, request, own_layers, keys, values, positions, _stack(before))
@@ -110,7 +120,7 @@ class CodebookWriter:
         )  # fmt: skip
         destination = group.destination(request)
         for layer, own in zip(layers, _split(coded, len(layers)), strict=True):
-            layer.layout.store_codes(layer.cache(), destination, own, book)
+            self.slots.store(layer, destination, own, book)
             if self.entry_counts is not None:
                 self.entry_counts[layer.index, job.req_index] = own.num_entries.int()
         self._measures.append(torch.stack([_measures(each) for each in distances]))

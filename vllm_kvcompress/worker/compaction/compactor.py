@@ -1,8 +1,12 @@
-"""Executes compaction plans: score, select, copy."""
+"""Executes compaction plans: score, select, copy.
+
+Knows no vLLM, and of the kinds of plans only the one whose survivors are copied as they are; other
+kinds are written by who registers for them.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,14 +18,13 @@ from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch, group_batches
-from vllm_kvcompress.worker.codebook.writer import CodebookWriter
 from vllm_kvcompress.worker.compaction.group_scores import GroupScores
-from vllm_kvcompress.worker.compaction.layer_parts import require_parts
-from vllm_kvcompress.worker.draft.linked_blocks import linked_blocks
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
-from vllm_kvcompress.worker.queries.prompt import PromptQueries
-from vllm_kvcompress.worker.queries.ring import QueryRing
-from vllm_kvcompress.worker.queries.window import QueryWindow
+
+if TYPE_CHECKING:  # they know vLLM's batches
+    from vllm_kvcompress.worker.queries.prompt import PromptQueries
+    from vllm_kvcompress.worker.queries.ring import QueryRing
+    from vllm_kvcompress.worker.queries.window import QueryWindow
 
 MAX_TOKENS = 2**17
 """Requests that are compacted at once, times the longest one's tokens; a longer request is
@@ -33,9 +36,17 @@ for 32 layers with 8 heads), and are held until its last layer is scored: see wo
 class QuerySources:
     """Where the queries of a request are: while its prompt runs, and while it decodes."""
 
-    window: QueryWindow
-    prompt: PromptQueries
-    ring: QueryRing
+    window: "QueryWindow"
+    prompt: "PromptQueries"
+    ring: "QueryRing"
+
+
+Writer = Callable[[GroupBatch, list[LayerCache], torch.Tensor], None]
+"""Fills the destination blocks of a group's requests in L layers with their survivors, indices
+[L, R, KV, K] int64 in the order in which they are written."""
+
+Extender = Callable[[GroupBatch, list[LayerCache]], None]
+"""Fills destination blocks of a group's requests without a choice of survivors."""
 
 
 class Compactor:
@@ -55,9 +66,11 @@ class Compactor:
         Sum over tensor-parallel ranks, and their number.
     first_kv_head : int
         Number of this rank's first KV head in the model.
-    entry_counts : torch.Tensor or None
-        [layers, request rows, 2, num_kv_heads] int32, where to keep how many entries of codebooks
-        are in use; None where no codebook is ever extended.
+
+    Attributes
+    ----------
+    writers, extenders : dict[PlanKind, callable]
+        How plans of other kinds than ``TOKENS`` are carried out: with scores, and without.
     """
 
     def __init__(
@@ -69,7 +82,6 @@ class Compactor:
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         num_ranks: int,
         first_kv_head: int,
-        entry_counts: torch.Tensor | None = None,
     ) -> None:
         self.layers = layers
         self.num_layers = num_layers
@@ -79,7 +91,8 @@ class Compactor:
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
         self.select_tokens = for_device("select_tokens", device).select_tokens
-        self.codebooks = CodebookWriter(entry_counts, all_reduce if num_ranks > 1 else None)
+        self.writers: dict[PlanKind, Writer] = {}
+        self.extenders: dict[PlanKind, Extender] = {}
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[CompactionJob]) -> None:
@@ -87,39 +100,8 @@ class Compactor:
 
         Requests under the same policy go through every launch together.
         """
-        for batch in _batches(jobs):
+        for batch in batches(jobs):
             self._run_batch(batch)
-
-    @torch.inference_mode()
-    def choose_blocks(self, jobs: Sequence[CompactionJob]) -> dict[tuple[str, int], torch.Tensor]:
-        """Source blocks that make up linked views, by request and KV cache group.
-
-        All heads and layers of a group have the same scores, in windows of whole blocks. A block
-        with a token that stays anyway comes first.
-
-        Returns
-        -------
-        dict
-            [kept blocks] int32 each, in the order of the request's own row.
-        """
-        chosen: dict[tuple[str, int], torch.Tensor] = {}
-        for batch in _batches(jobs):
-            policy: Policy = batch[0].config.build_policy()
-            shared: dict[tuple, torch.Tensor] = {}
-            leaders = {layer.group: layer for layer in reversed(self.layers)}
-            found = group_batches(batch, dict.fromkeys(leaders, ()), self.device)
-            linked = linked_blocks(
-                {number: group for (number, _), group in found.items()}, self.device
-            )
-            for number, layer in sorted(leaders.items(), key=lambda each: each[1].index):
-                if number not in linked:
-                    continue
-                group = linked[number].group
-                scores = self._scores(policy, group, layer, shared)
-                blocks = linked[number].choose(scores, self.select_tokens)
-                for job, own in zip(group.jobs, blocks, strict=True):
-                    chosen[job.plan.request_id, number] = own
-        return chosen
 
     def _run_batch(self, jobs: list[CompactionJob]) -> None:
         """Score layers in model order; choose and copy in each KV cache group once it is scored.
@@ -135,25 +117,26 @@ class Compactor:
         scores: dict[tuple[int, PlanKind], GroupScores] = {
             (number, kind): GroupScores(group, len(addresses[number]))
             for (number, kind), group in groups.items()
-            if kind is not PlanKind.MORE_CODES
+            if kind not in self.extenders
         }
         shared: dict[tuple, torch.Tensor] = {}
         leaders = self._leaders(jobs[0].config, policy)
         last_user = {leaders[layer.index]: layer.index for layer in self.layers}
         for layer in self.layers:
-            for kind in (PlanKind.TOKENS, PlanKind.CODES):
+            for kind in (PlanKind.TOKENS, *self.writers):
                 place = layer.group, kind
                 if place not in scores:
                     continue
-                scores[place].add(self._scores(policy, groups[place], layer, shared))
+                scores[place].add(self.scores(policy, groups[place], layer, shared))
                 if scores[place].is_complete:
                     self._choose_and_copy(policy, groups[place], *place, scores.pop(place).take())
             if last_user[leaders[layer.index]] == layer.index:
                 for key in [key for key in shared if key[1] == leaders[layer.index]]:
                     del shared[key]
         for (number, kind), group in groups.items():
-            if kind is PlanKind.MORE_CODES:
-                self.codebooks.extend(group, self._layers_of(number))
+            if kind in self.extenders:
+                self.extenders[kind](group, self._layers_of(number))
+        assert not scores, f"nobody writes plans of the kinds {[kind for _, kind in scores]}"
 
     def _choose_and_copy(
         self, policy: Policy, group: GroupBatch, number: int, kind: PlanKind, scores: torch.Tensor
@@ -161,8 +144,8 @@ class Compactor:
         """Fill the destination blocks of group `number`, by scores [L, R, num_kv_heads, n]."""
         layers = self._layers_of(number)
         indices = self._select(group, layers, scores)
-        if kind is PlanKind.CODES:
-            self.codebooks.write(group, layers, indices)
+        if kind in self.writers:
+            self.writers[kind](group, layers, indices)
         else:
             # vLLM lays out all layers of a group alike.
             rotary = layers[0].rotary if policy.rerotates_keys else None
@@ -173,14 +156,17 @@ class Compactor:
 
     # --- score ----------------------------------------------------------------------------
 
-    def _scores(
+    def scores(
         self,
         policy: Policy,
         group: GroupBatch,
         layer: LayerCache,
         shared: dict[tuple, torch.Tensor],
     ) -> list[torch.Tensor]:
-        """Scores [num_kv_heads, n] of every request, its leader's where layers share them."""
+        """Scores [num_kv_heads, n] of every request, its leader's where layers share them.
+
+        `shared` holds what was scored for other layers, and is added to.
+        """
         leaders = self._leaders(group.jobs[0].config, policy)
         # Groups that hold different numbers of tokens cannot share scores any more, nor can an
         # eviction and a view of one request: scores may depend on how many tokens are kept.
@@ -272,7 +258,7 @@ class Compactor:
         return indices
 
 
-def _batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
+def batches(jobs: Sequence[CompactionJob]) -> Iterator[list[CompactionJob]]:
     """Jobs that the same policy scores alike, no more tokens at once than `MAX_TOKENS`.
 
     Tables of scores are as wide as the longest request: it counts for all.
@@ -310,7 +296,7 @@ def _permanent_first(indices: torch.Tensor, permanent: torch.Tensor) -> None:
 
 def _parts(policy: Policy, layer: LayerCache) -> dict[str, Any]:
     """The parts of the layer that the policy asked for."""
-    require_parts(policy, layer.rotary, layer.output_projection, layer.name)
+    layer.require(policy)
     parts: dict[str, Any] = {}
     if policy.needs_rotary:
         parts["rotary"] = layer.rotary

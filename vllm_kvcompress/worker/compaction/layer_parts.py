@@ -10,7 +10,6 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
-from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.rotary import Rotary
 
 # Angles are position * inv_freq and nothing else: no scaling of lengths, none of positions.
@@ -74,24 +73,3 @@ def _matrix(projection: Any) -> torch.Tensor:
     device = next((p.device for p in projection.parameters()), torch.device("cpu"))
     units = torch.eye(width, dtype=projection.params_dtype, device=device)
     return projection.quant_method.apply(projection, units, bias=None).T
-
-
-def require_parts(policy: Any, rotary: Rotary | None, projection: Any, layer_name: str) -> None:
-    """Refuse a policy that needs a part the layer does not have.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming the layer and the part.
-    """
-    name = type(policy).__name__
-    if (policy.needs_rotary or policy.rerotates_keys) and rotary is None:
-        raise UnsupportedModelError(
-            f"--kv-compression: {name} needs a plain rotary embedding beside {layer_name}, and "
-            "there is none: choose a policy that does not, or drop --kv-compression."
-        )
-    if policy.needs_output_projection and projection is None:
-        raise UnsupportedModelError(
-            f"--kv-compression: {name} needs the output projection beside {layer_name}, and there "
-            "is none: choose a policy that does not, or drop --kv-compression."
-        )

@@ -12,18 +12,18 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
 
-_HOST_TABLES, _VIEW_TABLES = 2, 2
-"""Block tables per KV cache group: vLLM's and the step's; blocks of views and a draft step's."""
+_HOST_TABLES = 2
+"""Block tables per KV cache group: vLLM's and the step's."""
 
 
-def table_bytes(config: CompressionConfig, shape: RankShape) -> int:
-    """Block tables of all layer groups, int32, without the two that vLLM has for any model."""
+def table_bytes(config: CompressionConfig, shape: RankShape, num_further: int = 0) -> int:
+    """Block tables of all layer groups, int32, without the two that vLLM has for any model.
+
+    `num_further` is the number of tables of features per group.
+    """
     num_groups = max(layer_groups(shape.num_layers, config.layer_groups)) + 1
     table = 4 * shape.max_num_reqs * -(-shape.max_model_len // shape.block_size)
-    tables = _HOST_TABLES * (num_groups - 1)
-    if config.num_draft_tokens:
-        tables += _VIEW_TABLES * num_groups
-    return tables * table
+    return (_HOST_TABLES * (num_groups - 1) + num_further * num_groups) * table
 
 
 def rank_shape(runner: Any) -> RankShape:
@@ -47,4 +47,6 @@ def rank_shape(runner: Any) -> RankShape:
 def reserved_bytes(runner: Any) -> int:
     """Bytes that compactions and block tables of a model runner will need beside the cache."""
     shape, config = rank_shape(runner), runner.model_state.config
-    return compaction_bytes(config, shape) + table_bytes(config, shape)
+    writers = [feature.writing_bytes for feature in runner.features]
+    num_further = sum(feature.num_block_tables() for feature in runner.features)
+    return compaction_bytes(config, shape, writers) + table_bytes(config, shape, num_further)

@@ -6,23 +6,22 @@ Compiling a kernel takes seconds, at its first launch. The made-up request lies 
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.codebook_build import COVER_BLOCKS
-from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.lengths import CompressionState
-from vllm_kvcompress.worker.queries.ring import QueryRing
+
+if TYPE_CHECKING:  # they know vLLM's batches
+    from vllm_kvcompress.worker.lengths import EvictedLengths
+    from vllm_kvcompress.worker.queries.ring import QueryRing
 
 
 class _NoQueries:
@@ -58,8 +57,8 @@ class _NoQueries:
 
 
 def warm_up_steps(
-    lengths: CompressionState,
-    ring: QueryRing,
+    lengths: "EvictedLengths",
+    ring: "QueryRing",
     physical_slots: Callable[..., None],
     tables: BlockTables,
     slot_mappings: torch.Tensor,
@@ -68,8 +67,8 @@ def warm_up_steps(
 
     Parameters
     ----------
-    lengths : CompressionState
-        Evicted tokens of all rows.
+    lengths : EvictedLengths
+        Evicted slots of all rows.
     ring : QueryRing
         Last queries of all rows.
     physical_slots : callable
@@ -97,18 +96,6 @@ def warm_up_steps(
     )  # fmt: skip
 
 
-def _warm_up_books(compactor: Compactor, config: CompressionConfig) -> None:
-    """Make books of zeros in every size that the kernels tell apart."""
-    assert config.codebook is not None
-    build = for_device("codebook_build", compactor.device).build_codebook
-    cache = compactor.layers[0].cache()
-    for size in COVER_BLOCKS:
-        vectors = cache.new_zeros(1, size, cache.shape[3] // 2)
-        counts = torch.full((1,), size, dtype=torch.int32, device=compactor.device)
-        for threshold in {config.codebook.key_threshold, config.codebook.value_threshold}:
-            build(vectors, counts, threshold, max_entries=1)
-
-
 def warm_up(
     compactor: Compactor,
     configs: Iterable[CompressionConfig],
@@ -129,30 +116,38 @@ def warm_up(
     queries : mapping of str to torch.Tensor
         Per layer an example [num_heads, head_dim] of a query.
     """
-    num_groups = max(layer.group for layer in compactor.layers) + 1
     for config in configs:
-        protected = config.num_sink_tokens + config.observation_window
-        num_blocks = -(-protected // block_size) + 2
-        length = num_blocks * block_size
-        spans = ((0, config.num_sink_tokens), (length - config.observation_window, length))
-        lengths = [GroupLengths(length, length - block_size)]
-        caches = [GroupCache(length, spans[:1])]
-        if config.codebook is not None:
-            # The null block is entries, codes and tokens at once. What of it is read means nothing.
-            book = BookLengths(block_size, block_size, block_size)
-            lengths += [
-                GroupLengths(length, book.num_slots, book),
-                GroupLengths(length, book.num_slots, book, 1, book.num_slots),
-            ]
-            _warm_up_books(compactor, config)
-            caches += [caches[0], GroupCache(length, (), replace(book, num_tokens=1))]
-        own = copy.copy(compactor)
-        source: Any = _NoQueries(compactor, config, length, queries)
-        own.sources = QuerySources(source, source, source)
-        for each, cache in zip(lengths, caches, strict=True):
-            num_kept = each.kept_len // block_size
-            blocks = (0,) * num_blocks, (0,) * num_kept
-            group = GroupPlan(each, cache, spans, *blocks, tail_blocks=())
-            plan = CompactionPlan("warm-up", length, False, 0, (group,) * num_groups)
-            own.run([CompactionJob(plan, config, 0)])
-        own.codebooks.take_measures()  # nobody's
+        length = warm_up_length(config, block_size)
+        cache = GroupCache(length, ((0, config.num_sink_tokens),))
+        lengths = GroupLengths(length, length - block_size)
+        compact_nobody(compactor, config, block_size, queries, [(lengths, cache)])
+
+
+def warm_up_length(config: CompressionConfig, block_size: int) -> int:
+    """Tokens of the request that nobody made: whole blocks, more than are protected."""
+    protected = config.num_sink_tokens + config.observation_window
+    return (-(-protected // block_size) + 2) * block_size
+
+
+def compact_nobody(
+    compactor: Compactor,
+    config: CompressionConfig,
+    block_size: int,
+    queries: Mapping[str, torch.Tensor],
+    plans: Iterable[tuple[GroupLengths, GroupCache]],
+) -> None:
+    """Compact a request of `warm_up_length` tokens in the null block, once per plan.
+
+    `plans` are carried out in all KV cache groups; the rest is as for `warm_up`.
+    """
+    num_groups = max(layer.group for layer in compactor.layers) + 1
+    length = warm_up_length(config, block_size)
+    spans = ((0, config.num_sink_tokens), (length - config.observation_window, length))
+    own = copy.copy(compactor)
+    source: Any = _NoQueries(compactor, config, length, queries)
+    own.sources = QuerySources(source, source, source)
+    for each, cache in plans:
+        blocks = (0,) * (length // block_size), (0,) * (each.kept_len // block_size)
+        group = GroupPlan(each, cache, spans, *blocks, tail_blocks=())
+        plan = CompactionPlan("warm-up", length, False, 0, (group,) * num_groups)
+        own.run([CompactionJob(plan, config, 0)])

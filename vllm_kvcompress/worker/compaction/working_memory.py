@@ -8,30 +8,24 @@ holds at once is reckoned here, from above, for the server's setting.
     one layer what the policy holds while it scores (`Policy.working_bytes`)
     indices   8 bytes per survivor, KV head and layer; while pins are put first, twice that and
               what sorting them takes
-    codebook  a copy of one layer's prompt, survivors as they are made into entries and codes, and
-              graphs of similar vectors
+    writing   what it takes to write survivors in another form than they have
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.coded_tokens import MAX_GRAPH_BYTES
 from vllm_kvcompress.lengths.budgets import layer_groups, next_lengths, permanent_ranges
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.policies.layer_shape import LayerShape
-from vllm_kvcompress.worker.codebook.writer import MAX_COPY_BYTES
 from vllm_kvcompress.worker.compaction.compactor import MAX_TOKENS
 
 _SORT_BYTES = 36
 """Per survivor, while pins are put first: marks (1), sorted marks (1), their order (8), survivors
 in it (8), and as much again as the sort moves them through (18)."""
-
-_BOOK_COPIES = 9
-"""Copies in float32 of the survivors' keys or values that are held at once while they are coded."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,13 @@ class RankShape:
         )  # fmt: skip
 
 
-def compaction_bytes(config: CompressionConfig, shape: RankShape) -> int:
+WritingBytes = Callable[[GroupLengths, RankShape, int], int]
+"""What is held at once while one request's survivors are written in so many layers."""
+
+
+def compaction_bytes(
+    config: CompressionConfig, shape: RankShape, writers: Sequence[WritingBytes] = ()
+) -> int:
     """Most device memory that the compactions of one step hold at once.
 
     Parameters
@@ -82,6 +82,8 @@ def compaction_bytes(config: CompressionConfig, shape: RankShape) -> int:
         The server's setting; what a request names on its own may take more.
     shape : RankShape
         The model, and the longest request.
+    writers : sequence of callable
+        Who writes survivors beside the compactor itself, whose copies take nothing.
 
     Returns
     -------
@@ -89,14 +91,14 @@ def compaction_bytes(config: CompressionConfig, shape: RankShape) -> int:
         Bytes, from above. 0 where no request is long enough to be compacted.
     """
     configs = (config, *config.by_task.values())
-    return max(_bytes_of(each, shape) for each in configs)
+    return max(_bytes_of(each, shape, writers) for each in configs)
 
 
-def _bytes_of(config: CompressionConfig, shape: RankShape) -> int:
+def _bytes_of(config: CompressionConfig, shape: RankShape, writers: Sequence[WritingBytes]) -> int:
     groups = layer_groups(shape.num_layers, config.layer_groups)
     own = [groups[index] for index in shape.own_layers]
     most_layers = max(own.count(group) for group in set(own))
-    share, books = _survivors(config, shape, max(groups) + 1)
+    share, kept = _survivors(config, shape, max(groups) + 1)
     if not share:
         return 0
     # Requests are compacted together up to MAX_TOKENS; a longer one alone.
@@ -108,20 +110,19 @@ def _bytes_of(config: CompressionConfig, shape: RankShape) -> int:
     scoring = scores + config.build_policy().working_bytes(layer, num_tokens)
     num_kept = int(share * per_layer * most_layers)
     choosing = max(scores + 8 * num_kept, (8 + _SORT_BYTES) * num_kept)
-    coding = 8 * num_kept + max((_coding_bytes(each, shape, most_layers) for each in books),
-                                default=0)  # fmt: skip
+    writing = [each(lengths, shape, most_layers) for each in writers for lengths in kept]
+    largest = max(scoring, choosing, 8 * num_kept + max(writing, default=0))
     # The host's numbers: block tables, lengths and which tokens stay.
-    return max(scoring, choosing, coding) + (max(groups) + 1) * 2 * num_tokens
+    return largest + (max(groups) + 1) * 2 * num_tokens
 
 
 def _survivors(
     config: CompressionConfig, shape: RankShape, num_groups: int
 ) -> tuple[float, list[GroupLengths]]:
-    """Largest share of a prompt that any group keeps, over prompts of all lengths; its books."""
-    per_row = None
-    if config.codebook is not None:
-        per_row = codes_per_row(shape.head_dim * shape.cache_dtype.itemsize)
-    share, books = 0.0, []
+    """Largest share of a prompt that any group keeps, and all lengths, over prompts' lengths."""
+    per_row = codes_per_row(shape.head_dim * shape.cache_dtype.itemsize)
+    share: float = 0.0
+    kept: list[GroupLengths] = []
     length = shape.max_model_len
     while length >= max(config.min_prompt_len, shape.block_size):
         cache = GroupCache(length, permanent_ranges(length, config))
@@ -129,20 +130,6 @@ def _survivors(
         for own in next_lengths(length, length, caches, config, shape.block_size, per_row):
             if own is not None:
                 share = max(share, own.num_survivors / length)
-                books += [own] if own.book is not None else []
+                kept.append(own)
         length //= 2
-    return share, books
-
-
-def _coding_bytes(lengths: GroupLengths, shape: RankShape, num_layers: int) -> int:
-    """While the survivors of one request are made into books; see `codebook_writer`."""
-    itemsize, heads = shape.cache_dtype.itemsize, shape.num_kv_heads
-    prompt = 2 * 2 * lengths.region_len * heads * shape.head_dim * itemsize  # read, then gathered
-    survivors = lengths.num_survivors * heads * shape.head_dim
-    together = min(max(MAX_COPY_BYTES // (survivors * (2 * itemsize + 4)), 1), num_layers)
-    problems = together * heads
-    graph = problems * lengths.num_survivors**2 // 8
-    if graph > MAX_GRAPH_BYTES:
-        graph = max(MAX_GRAPH_BYTES, lengths.num_survivors**2 // 8)
-    copies = together * survivors * (2 * itemsize + 4 * _BOOK_COPIES)
-    return prompt + copies + graph
+    return share, kept

@@ -12,7 +12,9 @@ import torch
 
 from vllm_kvcompress.kernels.host_copy import send_together
 from vllm_kvcompress.plans import GroupPlan
-from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch, group_batches
+from vllm_kvcompress.worker.compaction.compactor import Compactor, batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,41 @@ class LinkedBlocks:
         ]
 
 
-def linked_blocks(
+@torch.inference_mode()
+def choose_blocks(
+    compactor: Compactor, jobs: Sequence[CompactionJob]
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Source blocks that make up linked views, by request and KV cache group.
+
+    All heads and layers of a group have the same scores, in windows of whole blocks. A block with
+    a token that stays anyway comes first.
+
+    Returns
+    -------
+    dict
+        [kept blocks] int32 each, in the order of the request's own row.
+    """
+    chosen: dict[tuple[str, int], torch.Tensor] = {}
+    for batch in batches(jobs):
+        policy: Policy = batch[0].config.build_policy()
+        shared: dict[tuple, torch.Tensor] = {}
+        leaders = {layer.group: layer for layer in reversed(compactor.layers)}
+        found = group_batches(batch, dict.fromkeys(leaders, ()), compactor.device)
+        linked = _linked_blocks(
+            {number: group for (number, _), group in found.items()}, compactor.device
+        )
+        for number, layer in sorted(leaders.items(), key=lambda each: each[1].index):
+            if number not in linked:
+                continue
+            group = linked[number].group
+            scores = compactor.scores(policy, group, layer, shared)
+            blocks = linked[number].choose(scores, compactor.select_tokens)
+            for job, own in zip(group.jobs, blocks, strict=True):
+                chosen[job.plan.request_id, number] = own
+    return chosen
+
+
+def _linked_blocks(
     groups: Mapping[int, GroupBatch], device: torch.device
 ) -> dict[int, LinkedBlocks]:
     """Send what the choice needs to the device, of all KV cache groups in one copy."""

@@ -11,7 +11,7 @@ compressed cache likewise.)
 Dimensions: G KV cache groups, B batch rows, d rows that draft, k draft tokens, T tokens.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
-from vllm_kvcompress.worker.model_state import CompressedModelState
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.worker.draft.feature import DraftFeature
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,7 +42,7 @@ class ViewSpeculator(BaseSpeculator):
         The engine's configuration.
     model : torch.nn.Module
         The target model.
-    state : CompressedModelState
+    state : DraftFeature
         Setting, views and lengths.
     device : torch.device
         Where it runs.
@@ -66,7 +68,7 @@ class ViewSpeculator(BaseSpeculator):
         self,
         vllm_config: VllmConfig,
         model: torch.nn.Module,
-        state: CompressedModelState,
+        state: "DraftFeature",
         device: torch.device,
     ) -> None:
         self.vllm_config, self.model, self.state, self.device = vllm_config, model, state, device

@@ -12,7 +12,7 @@ columns of a group's block tables.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.worker.draft.views import DraftViews
 from vllm_kvcompress.worker.host_mirror import HostMirror
-from vllm_kvcompress.worker.model_state import CompressedModelState
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.worker.draft.feature import DraftFeature
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class DraftStep:
         The engine's configuration.
     model : torch.nn.Module
         The target model.
-    state : CompressedModelState
+    state : DraftFeature
         Setting, views, lengths, query recorders.
     device : torch.device
         Where it runs.
@@ -82,7 +84,7 @@ class DraftStep:
         self,
         vllm_config: VllmConfig,
         model: torch.nn.Module,
-        state: CompressedModelState,
+        state: "DraftFeature",
         device: torch.device,
         draft_logits: torch.Tensor | None,
     ) -> None:
@@ -217,7 +219,6 @@ class DraftStep:
 
     @property
     def _evicted(self) -> HostMirror:
-        assert self.state.lengths is not None
         return self.state.lengths.evicted
 
     @property

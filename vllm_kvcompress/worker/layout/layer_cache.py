@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.worker.layout.base import CacheLayout
 
 
@@ -41,3 +43,23 @@ class LayerCache:
     cache: Callable[[], torch.Tensor]
     rotary: Rotary | None = None
     output_projection: Callable[[], torch.Tensor] | None = None
+
+    def require(self, policy: Policy) -> None:
+        """Refuse a policy that needs a part that the layer does not have.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming the layer and the part.
+        """
+        name = type(policy).__name__
+        if (policy.needs_rotary or policy.rerotates_keys) and self.rotary is None:
+            raise UnsupportedModelError(
+                f"--kv-compression: {name} needs a plain rotary embedding beside {self.name}, and "
+                "there is none: choose a policy that does not, or drop --kv-compression."
+            )
+        if policy.needs_output_projection and self.output_projection is None:
+            raise UnsupportedModelError(
+                f"--kv-compression: {name} needs the output projection beside {self.name}, and "
+                "there is none: choose a policy that does not, or drop --kv-compression."
+            )

@@ -12,7 +12,6 @@ from abc import abstractmethod
 
 import torch
 
-from vllm_kvcompress.kernels.codebook_tail import TailPages
 from vllm_kvcompress.kernels.pages import Pages
 from vllm_kvcompress.worker.layout.base import CacheLayout
 
@@ -23,19 +22,15 @@ class _PackedLayout(CacheLayout):
     def __init__(self, head_size: int) -> None:
         self.head_size = head_size
 
-    def plain(self, cache: torch.Tensor) -> torch.Tensor:
-        """See the base class. Blocks of a codebook are not packed."""
-        return cache
-
-    def tail(
+    def pages(
         self,
         cache: torch.Tensor,
         table: torch.Tensor,
         first_slot: torch.Tensor,
         num_tokens: torch.Tensor,
         max_tokens: int,
-    ) -> TailPages:
-        """Unpacked copies of the blocks: see the base class."""
+    ) -> tuple[Pages, torch.Tensor]:
+        """Unpacked copies of the blocks."""
         block_size = cache.shape[2]
         first = first_slot.long() // block_size
         num_blocks = (first_slot + num_tokens + block_size - 1) // block_size - first
@@ -45,7 +40,7 @@ class _PackedLayout(CacheLayout):
         used, numbers = torch.unique(blocks.masked_fill(~inside, 0), return_inverse=True)
         keys, values = self._unpack(*self._halves(cache[used]))
         pages = Pages(keys, values, numbers.int(), num_tokens, max_tokens)
-        return TailPages(pages, (first_slot % block_size).int())
+        return pages, (first_slot % block_size).int()
 
     def _halves(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split [b, KV, N, 2D] into two [b, KV, N * D]."""
@@ -64,14 +59,12 @@ class _PackedLayout(CacheLayout):
         """Inverse of `_unpack`; the results have N * D elements per block and head."""
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the base class."""
         keys, values = self._unpack(*self._halves(cache[blocks]))
         return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
 
     def write(
         self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """See the base class."""
         block_size = cache.shape[2]
         keys = keys.unflatten(1, (-1, block_size)).transpose(0, 1)
         values = values.unflatten(1, (-1, block_size)).transpose(0, 1)

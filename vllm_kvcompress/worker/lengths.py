@@ -1,12 +1,16 @@
 """How many slots each request row has given up in each KV cache group, and lengths from that."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.host_mirror import HostMirror
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
 class EvictedLengths:
@@ -48,7 +52,7 @@ class EvictedLengths:
         self.evicted.np[group, req_index] += num_slots
         self._dirty = True
 
-    def begin_batch(self, input_batch: InputBatch) -> bool:
+    def begin_batch(self, input_batch: "InputBatch") -> bool:
         """Fill `seq_lens` for a real batch. True if any of its requests is compacted."""
         if self._dirty:
             self.evicted.send()
@@ -71,17 +75,17 @@ class EvictedLengths:
         self.seq_lens[group, rows] = counts[rows]
         self._hidden[group] = batch_rows
 
-    def is_current(self, input_batch: InputBatch) -> bool:
+    def is_current(self, input_batch: "InputBatch") -> bool:
         """Whether `begin_batch` has seen this batch; dummy batches never go through it."""
         return self._batch is input_batch
 
-    def group_seq_lens(self, input_batch: InputBatch) -> torch.Tensor:
+    def group_seq_lens(self, input_batch: "InputBatch") -> torch.Tensor:
         """Lengths [num_groups, >= padded rows] of a batch; a dummy batch has lost nothing."""
         if not self.is_current(input_batch):
             self.seq_lens[:, : input_batch.seq_lens.shape[0]] = input_batch.seq_lens
         return self.seq_lens
 
-    def group_upper_bound(self, input_batch: InputBatch, group: int) -> torch.Tensor:
+    def group_upper_bound(self, input_batch: "InputBatch", group: int) -> torch.Tensor:
         """`input_batch.seq_lens_cpu_upper_bound` [rows], less what `group` has evicted.
 
         A dummy batch has lost nothing, nor has a batch of which no request is compacted: theirs is
@@ -97,7 +101,7 @@ class EvictedLengths:
             own[rows] = np.diff(input_batch.query_start_loc_np)[rows]
         return torch.from_numpy(own)
 
-    def max_seq_lens(self, input_batch: InputBatch, num_rows: int) -> list[int]:
+    def max_seq_lens(self, input_batch: "InputBatch", num_rows: int) -> list[int]:
         """Per group the largest of `group_upper_bound`'s first `num_rows`."""
         bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_rows]
         if not self.is_current(input_batch) or (self._is_whole and not self._hidden):

@@ -35,8 +35,7 @@ from vllm_kvcompress.plans import (
     PlanKind,
 )
 from vllm_kvcompress.worker.batch import CompactionJob
-from vllm_kvcompress.worker.codebook.reader import CodebookReader
-from vllm_kvcompress.worker.codebook.rows import CodedRows
+from vllm_kvcompress.worker.codebook.reader import CodebookReader, CodedRows
 from vllm_kvcompress.worker.codebook.warm_up import warm_up_books
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
 from vllm_kvcompress.worker.compaction.compactor import Compactor

@@ -3,11 +3,14 @@
 vLLM's kernels know keys and values only. Rows of a batch whose request has a codebook are given to
 them as sequences that hold nothing but the query tokens themselves, and what comes out of that is
 replaced by attention over codes and ordinary tokens.
+
+Dimensions: R query tokens of requests with a codebook, P blocks of a block table row.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +19,46 @@ from vllm_kvcompress.kernels.codebook_attention import CodebookPages
 from vllm_kvcompress.kernels.codebook_tail import TailPages
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.worker.codebook.rows import CodedRows, RequestBooks
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.worker.codebook.rows import RequestBooks
+
+
+@dataclass(frozen=True)
+class CodedRows:
+    """Query tokens of one step whose requests have a codebook, in one KV cache group.
+
+    A request that has one in another group alone is here too: all its tokens are its tail.
+
+    Attributes
+    ----------
+    batch_rows : np.ndarray
+        Numbers of the requests in the batch.
+    tokens : torch.Tensor
+        [R] int64, places of the query tokens in the batch.
+    table : torch.Tensor
+        [R, P] int32, block table rows: entries, then codes, then ordinary tokens.
+    code_table : torch.Tensor
+        [R, P] int32, the same from the first block of codes on.
+    num_entries, num_coded, first_slot, num_tail : torch.Tensor
+        [R] int32: slots for entries, coded tokens, slots before ordinary tokens, and those of
+        them that the query may see.
+    max_entries, max_coded, max_tail : int
+        At least the largest of them.
+    """
+
+    batch_rows: np.ndarray
+    tokens: torch.Tensor
+    table: torch.Tensor
+    code_table: torch.Tensor
+    num_entries: torch.Tensor
+    num_coded: torch.Tensor
+    first_slot: torch.Tensor
+    num_tail: torch.Tensor
+    max_entries: int
+    max_coded: int
+    max_tail: int
 
 
 class CodebookReader:
@@ -34,7 +75,7 @@ class CodebookReader:
     """
 
     def __init__(
-        self, state: RequestBooks, layers: Iterable[LayerCache], device: torch.device
+        self, state: "RequestBooks", layers: Iterable[LayerCache], device: torch.device
     ) -> None:
         self.state = state
         self.layers = {layer.name: layer for layer in layers}

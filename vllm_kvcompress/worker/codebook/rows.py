@@ -1,11 +1,9 @@
-"""Which rows of a step's batch read codebooks, and where these lie.
+"""Which requests have a codebook, and which rows of a step's batch read them.
 
-Dimensions: G KV cache groups, S request rows, R query tokens of requests with a codebook, P blocks
-of a block table row.
+Dimensions: G KV cache groups, S request rows, P blocks of a block table row.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,43 +12,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.host_copy import send_together
 from vllm_kvcompress.plans import BookLengths
+from vllm_kvcompress.worker.codebook.reader import CodedRows
 from vllm_kvcompress.worker.host_mirror import HostMirror
-
-
-@dataclass(frozen=True)
-class CodedRows:
-    """Query tokens of one step whose requests have a codebook, in one KV cache group.
-
-    A request that has one in another group alone is here too: all its tokens are its tail.
-
-    Attributes
-    ----------
-    batch_rows : np.ndarray
-        Numbers of the requests in the batch.
-    tokens : torch.Tensor
-        [R] int64, places of the query tokens in the batch.
-    table : torch.Tensor
-        [R, P] int32, block table rows: entries, then codes, then ordinary tokens.
-    code_table : torch.Tensor
-        [R, P] int32, the same from the first block of codes on.
-    num_entries, num_coded, first_slot, num_tail : torch.Tensor
-        [R] int32: slots for entries, coded tokens, slots before ordinary tokens, and those of
-        them that the query may see.
-    max_entries, max_coded, max_tail : int
-        At least the largest of them.
-    """
-
-    batch_rows: np.ndarray
-    tokens: torch.Tensor
-    table: torch.Tensor
-    code_table: torch.Tensor
-    num_entries: torch.Tensor
-    num_coded: torch.Tensor
-    first_slot: torch.Tensor
-    num_tail: torch.Tensor
-    max_entries: int
-    max_coded: int
-    max_tail: int
 
 
 class RequestBooks:

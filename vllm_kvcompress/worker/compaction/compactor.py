@@ -6,7 +6,7 @@ kinds are written by who registers for them.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,11 +20,9 @@ from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch, group_batches
 from vllm_kvcompress.worker.compaction.group_scores import GroupScores
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
-
-if TYPE_CHECKING:  # they know vLLM's batches
-    from vllm_kvcompress.worker.queries.prompt import PromptQueries
-    from vllm_kvcompress.worker.queries.ring import QueryRing
-    from vllm_kvcompress.worker.queries.window import QueryWindow
+from vllm_kvcompress.worker.queries.prompt import PromptQueries
+from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.queries.window import QueryWindow
 
 MAX_TOKENS = 2**17
 """Requests that are compacted at once, times the longest one's tokens; a longer request is
@@ -36,9 +34,9 @@ for 32 layers with 8 heads), and are held until its last layer is scored: see wo
 class QuerySources:
     """Where the queries of a request are: while its prompt runs, and while it decodes."""
 
-    window: "QueryWindow"
-    prompt: "PromptQueries"
-    ring: "QueryRing"
+    window: QueryWindow
+    prompt: PromptQueries
+    ring: QueryRing
 
 
 Writer = Callable[[GroupBatch, list[LayerCache], torch.Tensor], None]

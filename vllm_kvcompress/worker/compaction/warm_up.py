@@ -7,7 +7,7 @@ Compiling a kernel takes seconds, at its first launch. The made-up request lies 
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, Grou
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
-
-if TYPE_CHECKING:  # they know vLLM's batches
-    from vllm_kvcompress.worker.lengths import EvictedLengths
-    from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.lengths import EvictedLengths
+from vllm_kvcompress.worker.queries.ring import QueryRing
 
 
 class _NoQueries:
@@ -57,8 +55,8 @@ class _NoQueries:
 
 
 def warm_up_steps(
-    lengths: "EvictedLengths",
-    ring: "QueryRing",
+    lengths: EvictedLengths,
+    ring: QueryRing,
     physical_slots: Callable[..., None],
     tables: BlockTables,
     slot_mappings: torch.Tensor,

@@ -7,15 +7,17 @@ exist at a time and none is copied.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.cache_rows import CacheRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 ReadRows = Callable[[LayerCache, int, int, torch.Tensor], CacheRows]
 """Takes a layer, a request row, a number of tokens and the queries [H, w, D] of the last of them;
@@ -79,7 +81,7 @@ class PromptQueries:
         summary = self._summaries.get(request_id)
         return summary is not None and num_computed < summary.prompt_len
 
-    def begin_batch(self, input_batch: InputBatch) -> None:
+    def begin_batch(self, input_batch: "InputBatch") -> None:
         """Find out which of the batch's tokens to fold the queries of.
 
         Raises

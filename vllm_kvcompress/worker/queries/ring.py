@@ -5,14 +5,17 @@ on persistent buffers, so it is captured into full CUDA graphs and replayed with
 places are computed outside.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from vllm.utils.mem_utils import format_gib
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.host_copy import overwrite
 from vllm_kvcompress.lengths.decode_queries import RingShape
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
 class QueryRing:
@@ -53,6 +56,8 @@ class QueryRing:
 
     def __str__(self) -> str:
         """For the log."""
+        from vllm.utils.mem_utils import format_gib
+
         shape, size = self.shape, format_gib(self.num_bytes)
         return f"ring of {shape.num_slots} slots of {shape.slot_len} queries, {size} GiB"
 
@@ -70,7 +75,7 @@ class QueryRing:
             self._slot_of_row[req_index] = slot
             self._is_dirty = True
 
-    def begin_batch(self, input_batch: InputBatch) -> None:
+    def begin_batch(self, input_batch: "InputBatch") -> None:
         """Find the places of a real batch's tokens."""
         if self._is_dirty:
             overwrite(self._slot_of_row_gpu, self._slot_of_row)

@@ -8,13 +8,16 @@ whose windows begin in the same step share a buffer, so that one launch per laye
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.kernels.host_copy import send_together
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
 @dataclass
@@ -86,7 +89,7 @@ class QueryWindow:
             and num_computed + num_new > stash.window_start
         )
 
-    def begin_batch(self, input_batch: InputBatch) -> None:
+    def begin_batch(self, input_batch: "InputBatch") -> None:
         """Find out which of the batch's tokens to keep the queries of."""
         self._captures = []
         if not self._stashes:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.inside import pending
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
@@ -102,7 +103,7 @@ def test_freeing_returns_everything(committed: bool) -> None:
         books.commit("r")
     books.free("r")
     assert books.block_pool.get_num_free_blocks() == 32
-    assert not books.evicted and not books._pending and not books.held_blocks()
+    assert not books.evicted and pending(books, "r") is None and not books.held_blocks()
     books.check_integrity()
     assert not books.commit("r"), "a commit that comes too late does nothing"
     assert "r" not in books.req_to_blocks
@@ -169,7 +170,7 @@ def test_any_order_of_events_keeps_the_books(events) -> None:
             books.free(name)
             lengths.pop(name, None)
             planned.discard(name)
-        elif event == 4 and name in lengths and name not in books._pending:
+        elif event == 4 and name in lengths and pending(books, name) is None:
             if books.block_pool.get_num_free_blocks():
                 lengths[name] += BLOCK
                 fill(books, name, lengths[name])
@@ -192,6 +193,18 @@ def test_a_view_is_held_beside_the_requests_blocks() -> None:
     assert books.block_pool.get_num_free_blocks() == 32 - 12
     books.check_integrity()
     assert not books.commit("r"), "nothing is pending"
+
+
+def test_a_linked_view_takes_no_blocks() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    own = tuple(block.block_id for block in books.req_to_blocks["r"])
+    plan = plan_of(books, "r", 144, 32, Purpose.LINKED_VIEW)
+    assert (plan.source_blocks, plan.destination_blocks, plan.tail_blocks) == (own[:9], (), own[9:])
+    assert books.block_pool.get_num_free_blocks() == 32 - 10
+    books.commit_view("r")
+    assert not books.views and not books.commit("r")
+    books.check_integrity()
 
 
 def test_a_new_view_frees_the_old_one() -> None:

@@ -1,7 +1,8 @@
 """The life of a request, without an engine."""
 
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.core.planner import Planner, SkipReason, State
+from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.tracked_request import Phase, SkipReason
 from vllm_kvcompress.request_options import parse_request
 
 
@@ -16,10 +17,10 @@ def add(plan: Planner, prompt_len: int, extra: dict | None = None, **kwargs):
 def test_a_long_prompt_is_armed_and_due_at_its_end() -> None:
     plan = planner()
     tracked = add(plan, 2000)
-    assert (tracked.state, tracked.next_at) == (State.ARMED, 2000)
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 2000)
     assert not plan.note_progress("r", 1024)
     assert plan.note_progress("r", 2000)
-    assert tracked.state is State.DUE
+    assert tracked.phase is Phase.DUE
     assert plan.note_progress("r", 2001), "still due while the pool has no room"
 
 
@@ -33,7 +34,7 @@ def test_every_reason_to_skip() -> None:
     ]:
         plan = planner()
         tracked = add(plan, **kwargs)
-        assert (tracked.state, tracked.skip_reason) == (State.SKIPPED, reason)
+        assert (tracked.phase, tracked.skip_reason) == (Phase.SKIPPED, reason)
         assert not plan.note_progress("r", 5000)
         assert plan.max_cached_tokens("r") is None
         assert plan.clip_chunk("r", 0, 5000, 5000) == 5000
@@ -52,10 +53,11 @@ def test_a_resumed_request_stops_at_the_end_of_its_prompt() -> None:
     plan = planner()
     tracked = add(plan, 2000)
     plan.note_progress("r", 2000)
-    tracked.state = State.DONE
+    compact(plan)
+    assert tracked.phase is Phase.DONE
     assert plan.clip_chunk("r", 2000, 5, 2005) == 5
     plan.restart("r")
-    assert tracked.state is State.ARMED
+    assert tracked.phase is Phase.ARMED
     assert plan.clip_chunk("r", 0, 1024, 2500) == 1024
     assert plan.clip_chunk("r", 1024, 1024, 2500) == 976
     assert plan.clip_chunk("r", 1984, 16, 2500) == 16
@@ -66,7 +68,7 @@ def test_skipped_and_unknown_requests_survive_restart_and_remove() -> None:
     plan = planner()
     tracked = add(plan, 10)
     plan.restart("r")
-    assert tracked.state is State.SKIPPED
+    assert tracked.phase is Phase.SKIPPED
     assert plan.remove("r") is None, "counted when it came"
     assert not plan.requests
     plan.restart("r")
@@ -79,7 +81,7 @@ def test_one_requests_options_do_not_reach_the_next() -> None:
     plan.remove("r")
     assert add(plan, 2000).policy == "snapkv"
     assert plan.note_progress("r", 2000)
-    assert plan.requests["r"].lengths[0].kept_len == 224
+    assert plan.requests["r"].compaction.lengths[0].kept_len == 224
 
 
 # --- while decoding -----------------------------------------------------------------------
@@ -92,7 +94,7 @@ def decoding(**fields) -> Planner:
 
 def compact(plan: Planner) -> None:
     tracked = plan.requests["r"]
-    tracked.state = State.PLANNED
+    plan.note_planned(tracked)
     plan.commit(tracked)
 
 
@@ -100,17 +102,17 @@ def test_intervals_count_generated_tokens() -> None:
     """A rival armed its first trigger on absolute length: a long prompt fired it at once."""
     plan = decoding(trigger="interval")
     tracked = add(plan, 2000)
-    assert (tracked.state, tracked.next_at) == (State.ARMED, 2100)
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 2100)
     assert not plan.note_progress("r", 2000)
     assert not plan.note_progress("r", 2099)
     assert plan.note_progress("r", 2100)
     assert tracked.while_decoding and tracked.position == 2100
     compact(plan)
-    assert (tracked.state, tracked.next_at) == (State.ARMED, 2200)
-    assert [cache.num_tokens for cache in tracked.caches] == [276, 276]
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 2200)
+    assert [cache.num_tokens for cache in tracked.compaction.caches] == [276, 276]
     assert not plan.note_progress("r", 2199)
     assert plan.note_progress("r", 2200)
-    assert tracked.lengths[0].region_len == 352, "276 + 100 tokens, whole blocks"
+    assert tracked.compaction.lengths[0].region_len == 352, "276 + 100 tokens, whole blocks"
 
 
 def test_the_prompts_end_and_then_intervals() -> None:
@@ -130,13 +132,17 @@ def test_a_late_compaction_while_decoding_takes_in_what_came_since() -> None:
     assert tracked.position == 2133
     compact(plan)
     assert tracked.next_at == 2233
+    assert tracked.compaction.compacted_at == 2133, "what came since counts on from there"
+    assert plan.note_progress("r", 2233)
+    held = tracked.compaction.caches[0].num_tokens
+    assert tracked.compaction.lengths[0].region_len == (held + 100) // 32 * 32
 
 
 def test_an_interval_under_the_budget_is_left_alone() -> None:
     plan = decoding()
     tracked = add(plan, 60)
     assert not plan.note_progress("r", 160)
-    assert (tracked.state, tracked.next_at) == (State.ARMED, 260)
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 260)
     assert not plan.note_progress("r", 260)
     assert plan.note_progress("r", 360)
     assert plan.remove("r").skip_reason == SkipReason.NO_ROOM
@@ -147,7 +153,7 @@ def test_requests_that_end_with_the_step_that_compacts_them_are_counted() -> Non
     plan = planner()
     tracked = add(plan, 2000)
     plan.note_progress("r", 2000)
-    tracked.state = State.PLANNED
+    plan.note_planned(tracked)
     assert plan.remove("r").skip_reason == SkipReason.SHORT_OUTPUT
 
 
@@ -158,10 +164,9 @@ def test_requests_that_end_before_anything_was_done_are_counted() -> None:
     add(plan, 60)
     plan.note_progress("r", 160)
     assert plan.remove("r").skip_reason == SkipReason.UNDER_BUDGET
-    tracked = add(plan, 2000)
+    add(plan, 2000)
     plan.note_progress("r", 2000)
     compact(plan)
-    tracked.counted = True
     assert plan.remove("r") is None
 
 
@@ -172,8 +177,8 @@ def test_a_resumed_request_stops_at_every_interval() -> None:
         assert plan.note_progress("r", position)
         compact(plan)
     plan.restart("r")
-    assert (tracked.next_at, tracked.compacted_at) == (2000, 0)
-    assert tracked.caches[0].num_tokens == 0
+    assert (tracked.next_at, tracked.compaction.compacted_at) == (2000, 0)
+    assert tracked.compaction.caches[0].num_tokens == 0
     assert plan.clip_chunk("r", 1024, 1024, 2250) == 976
     assert plan.note_progress("r", 2000)
     compact(plan)
@@ -202,80 +207,14 @@ def test_policies_that_read_whole_prompts_take_no_cached_tokens() -> None:
     assert plan.max_cached_tokens("r") == 0
 
 
-# --- views --------------------------------------------------------------------------------
-
-
-def drafting(**draft) -> Planner:
-    fields = {"mode": "draft", "draft": {"tokens": 4, **draft}, "budget": {"tokens": 512}}
-    return planner("keydiff", **fields)
-
-
-def take_view(plan: Planner, num_certain: int) -> None:
-    assert plan.note_progress("r", num_certain)
-    tracked = plan.requests["r"]
-    tracked.state = State.PLANNED
-    plan.start_view(tracked)
-    plan.commit_view(tracked)
-
-
-def test_a_request_drafts_from_its_view_on() -> None:
-    plan = drafting()
-    tracked = add(plan, 2000)
-    assert plan.num_draft_tokens("r") == plan.num_draft_steps("r") == 0
-    take_view(plan, 2000)
-    assert tracked.state is State.VIEWED and tracked.viewed_at == 2000
-    assert plan.num_draft_tokens("r") == plan.num_draft_steps("r") == 4
-    assert not plan.note_progress("r", 9000), "views are not taken again unless asked for"
-    assert plan.clip_chunk("r", 2000, 5, 2001) == 5, "drafts run on"
-    plan.restart("r")
-    assert tracked.state is State.ARMED and plan.num_draft_tokens("r") == 0
-
-
-def test_drafting_nothing_is_opting_out() -> None:
-    tracked = add(drafting(), 2000, {"kv_draft_tokens": 0})
-    assert tracked.skip_reason == SkipReason.OPTED_OUT
-
-
-def test_a_request_may_ask_for_fewer_drafts() -> None:
-    plan = drafting()
-    add(plan, 2000, {"kv_draft_tokens": 2})
-    take_view(plan, 2000)
-    assert plan.num_draft_tokens("r") == 2
-
-
-def test_adaptive_lengths_follow_acceptance() -> None:
-    plan = drafting(adaptive=True)
+def test_while_decoding_they_may_take_what_their_window_does_not_need() -> None:
+    """Without a compaction at the prompt's end nothing reads the queries of all of it."""
+    plan = planner("expected_attention", trigger="interval", interval=100, observation_window=32)
     add(plan, 2000)
-    take_view(plan, 2000)
-    plan.observe_drafts("r", 4, 1)
-    assert (plan.num_draft_tokens("r"), plan.num_draft_steps("r")) == (2, 3)
-    plan.observe_drafts("nobody", 4, 1)
-
-
-def test_a_view_is_taken_again_after_so_many_tokens_of_the_whole_cache() -> None:
-    plan = drafting(refresh_every=100)
-    tracked = add(plan, 2000)
-    take_view(plan, 2000)
-    first = tracked.lengths
-    assert not plan.note_progress("r", 2099)
-    take_view(plan, 2103)
-    assert tracked.viewed_at == 2103
-    assert [each.region_len for each in tracked.lengths] == [2103 // 32 * 32] * 2
-    assert tracked.lengths[0].kept_len <= first[0].kept_len + 32, "the budget stays"
-    assert not plan.note_progress("r", 2202)
-    assert plan.note_progress("r", 2203)
-
-
-def test_a_view_is_taken_again_when_drafts_fare_badly() -> None:
-    plan = drafting(refresh_below=0.5)
+    assert plan.max_cached_tokens("r") == 2100 - 32
+    plan = planner("expected_attention", trigger="both", interval=100)
     add(plan, 2000)
-    take_view(plan, 2000)
-    for _ in range(3):
-        plan.observe_drafts("r", 4, 0)
-        assert not plan.note_progress("r", 2050), "too early to tell"
-    plan.observe_drafts("r", 4, 0)
-    take_view(plan, 2050)
-    assert not plan.note_progress("r", 2060), "the new view starts with a clean record"
+    assert plan.max_cached_tokens("r") == 0
 
 
 # --- codebooks ----------------------------------------------------------------------------
@@ -296,21 +235,21 @@ def test_a_codebook_is_extended_and_nothing_else_happens_while_decoding() -> Non
     tracked = add(plan, 2000)
     assert plan.note_progress("r", 2000)
     compact(plan)
-    assert (tracked.state, tracked.next_at) == (State.ARMED, 2100)
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 2100)
     assert tracked.while_decoding
-    coded, plain = tracked.caches
+    coded, plain = tracked.compaction.caches
     assert (coded.num_tokens, coded.book.num_tokens, coded.book.num_slots) == (96 + 16, 484, 96)
     assert (plain.num_tokens, plain.book) == (512 + 16, None), "484 and what fills the block"
     assert not plan.note_progress("r", 2099)
     assert plan.note_progress("r", 2100)
-    extended, left_alone = tracked.lengths
+    extended, left_alone = tracked.compaction.lengths
     assert left_alone is None, "the other group keeps what was generated"
     assert (extended.region_len, extended.book.num_tokens) == (96 + 96, 484 + 96)
     assert (extended.coded_before, extended.held_before) == (484, 96)
     compact(plan)
     assert tracked.next_at == 2200
-    assert tracked.caches[1].num_tokens == plain.num_tokens + 100
-    assert tracked.caches[0].num_tokens == 96 + 20
+    assert tracked.compaction.caches[1].num_tokens == plain.num_tokens + 100
+    assert tracked.compaction.caches[0].num_tokens == 96 + 20
 
 
 def test_no_book_no_extension() -> None:
@@ -319,9 +258,9 @@ def test_no_book_no_extension() -> None:
         plan = coding(**fields)
         tracked = add(plan, 2000)
         assert plan.note_progress("r", 2000)
-        assert (tracked.lengths[0].book is None) == (fields != {"extend": False})
+        assert (tracked.compaction.lengths[0].book is None) == (fields != {"extend": False})
         compact(plan)
-        assert tracked.state is State.DONE
+        assert tracked.phase is Phase.DONE
         assert not plan.note_progress("r", 2100)
         assert plan.clip_chunk("r", 2000, 500, 2500) == 500
     plan = coding()
@@ -333,11 +272,11 @@ def test_an_extension_that_frees_no_block_waits_for_the_next_interval() -> None:
     tracked = add(plan, 2000)
     assert plan.note_progress("r", 2000)
     compact(plan)
-    tracked.counted = True
     assert not plan.note_progress("r", 2010), "26 tokens behind the book are no block"
-    assert (tracked.state, tracked.next_at, tracked.compacted_at) == (State.ARMED, 2020, 2000)
+    assert (tracked.phase, tracked.next_at) == (Phase.ARMED, 2020)
+    assert tracked.compaction.compacted_at == 2000
     assert plan.note_progress("r", 2020)
-    assert tracked.lengths[0].region_len == 96 + 32
+    assert tracked.compaction.lengths[0].region_len == 96 + 32
     assert plan.remove("r") is None, "compressed, whatever became of the extension"
 
 
@@ -348,7 +287,7 @@ def test_an_extension_without_room_takes_in_what_came_since() -> None:
     compact(plan)
     assert plan.note_progress("r", 2100) and plan.note_progress("r", 2128)
     assert tracked.position == 2128
-    assert tracked.lengths[0].book.num_tokens == 484 + 128
+    assert tracked.compaction.lengths[0].book.num_tokens == 484 + 128
     compact(plan)
     assert tracked.next_at == 2228
 
@@ -359,14 +298,14 @@ def test_a_resumed_request_is_coded_and_extended_at_the_same_places() -> None:
     seen = []
     for _ in range(2):
         for position in (2000, 2100, 2200):
-            start = max(tracked.compacted_at, 1024)
+            start = max(tracked.compaction.compacted_at, 1024)
             assert plan.clip_chunk("r", start, 2250 - start, 2250) == position - start
             assert plan.note_progress("r", position)
-            seen.append(list(tracked.lengths))
+            seen.append(list(tracked.compaction.lengths))
             compact(plan)
         plan.restart("r")
-        assert (tracked.next_at, tracked.compacted_at) == (2000, 0)
-        assert all(cache.book is None for cache in tracked.caches)
+        assert (tracked.next_at, tracked.compaction.compacted_at) == (2000, 0)
+        assert all(cache.book is None for cache in tracked.compaction.caches)
     assert seen[:3] == seen[3:]
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.core.planner import Planner, SkipReason, State
+from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
+from vllm_kvcompress.core.tracked_request import SkipReason
 from vllm_kvcompress.lengths.decode_queries import MIN_SLOTS, decode_gap, decode_window, ring_shape
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.request_options import parse_request
@@ -62,8 +63,7 @@ class World:
     def step(self, rows: dict[str, tuple[int, int]]) -> None:
         """Rows of (tokens wanted, how many of them are drafts that come to nothing)."""
         for name in self.planned:
-            tracked = self.planner.requests.get(name)
-            if tracked is not None and tracked.state is State.PLANNED:
+            if (tracked := self.planner.planned(name)) is not None:
                 self.planner.commit(tracked)
         self.planned = []
         self.slots.release_idle(lambda name: self.computed[name])
@@ -101,7 +101,7 @@ class World:
                 expected = name, position, self.truth[name, position]
                 assert slot[position % SLOT_LEN] == expected, (name, tracked.position)
         self.compacted[name].append(tracked.position)
-        tracked.state = State.PLANNED
+        self.planner.note_planned(tracked)
         self.planned.append(name)
 
 

@@ -14,9 +14,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from tests.inside import never_answer, pending, spare_slots
 from vllm_kvcompress.core.block_manager import register_manager
 from vllm_kvcompress.core.room import Room
-from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
@@ -132,7 +132,7 @@ def test_books_are_those_of_a_manager_that_is_always_asked(
     events: list[Any], num_groups: int, lookahead: int, num_blocks: int
 ) -> None:
     fast, slow = Host(num_groups, num_blocks), Host(num_groups, num_blocks)
-    slow.room._spare.take = lambda *_: None  # type: ignore[method-assign]
+    never_answer(slow.room)
     for event, name, drafts, number in events:
         steps = []
         for host in (fast, slow):
@@ -145,7 +145,7 @@ def test_books_are_those_of_a_manager_that_is_always_asked(
                 "commit": functools.partial(host.commit, name),
                 "free": functools.partial(host.free, name),
             }[event]
-            if event == "compact" and any(name in group._pending for group in host.groups):
+            if event == "compact" and any(pending(group, name) for group in host.groups):
                 continue
             steps.append(call())
             if event == "decode" and steps[-1] is None:
@@ -180,7 +180,7 @@ def test_arguments_of_admission_and_connectors_go_to_vllm() -> None:
     host = Host(1)
     assert host.admit("r", 100, 0)
     assert host.decode("r", 0, 0, 0) is not None
-    spare: SpareSlots = host.room._spare
+    spare = spare_slots(host.room)
     request = host.requests["r"]
     assert spare.take(request, 1, {"num_lookahead_tokens": 0}) is not None
     for option in ("new_computed_blocks", "reserved_blocks", "full_sequence_must_fit"):

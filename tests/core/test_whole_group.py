@@ -15,14 +15,16 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from tests.inside import scheduler_of
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
-from vllm_kvcompress.core.planner import Planner, State
+from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
-from vllm_kvcompress.core.scheduler import CompressedScheduler, _num_unverified
+from vllm_kvcompress.core.scheduler import num_unverified
+from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan
@@ -61,16 +63,13 @@ class Books:
             for group, each in enumerate(self.specs)
         ]
         group_map = GroupMap.of(self.specs)
-        self.scheduler: Any = object.__new__(CompressedScheduler)
         self.planner = Planner(parse_config(SETTING), group_map.num_layer_groups, BLOCK)
-        self.scheduler.planner = self.planner
         self.stats = CompressionStats()
         self.compactions = Compactions(
             self.planner, self.managers, group_map.layer_groups, self.pool, 4096, self.stats
         )
-        self.scheduler.query_slots = QuerySlots(self.planner, 0, self.stats)
-        self.scheduler._managers = self.managers
-        self.scheduler.requests = {}
+        slots = QuerySlots(self.planner, 0, self.stats)
+        self.scheduler = scheduler_of(self.managers, planner=self.planner, query_slots=slots)
 
     def prefill(self, num_tokens: int) -> Any:
         """Allocate the prompt in every group; what the scheduler knows once it is scheduled."""
@@ -101,7 +100,7 @@ def test_a_compaction_leaves_the_draft_models_blocks_alone() -> None:
     assert books.pool.get_num_free_blocks() == 64 - 25 - 2 * 2
     books.compactions.commit()
     books.scheduler.check_integrity()
-    assert books.planner.requests["r"].state is State.DONE
+    assert books.planner.requests["r"].phase is Phase.DONE
     assert [dict(manager.evicted) for manager in books.managers] == [{"r": 112}, {"r": 112}, {}]
     assert books.managers[2].req_to_blocks["r"] == own
     assert books.pool.get_num_free_blocks() == 64 - 2 * 3 - 5
@@ -230,4 +229,4 @@ def test_the_line_at_start_counts_the_draft_model_as_kept() -> None:
 )
 def test_drafts_without_verdict(placeholders: int, own: int, expected: int) -> None:
     request: Any = SimpleNamespace(num_output_placeholders=placeholders)
-    assert _num_unverified(request, own) == expected
+    assert num_unverified(request, own) == expected

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.inside import managers
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
@@ -41,11 +42,11 @@ def serving(engine: Engine, setting: dict[str, Any]) -> Iterator[None]:
     """Let new requests run under another setting with the server's layer groups."""
     scheduler, state = engine.scheduler, engine.runner.model_state
     own = state.config
-    scheduler.planner.config = scheduler.compression_config = state.config = parse_config(setting)
+    scheduler.planner.config = state.config = parse_config(setting)
     try:
         yield
     finally:
-        scheduler.planner.config = scheduler.compression_config = state.config = own
+        scheduler.planner.config = state.config = own
 
 
 def feature_of(engine: Engine, kind: type[Any]) -> Any:
@@ -57,7 +58,7 @@ def assert_idle(engine: Engine) -> None:
     """Nothing is held, nothing is evicted, books agree."""
     assert not engine.scheduler.requests
     assert engine.pool.get_num_free_blocks() == engine.num_usable_blocks
-    for manager in engine.scheduler._managers:
+    for manager in managers(engine):
         assert not manager.evicted and not manager.held_blocks()
     assert not engine.scheduler.planner.requests and not engine.scheduler.query_slots.owned
     engine.scheduler.check_integrity()

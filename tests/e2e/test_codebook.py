@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from tests.e2e.codes_by_hand import Coded, Vectors, cosines, decode, rotated
 from tests.e2e.conftest import assert_idle, feature_of, opened, serving
+from tests.inside import managers, pending, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
@@ -92,19 +93,19 @@ class Snapshot:
 def snapshot(engine: Engine, name: str, model: str) -> Snapshot:
     """Look at a request whose compaction has run and is not committed: old blocks are intact."""
     scheduler, request = engine.scheduler, engine.live()[name]
-    caches = scheduler.planner.requests[request.request_id].caches
+    caches = scheduler.planner.requests[request.request_id].compaction.caches
     seen = Snapshot(request.num_computed_tokens, request.num_output_tokens)
     for layer in engine.runner.compactor.layers:
-        manager = scheduler._managers[layer.group]
+        manager = managers(engine)[layer.group]
         blocks = [block.block_id for block in manager.req_to_blocks[request.request_id]]
         evicted = manager.evicted.get(request.request_id, 0)
-        pending, book = manager._pending.get(request.request_id), caches[layer.group].book
-        if pending is not None:
-            lengths, first = pending.lengths, pending.lengths.region_len // BLOCK
+        planned, book = pending(manager, request.request_id), caches[layer.group].book
+        if planned is not None:
+            lengths, first = planned.lengths, planned.lengths.region_len // BLOCK
             if lengths.coded_before:
                 source = torch.tensor(blocks[lengths.held_before // BLOCK : first])
                 seen.added[layer.index] = layer.layout.read(layer.cache(), source)
-            blocks = [block.block_id for block in pending.destination] + blocks[first:]
+            blocks = [block.block_id for block in planned.destination] + blocks[first:]
             evicted, book = evicted + lengths.evicted, lengths.book
         num_slots = book.num_slots if book is not None else 0
         num_tail = seen.position - evicted - num_slots
@@ -160,7 +161,7 @@ def run_all(engine: Engine, requests: dict[str, Request], model: str) -> Run:
         engine.step()
         engine.scheduler.check_integrity()
         for name, request in engine.live().items():
-            held = [len(m.req_to_blocks[request.request_id]) for m in engine.scheduler._managers]
+            held = [len(m.req_to_blocks[request.request_id]) for m in managers(engine)]
             done.blocks.setdefault(name, {})[request.num_computed_tokens] = held
             if engine.scheduler.compactions.is_planned(request.request_id):
                 done.snapshots.setdefault(name, []).append(snapshot(engine, name, model))
@@ -524,8 +525,7 @@ def test_a_preempted_request_is_coded_again_and_says_the_same(
     for layer, before in lossy.snapshots["full"][1].added.items():
         for kept, expected in zip(seen[1].added[layer], before, strict=True):
             torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-4)
-    engine.scheduler.running.remove(request)
-    engine.scheduler._preempt_request(request, 0.0)
+    preempt(engine, request)
     engine.drain()
     assert engine.num_preemptions == preemptions + 2
     assert result.token_ids == tokens

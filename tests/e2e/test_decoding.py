@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.e2e.conftest import assert_idle, opened
+from tests.inside import managers, preempt
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.scenarios import churn
 from vllm_kvcompress.lengths import decode_queries
@@ -64,7 +65,7 @@ def run(engine: Engine, requests) -> tuple[list[list[int]], dict[tuple[str, int]
         engine.step()
         engine.scheduler.check_integrity()
         for name, request in engine.live().items():
-            for group, manager in enumerate(engine.scheduler._managers):
+            for group, manager in enumerate(managers(engine)):
                 blocks = manager.req_to_blocks[request.request_id]
                 held[name, group].append(len(blocks) * BLOCK)
     assert_idle(engine)
@@ -109,8 +110,7 @@ def test_preempted_requests_give_the_same_tokens(probe_model, run, requests) -> 
         engine.add("2", requests[2][0], NUM_TOKENS, {"kv_compression": "none"}, ignore_eos=True)
         request = engine.live()["0"]
         assert request.num_output_tokens > INTERVAL, "two compactions are to be repeated"
-        engine.scheduler.running.remove(request)
-        engine.scheduler._preempt_request(request, 0.0)
+        preempt(engine, request)
         engine.drain()
         assert engine.num_preemptions > 0
         assert tokens_of(engine) == expected

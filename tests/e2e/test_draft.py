@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened
+from tests.inside import preempt
 from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.evaluation.scenarios import churn
 from vllm_kvcompress.worker.draft.feature import DraftFeature
@@ -195,8 +196,7 @@ def test_preempted_requests_give_the_same_tokens(probe_model: str, mixed, stock)
         while engine.live()["0"].num_output_tokens < 3:
             engine.step()
         request = engine.live()["0"]
-        engine.scheduler.running.remove(request)
-        engine.scheduler._preempt_request(request, 0.0)
+        preempt(engine, request)
         engine.add("1", mixed[4], NUM_TOKENS, ignore_eos=True)
         engine.drain()
         found = [engine.results[name].token_ids for name in ("0", "1")]

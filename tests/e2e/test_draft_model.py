@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import assert_idle, opened
+from tests.inside import managers, preempt
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 
@@ -151,7 +152,7 @@ def seen(probe_model: str, requests: Requests, expected) -> Seen:
 
 def look_at_blocks(engine: Engine, found: Seen) -> None:
     for name, request in engine.live().items():
-        for manager in engine.scheduler._managers:
+        for manager in managers(engine):
             size = len(manager.req_to_blocks[request.request_id]) * manager.block_size
             group = manager.kv_cache_spec.layer_group
             found.room[name, group].append(size - request.num_computed_tokens)
@@ -181,8 +182,7 @@ def preempt_and_abort(engine: Engine, requests: Requests) -> list[list[int]]:
         first = live.get(names[0])
         if first is not None and first.num_output_tokens > INTERVAL and not preempted:
             preempted = True
-            engine.scheduler.running.remove(first)
-            engine.scheduler._preempt_request(first, 0.0)
+            preempt(engine, first)
     assert preempted and aborted == {"prefill", "plan", "decode"}
     return [engine.results[name].token_ids for name in names]
 
@@ -232,7 +232,7 @@ def test_random_models_and_async_scheduling(tmp_path) -> None:
         expected = run_all(engine, requests)
         assert expected[1] == {("0", at, at) for at in (500, 516, 548)}
     with opened(target, setting, speculative_config=drafting(other), **options) as engine:
-        sizes = {m.kv_cache_spec.layer_group: m.block_size for m in engine.scheduler._managers}
+        sizes = {m.kv_cache_spec.layer_group: m.block_size for m in managers(engine)}
         assert sizes == {0: BLOCK, 1: BLOCK, None: 2 * BLOCK}
         assert run_all(engine, requests) == expected
         assert_idle(engine)

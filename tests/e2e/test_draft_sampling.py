@@ -158,17 +158,17 @@ def sampled(
 ) -> tuple[list[list[int]], dict[str, float], int]:
     """Tokens of requests of the same prompt, growth of vLLM's counters, tokens behind the ends."""
     before, verified = spec_counts(engine), []
-    planner, observe = engine.scheduler.planner, engine.scheduler.planner.observe_drafts
+    scheduler, observe = engine.scheduler, engine.scheduler.observe_drafts
 
     def record(request_id: str, num_drafts: int, num_accepted: int) -> None:
         verified.append(num_accepted)
         observe(request_id, num_drafts, num_accepted)
 
-    planner.observe_drafts = record
+    scheduler.observe_drafts = record
     for seed in range(num_seeds):
         add(engine, f"{name}-{seed}", prompt, temperature=1.0, seed=seed)
     engine.drain()
-    planner.observe_drafts = observe
+    scheduler.observe_drafts = observe
     counts = {key: count - before[key] for key, count in spec_counts(engine).items()}
     tokens = [engine.results[f"{name}-{seed}"].token_ids for seed in range(num_seeds)]
     assert counts["drafts"] == len(verified) and counts["accepted_tokens"] == sum(verified)
@@ -248,13 +248,11 @@ def test_greedy_and_undrafted_requests_do_not_notice(typical: Engine, prompt) ->
 
 def test_the_start_up_line_says_that_it_is_lossy(typical: Engine) -> None:
     scheduler = typical.scheduler
-    line = savings_line(scheduler.compression_config, scheduler.kv_cache_config, 1024)
+    line = savings_line(scheduler.planner.config, scheduler.kv_cache_config, 1024)
     assert "LOSSY: typical acceptance (epsilon 0.09, delta 0.3)" in line
-    exact = scheduler.compression_config.model_copy(
+    exact = scheduler.planner.config.model_copy(
         update={
-            "draft": scheduler.compression_config.draft.model_copy(
-                update={"acceptance": "rejection"}
-            )
+            "draft": scheduler.planner.config.draft.model_copy(update={"acceptance": "rejection"})
         }
     )
     assert "LOSSY" not in savings_line(exact, scheduler.kv_cache_config, 1024)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from tests.inside import managers
 from vllm_kvcompress.evaluation.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -45,7 +46,7 @@ def hashed_rows(engine: Engine, tokens: list[int]) -> list[dict[int, torch.Tenso
     hasher = engine.core.request_block_hasher
     probe = Request("probe", tokens, SamplingParams(max_tokens=1), None, block_hasher=hasher)
     found = []
-    for group in range(len(engine.scheduler._managers)):
+    for group in range(len(managers(engine))):
         layers = [each for each in engine.runner.compactor.layers if each.group == group]
         rows = {}
         for number, block_hash in enumerate(probe.block_hashes):

@@ -19,7 +19,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.interface import PauseState
 
 from tests.e2e.conftest import assert_idle, opened
-from vllm_kvcompress.core.planner import State
+from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.evaluation.engine import Engine, Result
 
 pytestmark = pytest.mark.engine
@@ -128,7 +128,7 @@ def answers(engine: Engine, prompt, adapters, xargs=None) -> list[list[int]]:
 
 
 def is_drafting(engine: Engine) -> bool:
-    return engine.scheduler.compression_config.mode == "draft"
+    return engine.scheduler.planner.config.mode == "draft"
 
 
 def num_changed(engine: Engine) -> int:
@@ -270,7 +270,7 @@ def step_until(engine: Engine, name: str, moment: str) -> None:
         tracked = engine.scheduler.planner.requests[request.request_id]
         is_there = {
             "prefill": 0 < request.num_computed_tokens < request.num_prompt_tokens,
-            "commit": tracked.state is State.PLANNED,
+            "commit": tracked.phase is Phase.PLANNED,
             "decode": request.num_output_tokens > 5,
         }[moment]
         if is_there:

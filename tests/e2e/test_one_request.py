@@ -6,6 +6,7 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from tests.e2e.conftest import assert_idle, opened
+from tests.inside import has_declined
 from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.metrics import MAX_SAMPLES
 
@@ -124,7 +125,7 @@ def test_keys_that_are_no_text_are_refused(engine) -> None:
 
 def test_a_prompt_that_cannot_be_read_is_no_task(engine) -> None:
     """The classifier runs in the engine's loop; ids that its tokenizer rejects decide nothing."""
-    classify = engine.scheduler._classifier.classify
+    classify = engine.scheduler.admission.classifier.classify
 
     class Unreadable:
         prompt_token_ids = (-(2**70), 3)
@@ -152,7 +153,7 @@ def test_statistics_that_nobody_takes_stay_small(engine) -> None:
         engine.generate([[9 + index, *PROMPT]], 4, ignore_eos=True)
     assert sum(stats.compactions.values()) == before + 3
     assert stats.kept_ratios.maxlen == stats.seconds.maxlen == MAX_SAMPLES
-    assert not engine.scheduler.compactions.room._declined
+    assert not has_declined(engine.scheduler.compactions.room)
 
 
 # --- shared prompts -----------------------------------------------------------------------

@@ -8,6 +8,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from tests.inside import managers
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.scenarios import needle_pins
@@ -101,7 +102,7 @@ def test_blocks_held_and_freed_are_exactly_the_planned_ones(engine, prompts) -> 
         if request is None or request.num_output_tokens < 2:
             continue
         committed = True
-        for manager, each in zip(engine.scheduler._managers, lengths, strict=True):
+        for manager, each in zip(managers(engine), lengths, strict=True):
             physical = request.num_computed_tokens - each.evicted
             blocks = manager.req_to_blocks[request.request_id]
             assert manager.evicted[request.request_id] == each.evicted
@@ -126,7 +127,7 @@ def test_worker_and_scheduler_agree_on_rows_and_lengths(engine, prompts) -> None
                 engine.scheduler.compactions.is_planned(request_id)
             ):
                 continue
-            for group, manager in enumerate(engine.scheduler._managers):
+            for group, manager in enumerate(managers(engine)):
                 blocks = [block.block_id for block in manager.req_to_blocks[request_id]]
                 assert tables.num_blocks.np[group, row] == len(blocks)
                 assert tables.block_tables[group].gpu[row, : len(blocks)].tolist() == blocks

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from tests.inside import managers
 from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
@@ -62,7 +63,7 @@ def test_one_layer_group_equals_four_with_one_budget(probe_model: str, prompts, 
             cut = [prompt[-length:] for prompt in prompts[:3]]
             kinds = [None, *KINDS[1:]]
             assert engine.generate(cut, 24, kinds, ignore_eos=True) == tokens
-        assert len(engine.scheduler._managers) == 1
+        assert len(managers(engine)) == 1
         assert_idle(engine)
 
 
@@ -79,7 +80,7 @@ def test_uneven_groups_and_a_pyramid(probe_model: str, prompts) -> None:
         seen = set()
         while engine.engine.has_unfinished_requests():
             engine.step()
-            for manager in engine.scheduler._managers:
+            for manager in managers(engine):
                 seen |= {(manager.kv_cache_spec.layer_group, n) for n in manager.evicted.values()}
         evicted = dict(seen)
         assert len(seen) == 2 and evicted[0] < evicted[1], "deeper layers keep less"

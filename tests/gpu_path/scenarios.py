@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.e2e.conftest import assert_idle, serving
+from tests.inside import preempt
 from vllm_kvcompress.config.reading import preset_names
 from vllm_kvcompress.evaluation.engine import Engine
 
@@ -176,10 +177,9 @@ def run_preemption(engine: Engine, prompts: Prompts) -> Said:
     engine.add("beside", [12, *prompts[1][1:]], 48, ignore_eos=True)
     for _ in range(40):
         engine.step()
-    scheduler, request = engine.scheduler, engine.live()["preempted"]
+    request = engine.live()["preempted"]
     assert request.num_output_tokens > 33, "two compactions are to be repeated"
-    scheduler.running.remove(request)
-    scheduler._preempt_request(request, 0.0)
+    preempt(engine, request)
     said = finish(engine, ["preempted", "beside"])
     assert engine.num_preemptions > 0
     return said

@@ -323,12 +323,13 @@ def test_a_changed_host_is_refused_by_name() -> None:
 
 def test_overrides_stay_short() -> None:
     """Nothing of the host is pasted: an override calls super() and adds a little."""
+    from vllm_kvcompress.core.draft.scheduling import DraftMixin
     from vllm_kvcompress.core.scheduler import CompressionMixin
     from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
     from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
     from vllm_kvcompress.worker.model_state import CompressedModelState
 
-    owners = (CompressionMixin, CompressionRunnerMixin, CompressedModelState)
+    owners = (CompressionMixin, DraftMixin, CompressionRunnerMixin, CompressedModelState)
     for owner in (*owners, TypicalAcceptanceSampler):
         for name, member in vars(owner).items():
             if inspect.isfunction(member):

@@ -280,8 +280,9 @@ def test_compactions_are_the_planners(trigger: str, prompt_len: int) -> None:
             held.append(blocks)
         if not planner.note_progress("request", position):
             continue
-        peak = max(peak, blocks + sum(each.kept_len // 16 for each in tracked.lengths if each))
-        for group, each in enumerate(tracked.lengths):
+        lengths = tracked.compaction.lengths
+        peak = max(peak, blocks + sum(each.kept_len // 16 for each in lengths if each))
+        for group, each in enumerate(lengths):
             evicted[group] += each.evicted if each else 0
         planner.commit(tracked)
         first = first or (position, blocks, [position - each for each in evicted])

@@ -1,4 +1,7 @@
-"""Plans what a step does to its requests' caches, and commits it one step later."""
+"""Takes blocks for what a step does to its requests' caches, and commits it one step later.
+
+What is due, and how large, is the planner's decision; here is where it meets the pool.
+"""
 
 import zlib
 from array import array
@@ -10,7 +13,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.room import Room
-from vllm_kvcompress.core.tracked_request import State, TrackedRequest
+from vllm_kvcompress.core.tracked_request import TrackedRequest
 from vllm_kvcompress.lengths.budgets import forced_ranges
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan, Purpose
@@ -67,54 +70,50 @@ class Compactions:
     def plan(self, due: Sequence[Request]) -> list[CompactionPlan]:
         """Plans of a step for the requests of it that are due."""
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
-        evictions = {name: t.lengths for name, t in tracked.items() if not t.is_view_only}
+        found = {name: each.compaction.lengths for name, each in tracked.items()}
+        evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
         worthwhile, waiting = self.room.worthwhile(evictions) if evictions else (set(), set())
         plans: list[CompactionPlan] = []
         for request in due:
             name, each = request.request_id, tracked[request.request_id]
-            each.is_shared = not (each.is_view_only or name in worthwhile or name in waiting)
             if name in waiting:
                 self._put_off(each)
-            elif not each.is_shared:
+            elif name in evictions and name not in worthwhile:
+                self.planner.decline(each)
+            else:
                 plans += self._plan_one(request, each)
         self.room.reserve(
             (name, lengths, tracked[name].num_waited)
             for name, lengths in evictions.items()
-            if tracked[name].state is State.DUE and not tracked[name].is_shared
+            if tracked[name].lacks_room
         )
         return plans
 
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
-        """Evict, take a view, or both from one region; nothing where there is no room."""
-        is_draft, room = tracked.is_view_only, self.room
-        purpose = Purpose.COPIED_VIEW if is_draft else Purpose.EVICT
-        if is_draft and self.planner.links_blocks(tracked):
-            purpose = Purpose.LINKED_VIEW
-        wanted = [(tracked.lengths, purpose)]
-        if any(tracked.view_lengths):
-            wanted.append((tracked.view_lengths, Purpose.COPIED_VIEW))
-        num_needed = sum(room.num_needed(lengths) for lengths, _ in wanted)
-        if len(wanted) > 1 and num_needed > room.num_free:
+        """Take blocks for all of a request's work; nothing where there is no room."""
+        work = tracked.work
+        needed = sum(self.room.num_needed(lengths) for _, lengths in work)
+        if len(work) > 1 and needed > self.room.num_free:
             # An eviction gives memory back and must not wait for a view, which takes some.
-            wanted.pop()
-            tracked.view_lengths = []
-        if purpose is not Purpose.LINKED_VIEW and not self._has_room(request, tracked):
+            self.planner.drop_view(tracked)
+            work.pop()
+        if not self._has_room(request, *work[0]):
             self._put_off(tracked)
             return []
-        tracked.state = State.PLANNED
-        if len(wanted) > 1 or is_draft:
-            self.planner.start_view(tracked)
+        self.planner.note_planned(tracked)
         self._planned.append(request.request_id)
-        return [self._make_plan(request, tracked, *each) for each in wanted]
+        return [self._make_plan(request, tracked, *each) for each in work]
 
     def _put_off(self, tracked: TrackedRequest) -> None:
         self.stats.deferrals += 1
-        tracked.num_waited += 1
+        self.planner.put_off(tracked)
 
-    def _has_room(self, request: Request, tracked: TrackedRequest) -> bool:
-        """Whether there are blocks for a compaction or a view."""
-        num_needed = self.room.num_needed(tracked.lengths)
-        if not tracked.is_view_only:
+    def _has_room(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
+        """Whether there are blocks for an eviction, or for a view that is taken alone."""
+        num_needed = self.room.num_needed(lengths)
+        if purpose is Purpose.LINKED_VIEW:
+            return True  # of blocks that are there
+        if purpose is Purpose.EVICT:
             return self.room.make_free(num_needed)
         if request.num_preemptions:
             # The pool was too small once: a view must not be what makes it so again.
@@ -123,14 +122,11 @@ class Compactions:
         return num_needed + self.room.num_reserved <= self.room.num_free
 
     def _make_plan(
-        self,
-        request: Request,
-        tracked: TrackedRequest,
-        lengths: Lengths,
-        purpose: Purpose,
+        self, request: Request, tracked: TrackedRequest, purpose: Purpose, lengths: Lengths
     ) -> CompactionPlan:
         assert tracked.config is not None
-        caches, window = self.planner.current_caches(tracked), tracked.config.observation_window
+        window = tracked.config.observation_window
+        caches = tracked.compaction.caches_at(tracked.position)
         groups: list[GroupPlan | None] = []
         for manager, number in zip(self.managers, self.layer_group_of, strict=True):
             each = None if number is None else lengths[number]
@@ -159,23 +155,14 @@ class Compactions:
         """Swap the blocks of what the previous step compacted, and free the old ones."""
         planned, self._planned = self._planned, []
         for request_id in planned:
-            tracked = self.planner.requests.get(request_id)
-            if tracked is None or tracked.state is not State.PLANNED:
+            tracked = self.planner.planned(request_id)
+            if tracked is None:
                 continue  # finished, aborted or preempted since; its blocks are free already
-            if tracked.is_view_only:
-                self._commit_view(request_id, tracked, tracked.lengths)
-                self.planner.commit_view(tracked)
-                continue
-            if any(tracked.view_lengths):
-                self._commit_view(request_id, tracked, tracked.view_lengths)
-            before = self.room.num_free
-            for manager, number in zip(self.managers, self.layer_group_of, strict=True):
-                manager.commit(request_id)
-                if number is not None:
-                    # Layers that kept everything read what layers below computed, too.
-                    manager.mark_lossy(request_id)
-            self.room.note_change()
-            self._record(tracked, self.room.num_free - before)
+            for purpose, lengths in reversed(tracked.work):
+                if purpose.is_view:
+                    self._commit_view(request_id, tracked, lengths)
+                else:
+                    self._commit_eviction(request_id, tracked, lengths)
             self.planner.commit(tracked)
 
     def _commit_view(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
@@ -186,30 +173,31 @@ class Compactions:
         is_first = tracked.position == tracked.prompt_len
         self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
 
-    def _record(self, tracked: TrackedRequest, num_returned: int) -> None:
-        evicted = sum(each.evicted for each in tracked.lengths if each)
-        held = sum(cache.num_tokens for cache in self.planner.current_caches(tracked))
+    def _commit_eviction(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
+        before = self.room.num_free
+        for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+            manager.commit(request_id)
+            if number is not None:
+                # Layers that kept everything read what layers below computed, too.
+                manager.mark_lossy(request_id)
+        self.room.note_change()
+        evicted = sum(each.evicted for each in lengths if each)
+        held = sum(cache.num_tokens for cache in tracked.compaction.caches_at(tracked.position))
         self.stats.record_compaction(
             tracked.policy,
             "decode" if tracked.while_decoding else "prompt",
-            [each.tokens_evicted if each else 0 for each in tracked.lengths],
-            kept_ratio=(held - evicted) / (len(tracked.lengths) * tracked.position),
-            blocks_taken=self.room.num_needed(tracked.lengths),
-            blocks_returned=num_returned,
+            [each.tokens_evicted if each else 0 for each in lengths],
+            kept_ratio=(held - evicted) / (len(lengths) * tracked.position),
+            blocks_taken=self.room.num_needed(lengths),
+            blocks_returned=self.room.num_free - before,
             first=not tracked.counted,
         )
-        tracked.counted = True
 
     # --- views ----------------------------------------------------------------------------
 
     def _give_up_view(self) -> bool:
-        """Give back the view that was taken last; False if there is none.
-
-        One that the step being planned takes or replaces stays.
-        """
-        for name, tracked in reversed(self.planner.requests.items()):
-            if tracked.state is State.PLANNED or tracked.drafts is None:
-                continue
+        """Give back the view that was taken last; False if there is none."""
+        for name, tracked in self.planner.idle_views():
             if sum(manager.give_up_view(name) for manager in self.managers):
                 self.planner.give_up_view(name)
                 self._given_up.append(name)

@@ -1,6 +1,6 @@
 """Which requests are compressed, when, and how far. Knows lengths and settings, no vLLM classes.
 
-A request passes through these states:
+A request passes through these phases:
 
     ARMED --(`next_at` tokens)--> DUE --(destination blocks found)--> PLANNED --(next step)--> DONE
       ^ ^                                                               |  |
@@ -9,28 +9,31 @@ A request passes through these states:
 
 or it is SKIPPED from the start, for a reason that is counted. `next_at` is the end of the prompt,
 or so many generated tokens after the last compaction: never an absolute length, so a long prompt
-alone triggers nothing while decoding.
+alone triggers nothing while decoding. Nobody but the planner moves a request on.
 
 A request that is DUE while the pool has no room for its survivors is tried again every step, and
 one whose blocks others hold, too, whenever some of these are gone. What the end of its prompt will
 compact does not change meanwhile; a compaction while decoding takes in the tokens that came since,
 because the queries that the policy reads are the most recent ones.
 
-In the mode "draft" a compaction takes a view and the request keeps what it holds: from PLANNED it
-goes to VIEWED, and back to PLANNED whenever a new view is due. A view that is given up, because its
-blocks were needed, leaves it DONE.
+What is planned is an eviction, a view (draft/views.py), or both from one region. Where views are
+all there is, a request that is DONE goes back to PLANNED whenever a new one is due.
 """
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.core.draft_history import DraftHistory
-from vllm_kvcompress.core.tracked_request import SkipReason, State, TrackedRequest
+from vllm_kvcompress.core.draft.views import ViewSchedule
+from vllm_kvcompress.core.tracked_request import (
+    CompactionSchedule,
+    Phase,
+    SkipReason,
+    TrackedRequest,
+)
 from vllm_kvcompress.lengths.budgets import (
-    after_compaction,
     compaction_lengths,
-    forced_ranges,
-    linked_lengths,
+    compacts_again,
     next_lengths,
     permanent_ranges,
 )
@@ -38,9 +41,6 @@ from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
-
-MIN_STEPS = 4
-"""Verifications before a view's share of accepted drafts counts."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Planner:
     block_size : int
         Tokens per block.
     codes_per_row : int or None
-        Tokens whose codes one slot takes; needed where a setting has a codebook.
+        Tokens whose codes one slot takes; needed where a setting codes tokens.
     rations_queries : bool
         Whether queries of generated tokens are recorded for requests alone that are told to
         (`note_recording`); else for all.
@@ -78,7 +78,7 @@ class Planner:
         task: str | None = None,
         max_output: int | None = None,
     ) -> TrackedRequest:
-        """Register a request; its state is ARMED or SKIPPED afterwards.
+        """Register a request; its phase is ARMED or SKIPPED afterwards.
 
         One that generates a single token at most (`max_output`; beam search sends such requests,
         one a step) never reads what the end of its prompt would compact.
@@ -94,34 +94,38 @@ class Planner:
             if tracked.skip_reason is None and max_output is not None and max_output <= 1:
                 tracked.skip_reason = SkipReason.SHORT_OUTPUT
         if tracked.skip_reason is not None:
-            tracked.state = State.SKIPPED
+            tracked.phase = Phase.SKIPPED
         self.requests[request_id] = tracked
         return tracked
 
     def add_invalid(self, request_id: str, prompt_len: int) -> TrackedRequest:
         """Register a request whose options make no sense: it is served uncompressed."""
-        tracked = TrackedRequest(prompt_len, None, state=State.SKIPPED)
+        tracked = TrackedRequest(prompt_len, None, phase=Phase.SKIPPED)
         tracked.skip_reason = SkipReason.INVALID_OPTIONS
         self.requests[request_id] = tracked
         return tracked
 
-    def setup_of(self, request_id: str) -> RequestSetup | None:
-        """What the workers must know of a request that starts; None if it stays as it is."""
-        tracked = self.requests.get(request_id)
-        if tracked is None or tracked.config is None or tracked.state is State.SKIPPED:
-            return None
-        return RequestSetup(tracked.config, awaits_prompt=not tracked.while_decoding)
+    def setups_of(self, request_ids: Iterable[str]) -> dict[str, RequestSetup]:
+        """What the workers must know of requests that start; without those that are skipped."""
+        setups = {}
+        for request_id in request_ids:
+            tracked = self.requests.get(request_id)
+            if tracked and tracked.config and tracked.phase is not Phase.SKIPPED:
+                awaits_prompt = not tracked.while_decoding
+                setups[request_id] = RequestSetup(tracked.config, awaits_prompt)
+        return setups
 
     def _arm(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
         """Set the first trigger of a request that holds nothing yet, or the reason for none."""
         prompt_len = tracked.prompt_len
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
-        tracked.caches, tracked.compacted_at = [cache] * self.num_layer_groups, 0
-        tracked.drafts, tracked.num_waited, tracked.is_shared = None, 0, False
+        tracked.compaction = CompactionSchedule([cache] * self.num_layer_groups)
+        tracked.view = ViewSchedule.of(config, self.config, self.block_size)
+        tracked.num_waited, tracked.is_shared = 0, False
         tracked.queries_since, tracked.lacks_queries = None, False
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
-        tracked.state = State.ARMED
+        tracked.phase = Phase.ARMED
         lengths = compaction_lengths(
             prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
         )
@@ -143,32 +147,32 @@ class Planner:
         tracked = self.requests.pop(request_id, None)
         if tracked is None or tracked.counted or tracked.skip_reason is not None:
             return None
-        if tracked.state is State.DUE:
+        if tracked.phase is Phase.DUE:
             tracked.skip_reason = (
                 SkipReason.SHARED_PROMPT if tracked.is_shared else SkipReason.NO_ROOM
             )
-        elif tracked.state is State.PLANNED:
+        elif tracked.phase is Phase.PLANNED:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT  # no step read what was compacted
         elif tracked.was_under_budget:
             tracked.skip_reason = SkipReason.UNDER_BUDGET
         elif tracked.lacks_queries:
             tracked.skip_reason = SkipReason.NO_ROOM
-        elif tracked.state is State.ARMED and tracked.while_decoding:
+        elif tracked.phase is Phase.ARMED and tracked.while_decoding:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT
         return tracked
 
     def restart(self, request_id: str) -> None:
         """A preempted request starts again from nothing."""
         tracked = self.requests.get(request_id)
-        if tracked is not None and tracked.state is not State.SKIPPED:
+        if tracked is not None and tracked.phase is not Phase.SKIPPED:
             assert tracked.config is not None
             self._arm(tracked, tracked.config)
 
-    def waiting(self, request_id: str) -> TrackedRequest | None:
-        """The request, if a compaction is still to come for it."""
+    def upcoming(self, request_id: str) -> TrackedRequest | None:
+        """The request, if a compaction or the first view is still to come for it."""
         tracked = self.requests.get(request_id)
-        waits = tracked is not None and tracked.state in (State.ARMED, State.DUE)
-        return tracked if waits else None
+        is_upcoming = tracked is not None and tracked.phase in (Phase.ARMED, Phase.DUE)
+        return tracked if is_upcoming else None
 
     def clip_chunk(
         self, request_id: str, num_computed: int, num_new: int, num_known: int, unverified: int = 0
@@ -177,15 +181,15 @@ class Planner:
 
         A resumed request prefills its prompt and its earlier output in one go; it must stop at
         the prompt's end, and after every interval, to be compacted there as it was the first
-        time. Draft tokens (beyond the `num_known` ones) stop one token earlier: the step that
+        time. Speculated tokens (beyond the `num_known` ones) stop one token earlier: the step that
         reaches the mark must not hinge on what is accepted. Where `unverified` ones of an earlier
         step are counted as computed (asynchronous scheduling), it waits for their verdict: 0.
         """
-        tracked = self.waiting(request_id)
+        tracked = self.upcoming(request_id)
         if tracked is None or num_computed - unverified >= tracked.next_at:
             return num_new
-        has_drafts = num_computed + num_new > num_known
-        room = tracked.next_at - num_computed - (1 if has_drafts or unverified else 0)
+        is_ahead = num_computed + num_new > num_known
+        room = tracked.next_at - num_computed - (1 if is_ahead or unverified else 0)
         return min(num_new, max(room, 0 if unverified else 1))
 
     def max_cached_tokens(self, request_id: str) -> int | None:
@@ -193,7 +197,7 @@ class Planner:
 
         At least one token, and all tokens whose queries the policy needs, must be computed.
         """
-        tracked = self.waiting(request_id)
+        tracked = self.upcoming(request_id)
         if tracked is None:
             return None
         assert tracked.config is not None
@@ -204,72 +208,103 @@ class Planner:
         return tracked.next_at - window
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:
-        """Record how many tokens' keys are certain after this step; True if a compaction is due."""
+        """Record how many tokens' keys are certain after this step; True if work is due."""
         tracked = self.requests.get(request_id)
-        if tracked is not None and tracked.state is State.VIEWED:
-            return self._note_view(tracked, num_certain)
-        tracked = self.waiting(request_id)
+        if tracked is not None and tracked.phase is Phase.DONE:
+            return self._note_another_view(tracked, num_certain)
+        tracked = self.upcoming(request_id)
         if tracked is None or num_certain < tracked.next_at:
             return False
-        assert tracked.config is not None
         tracked.lacks_queries = tracked.while_decoding and not tracked.has_queries(num_certain)
         if tracked.lacks_queries:
             return False
-        if tracked.state is State.ARMED or tracked.while_decoding:
-            tracked.position = num_certain if tracked.while_decoding else tracked.prompt_len
-            tracked.lengths = self._lengths(tracked, tracked.config)
-            tracked.view_lengths = self._view_lengths(tracked, tracked.config)
-            tracked.state = State.DUE
-        if not any(tracked.lengths):
+        if tracked.phase is Phase.ARMED or tracked.while_decoding:
+            self._fit(tracked, num_certain if tracked.while_decoding else tracked.prompt_len)
+            tracked.phase = Phase.DUE
+        if not tracked.work:
             tracked.was_under_budget = True
             self._rearm(tracked)
             return False
         return True
 
-    def _lengths(
-        self, tracked: TrackedRequest, config: CompressionConfig
-    ) -> list[GroupLengths | None]:
-        caches = self.current_caches(tracked)
-        lengths = next_lengths(
-            tracked.prompt_len, tracked.position, caches, config,
-            self.block_size, self.codes_per_row,
-        )  # fmt: skip
-        if self.links_blocks(tracked):
-            # Whole blocks are chosen: room for every block with a token that must stay.
-            lengths = [
-                linked_lengths(
-                    each, forced_ranges(cache, config.observation_window), self.block_size
-                )
-                for each, cache in zip(lengths, caches, strict=True)
-            ]
-        return lengths
+    def _note_another_view(self, tracked: TrackedRequest, num_certain: int) -> bool:
+        if not tracked.view.is_due_again(num_certain) or not tracked.has_queries(num_certain):
+            return False
+        self._fit(tracked, num_certain)
+        return bool(tracked.work)
 
-    def _view_lengths(
-        self, tracked: TrackedRequest, config: CompressionConfig
-    ) -> list[GroupLengths | None]:
-        """A smaller budget over the same region; None where it would not be smaller."""
-        if config.mode == "draft" or not config.num_draft_tokens:
-            return [None] * len(tracked.lengths)
-        smaller = self._lengths(tracked, config.model_copy(update={"budget": config.draft.budget}))
-        return [
-            view if view and view.kept_len < (kept.kept_len if kept else view.region_len) else None
-            for view, kept in zip(smaller, tracked.lengths, strict=True)
-        ]
+    def _fit(self, tracked: TrackedRequest, position: int) -> None:
+        """Size what is due at a sequence of `position` tokens."""
+        assert tracked.config is not None
+        tracked.position = position
+        caches = tracked.compaction.caches_at(position)
 
-    def current_caches(self, tracked: TrackedRequest) -> list[GroupCache]:
-        """What the groups hold at `tracked.position`, before its compaction."""
-        grown = tracked.position - tracked.compacted_at
-        return [replace(c, num_tokens=c.num_tokens + grown) for c in tracked.caches]
+        def lengths_of(config: CompressionConfig) -> list[GroupLengths | None]:
+            return next_lengths(
+                tracked.prompt_len, position, caches, config, self.block_size, self.codes_per_row
+            )
+
+        evicted = [] if tracked.view.is_alone else lengths_of(tracked.config)
+        tracked.compaction.lengths = evicted
+        tracked.view.fit(lengths_of, caches, evicted, self.block_size)
+
+    # --- what becomes of work that is due -------------------------------------------------
+
+    def decline(self, tracked: TrackedRequest) -> None:
+        """It would free no more than it takes, because others hold its blocks; due again later."""
+        tracked.is_shared = True
+
+    def put_off(self, tracked: TrackedRequest) -> None:
+        """There are no blocks for it; it is due again with the next step."""
+        tracked.is_shared = False
+        tracked.num_waited += 1
+
+    def drop_view(self, tracked: TrackedRequest) -> None:
+        """Do the rest of its work without the view that it does not need."""
+        tracked.view.drop()
+
+    def note_planned(self, tracked: TrackedRequest) -> None:
+        """The current step does it."""
+        tracked.phase, tracked.is_shared = Phase.PLANNED, False
+        if any(tracked.view.lengths):
+            tracked.view.start(tracked.position)
+
+    def planned(self, request_id: str) -> TrackedRequest | None:
+        """The request, if the last step did its work; not if it is gone or has started again."""
+        tracked = self.requests.get(request_id)
+        return tracked if tracked is not None and tracked.phase is Phase.PLANNED else None
 
     def commit(self, tracked: TrackedRequest) -> None:
-        """Note that the planned compaction has been done."""
-        tracked.num_waited, tracked.is_shared = 0, False
-        tracked.caches = [
-            after_compaction(cache, lengths) if lengths else cache
-            for cache, lengths in zip(self.current_caches(tracked), tracked.lengths, strict=True)
-        ]
-        tracked.compacted_at = tracked.position
+        """Note that the planned work has been done."""
+        tracked.counted, tracked.num_waited = True, 0
+        if any(tracked.compaction.lengths):
+            tracked.compaction.commit(tracked.position)
         self._rearm(tracked)
+
+    def _rearm(self, tracked: TrackedRequest) -> None:
+        assert tracked.config is not None
+        if compacts_again(tracked.config, tracked.compaction.caches):
+            tracked.next_at = tracked.position + tracked.config.interval
+            tracked.phase = Phase.ARMED
+        else:
+            tracked.phase = Phase.DONE
+
+    # --- views ----------------------------------------------------------------------------
+
+    def view_of(self, request_id: str) -> ViewSchedule | None:
+        """A request's views; None if nobody knows it."""
+        tracked = self.requests.get(request_id)
+        return None if tracked is None else tracked.view
+
+    def give_up_view(self, request_id: str) -> None:
+        """Its blocks are needed elsewhere."""
+        self.requests[request_id].view.give_up()
+
+    def idle_views(self) -> Iterator[tuple[str, TrackedRequest]]:
+        """Requests with a view that the current step neither takes nor replaces, newest first."""
+        for request_id, tracked in reversed(self.requests.items()):
+            if tracked.phase is not Phase.PLANNED and tracked.view.drafts is not None:
+                yield request_id, tracked
 
     # --- queries of generated tokens ------------------------------------------------------
 
@@ -286,88 +321,5 @@ class Planner:
 
     def is_overdue(self, request_id: str, num_tokens: int) -> bool:
         """Whether `num_tokens` of a request were enough for its next compaction while decoding."""
-        tracked = self.waiting(request_id)
+        tracked = self.upcoming(request_id)
         return tracked is not None and tracked.while_decoding and num_tokens >= tracked.next_at
-
-    # --- views ----------------------------------------------------------------------------
-
-    def _note_view(self, tracked: TrackedRequest, num_certain: int) -> bool:
-        """Whether a new view is due. It may be taken at any length, of the whole cache."""
-        assert tracked.config is not None and tracked.drafts is not None
-        draft, age = tracked.config.draft, num_certain - tracked.viewed_at
-        is_old = draft.refresh_every is not None and age >= draft.refresh_every
-        is_poor = (
-            draft.refresh_below is not None
-            and tracked.drafts.num_steps >= MIN_STEPS
-            and tracked.drafts.rate < draft.refresh_below
-        )
-        if not (is_old or is_poor) or not tracked.has_queries(num_certain):
-            return False
-        tracked.position = num_certain
-        tracked.lengths = self._lengths(tracked, tracked.config)
-        return any(tracked.lengths)
-
-    def links_blocks(self, tracked: TrackedRequest) -> bool:
-        """Whether the request's view is made of its own blocks, chosen whole.
-
-        The policy must choose alike for all heads of a block table, and in whole blocks.
-        """
-        config = tracked.config
-        assert config is not None
-        return (
-            config.mode == "draft"
-            and config.layer_groups == self.config.layer_groups
-            and config.build_policy().granularity % self.block_size == 0
-        )
-
-    def start_view(self, tracked: TrackedRequest) -> None:
-        """Note that the current step takes a view, which the drafts behind it will read."""
-        assert tracked.config is not None
-        tracked.viewed_at = tracked.position
-        length = tracked.drafts.length if tracked.drafts is not None else 0
-        tracked.drafts = DraftHistory(tracked.config.num_draft_tokens, length)
-
-    def commit_view(self, tracked: TrackedRequest) -> None:
-        """Note that a view was taken; the request itself holds what it held."""
-        tracked.counted = True
-        tracked.state = State.VIEWED
-
-    def give_up_view(self, request_id: str) -> None:
-        """The view's blocks are needed elsewhere: no more drafts, until a preemption at least."""
-        tracked = self.requests[request_id]
-        tracked.drafts = None
-        if tracked.state is State.VIEWED:
-            tracked.state = State.DONE
-
-    def num_draft_tokens(self, request_id: str) -> int:
-        """Tokens the request may draft after the current step; 0 without a view."""
-        tracked = self.requests.get(request_id)
-        if tracked is None or tracked.config is None or tracked.drafts is None:
-            return 0
-        return tracked.drafts.length if tracked.config.draft.adaptive else tracked.drafts.limit
-
-    def num_draft_steps(self, request_id: str) -> int:
-        """Drafts worth making in this step, whose own verification may lengthen them by one."""
-        tracked = self.requests.get(request_id)
-        if tracked is None or tracked.config is None or tracked.drafts is None:
-            return 0
-        drafts = tracked.drafts
-        adaptive = tracked.config.draft.adaptive
-        return min(drafts.length + 1, drafts.limit) if adaptive else drafts.limit
-
-    def observe_drafts(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
-        """Count one verification of a request's drafts."""
-        tracked = self.requests.get(request_id)
-        if tracked is not None and tracked.drafts is not None:
-            tracked.drafts.observe(num_drafts, num_accepted)
-
-    # --- after a compaction ---------------------------------------------------------------
-
-    def _rearm(self, tracked: TrackedRequest) -> None:
-        assert tracked.config is not None
-        extends = tracked.config.extends_codebooks and any(each.book for each in tracked.caches)
-        if tracked.config.compresses_while_decoding or extends:
-            tracked.next_at = tracked.position + tracked.config.interval
-            tracked.state = State.ARMED
-        else:
-            tracked.state = State.DONE

@@ -4,6 +4,7 @@ from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
 
 from vllm_kvcompress.config.reading import CompressionConfig
+from vllm_kvcompress.core.draft.report import views_alone, views_beside
 from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
 from vllm_kvcompress.lengths.codebook import coded_groups
 from vllm_kvcompress.spec import GroupMap
@@ -11,17 +12,6 @@ from vllm_kvcompress.spec import GroupMap
 
 def _format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{format_gib(num_bytes)} GiB"
-
-
-def _acceptance(config: CompressionConfig) -> str:
-    thresholds = config.draft.typical_thresholds
-    if thresholds is None:
-        return ""
-    epsilon, delta = thresholds
-    return (
-        f"; LOSSY: typical acceptance (epsilon {epsilon:g}, delta {delta:g}) does not keep the "
-        "distribution of requests with a temperature"
-    )
 
 
 def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_len: int) -> str:
@@ -62,12 +52,8 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             what += f", generated tokens too every {config.interval}"
     if config.tasks:
         what += f", task {config.task}"
-    if config.mode == "draft":
-        return (
-            f"{what}, mode draft: nothing is evicted; prompts from {config.min_prompt_len} tokens "
-            f"get a view of that budget, {config.num_draft_tokens} tokens are drafted over it per "
-            f"step and verified over the whole cache{_acceptance(config)}"
-        )
+    if (ending := views_alone(config)) is not None:
+        return what + ending
     if config.compresses_prompts:
         what += (
             f", prompts from {config.min_prompt_len} tokens: a request of max_model_len keeps "
@@ -76,7 +62,4 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         )
     if config.compresses_while_decoding:
         what += f", back to its budget every {config.interval} generated tokens"
-    if config.drafts:
-        what += f", {config.num_draft_tokens} tokens drafted per step over a smaller view"
-        what += _acceptance(config)
-    return what
+    return what + views_beside(config)

@@ -1,21 +1,22 @@
 """One request's progress through compaction, and why a request is not compressed."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.core.draft_history import DraftHistory
-from vllm_kvcompress.plans import GroupCache, GroupLengths
+from vllm_kvcompress.core.draft.views import ViewSchedule
+from vllm_kvcompress.lengths.budgets import after_compaction
+from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 
 
-class State(Enum):
-    """Where a request is; planner.py draws the way from one to the next."""
+class Phase(Enum):
+    """How far a request's next compaction or view is; planner.py draws the way."""
 
     ARMED = "armed"
     DUE = "due"
     PLANNED = "planned"
     DONE = "done"
-    VIEWED = "viewed"
     SKIPPED = "skipped"
 
 
@@ -33,6 +34,39 @@ class SkipReason:
 
 
 @dataclass
+class CompactionSchedule:
+    """What a request holds, and how much of it the compaction that is due evicts.
+
+    Attributes
+    ----------
+    caches : list[GroupCache]
+        What each layer group held right after the last compaction.
+    compacted_at : int
+        Sequence length of the last compaction; 0 before the first.
+    lengths : list[GroupLengths or None]
+        Of the compaction that is due, planned or was last, one entry per layer group; empty where
+        nothing is evicted.
+    """
+
+    caches: list[GroupCache] = field(default_factory=list)
+    compacted_at: int = 0
+    lengths: list[GroupLengths | None] = field(default_factory=list)
+
+    def caches_at(self, position: int) -> list[GroupCache]:
+        """What the groups hold at a sequence length, before a compaction there."""
+        grown = position - self.compacted_at
+        return [replace(each, num_tokens=each.num_tokens + grown) for each in self.caches]
+
+    def commit(self, position: int) -> None:
+        """The compaction at `position` has been done."""
+        self.caches = [
+            after_compaction(cache, lengths) if lengths else cache
+            for cache, lengths in zip(self.caches_at(position), self.lengths, strict=True)
+        ]
+        self.compacted_at = position
+
+
+@dataclass
 class TrackedRequest:
     """One request's progress.
 
@@ -44,24 +78,18 @@ class TrackedRequest:
         The setting it runs under; None if it opted out.
     task : str or None
         The task its setting was chosen for.
-    caches : list[GroupCache]
-        What each layer group held of it right after the last compaction.
-    compacted_at : int
-        Sequence length of the last compaction; 0 before the first.
     next_at : int
-        Sequence length at which the next compaction falls due.
+        Sequence length at which the next compaction, or the first view, falls due.
     position : int
-        Sequence length of the compaction that is due or planned.
-    lengths : list[GroupLengths or None]
-        Its lengths, one entry per layer group.
-    view_lengths : list[GroupLengths or None]
-        Those of the view that is taken with it, where a cache that evicts is drafted over.
-    drafts : DraftHistory or None
-        How drafts over its view fare; None without one.
-    viewed_at : int
-        Sequence length at which its view was taken.
+        Sequence length of what is due or planned.
+    compaction : CompactionSchedule
+        What it holds, and what is evicted of that.
+    view : ViewSchedule
+        What drafts read in the place of that.
     counted : bool
         Whether it has been compressed at least once, before a preemption too.
+    was_under_budget : bool
+        Whether a compaction fell due that would have freed nothing.
     num_waited : int
         Steps since its compaction fell due in which it found no blocks.
     is_shared : bool
@@ -78,16 +106,12 @@ class TrackedRequest:
     prompt_len: int
     config: CompressionConfig | None
     task: str | None = None
-    caches: list[GroupCache] = field(default_factory=list)
-    compacted_at: int = 0
     next_at: int = 0
     position: int = 0
-    lengths: list[GroupLengths | None] = field(default_factory=list)
-    view_lengths: list[GroupLengths | None] = field(default_factory=list)
-    state: State = State.ARMED
+    phase: Phase = Phase.ARMED
+    compaction: CompactionSchedule = field(default_factory=CompactionSchedule)
+    view: ViewSchedule = field(default_factory=ViewSchedule)
     skip_reason: str | None = None
-    drafts: DraftHistory | None = None
-    viewed_at: int = 0
     counted: bool = False
     was_under_budget: bool = False
     num_waited: int = 0
@@ -103,9 +127,19 @@ class TrackedRequest:
         return self.config.policy.name if self.config else "none"
 
     @property
-    def is_view_only(self) -> bool:
-        """Whether it keeps all it holds, and drafts over views."""
-        return self.config is not None and self.config.mode == "draft"
+    def work(self) -> list[tuple[Purpose, Sequence[GroupLengths | None]]]:
+        """What is due or planned: an eviction, a view, or both from one region; in this order."""
+        found: list[tuple[Purpose, Sequence[GroupLengths | None]]] = []
+        if any(self.compaction.lengths):
+            found.append((Purpose.EVICT, self.compaction.lengths))
+        if any(self.view.lengths):
+            found.append((self.view.purpose, self.view.lengths))
+        return found
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether its compaction is due, would free blocks, and has found none for survivors."""
+        return self.phase is Phase.DUE and not self.is_shared
 
     @property
     def while_decoding(self) -> bool:
@@ -115,14 +149,16 @@ class TrackedRequest:
     @property
     def queries_from(self) -> int | None:
         """Position from which its queries must be recorded; None if none will be read."""
-        if not self.query_window or self.state in (State.DONE, State.SKIPPED):
+        if not self.query_window or self.phase is Phase.SKIPPED:
             return None
-        if self.state is State.PLANNED:
+        if self.phase is Phase.PLANNED:
             following = self.position + self.query_gap
-        elif self.state is State.VIEWED:
-            following = self.viewed_at + self.query_gap
-        else:
+        elif self.phase is not Phase.DONE:
             following = self.next_at + (0 if self.while_decoding else self.query_gap)
+        elif self.view.may_be_taken_again:
+            following = self.view.taken_at + self.query_gap
+        else:
+            return None
         return max(following - self.query_window, 0)
 
     def has_queries(self, position: int) -> bool:

@@ -1,7 +1,8 @@
 """Budgets as whole tokens: pure functions of lengths and configuration.
 
-Scheduler and worker both call these and must get the same answer, so nothing here may depend on
-anything but the arguments. Ratios exist only in the configuration and end here.
+The scheduler plans by these, workers reckon how much memory a plan can take, and `kvcompress plan`
+tells beforehand; all must get the same answer, so nothing here may depend on anything but the
+arguments. Ratios exist only in the configuration and end here.
 """
 
 import math
@@ -217,3 +218,9 @@ def next_lengths(
                     kept = coded
         found.append(kept)
     return found
+
+
+def compacts_again(config: CompressionConfig, caches: Iterable[GroupCache]) -> bool:
+    """Whether generated tokens trigger more, once a request holds `caches`."""
+    extends = config.extends_codebooks and any(each.book for each in caches)
+    return config.compresses_while_decoding or extends

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.core.draft_history import DraftHistory
+from vllm_kvcompress.core.draft.history import DraftHistory
 
 
 def test_lengths_by_hand() -> None:

@@ -1,0 +1,87 @@
+"""What drafting over views needs of vLLM's scheduler: drafts for those with a view, no others."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.messages import StepPlan
+
+
+class DraftMixin(Scheduler):
+    """Comes before ``CompressionMixin`` in the bases; does nothing where nothing is drafted.
+
+    Attributes
+    ----------
+    planner : Planner
+        The phases of all requests, and their views.
+    num_draft_tokens : int
+        Most tokens that the server drafts per step over a view; 0 if none.
+    """
+
+    planner: Planner
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.num_draft_tokens = self.planner.config.num_draft_tokens
+        if self.num_draft_tokens:
+            # Drafts write keys behind the tokens that are scheduled: their slots must exist.
+            self.num_lookahead_tokens = self.num_draft_tokens
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """Tell the workers how many draft steps are worth making behind this step."""
+        output = super().schedule(throttle_prefills)
+        if self.num_draft_tokens:
+            views = [self.planner.view_of(name) for name in output.num_scheduled_tokens]
+            num_steps = max((view.num_draft_steps for view in views if view), default=0)
+            replace(StepPlan.of(output), num_draft_steps=num_steps).attach(output)
+        return output
+
+    def _clip_drafts(self, request_ids: Iterable[str]) -> None:
+        """Leave each request the drafts it asked for, and none without a view to draft over."""
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is not None and request.spec_token_ids:
+                view = self.planner.view_of(request_id)
+                limit = 0 if view is None else view.num_drafts
+                if len(request.spec_token_ids) > limit:
+                    request.spec_token_ids = request.spec_token_ids[:limit]
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Take the step's drafts, as many as each request is allowed."""
+        super().update_draft_token_ids(draft_token_ids)
+        if self.num_draft_tokens:
+            self._clip_drafts(draft_token_ids.req_ids)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self.num_draft_tokens:  # placeholders of asynchronous scheduling
+            self._clip_drafts(scheduler_output.num_scheduled_tokens)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
+        """Learn how each request's drafts fared."""
+        if self.num_draft_tokens:
+            self._observe_step(scheduler_output, model_runner_output)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _observe_step(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
+        """A verification yields one token more than it accepts; none for a request that is gone."""
+        for request_id, drafts in output.scheduled_spec_decode_tokens.items():
+            index = results.req_id_to_index.get(request_id)
+            if index is None or not results.sampled_token_ids:
+                continue  # a step without samples, as the host's own loop allows
+            sampled = results.sampled_token_ids[index]
+            if drafts and len(sampled):
+                self.observe_drafts(request_id, len(drafts), len(sampled) - 1)
+
+    def observe_drafts(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
+        """Count one verification of a request's drafts."""
+        view = self.planner.view_of(request_id)
+        if view is not None:
+            view.observe(num_drafts, num_accepted)

@@ -32,19 +32,18 @@ from vllm_kvcompress.lengths.budgets import (
 )
 from vllm_kvcompress.lengths.decode_queries import RingShape
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan, Purpose
-from vllm_kvcompress.worker import codebook_rows
-from vllm_kvcompress.worker.codebook_reader import CodebookReader
-from vllm_kvcompress.worker.codebook_rows import CodebookState
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.draft_views import DraftViews
-from vllm_kvcompress.worker.group_batch import CompactionJob
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layout import StridedLayout
+from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.codebook import rows as codebook_rows
+from vllm_kvcompress.worker.codebook.feature import CodebookFeature
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.draft.views import DraftViews
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.strided import StridedLayout
+from vllm_kvcompress.worker.lengths import EvictedLengths
 from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
-from vllm_kvcompress.worker.prompt_queries import PromptQueries
-from vllm_kvcompress.worker.query_ring import QueryRing
-from vllm_kvcompress.worker.query_window import QueryWindow
-from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.worker.queries.prompt import PromptQueries
+from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.queries.window import QueryWindow
 
 META = torch.device("meta")
 Launch = Callable[[Any, tuple, dict], None]
@@ -126,14 +125,15 @@ class StandIn:
         self.ring = QueryRing(slots, shape.max_num_reqs, shape.max_num_tokens, META)
         for layer in self.layers:
             self.ring.add_layer(layer.name, shape.num_heads, shape.head_dim, shape.dtype)
-        self.lengths = CompressionState(self.num_groups, shape.max_num_reqs, META)
-        with patch.multiple(codebook_rows, UvaBackedTensor=HostBacked):
-            self.codebooks = CodebookState(self.num_groups, shape.max_num_reqs, META)
+        self.lengths = EvictedLengths(self.num_groups, shape.max_num_reqs, META)
         self.views = DraftViews(self.tables, [shape.block_size] * self.num_groups)
-        self.reader = CodebookReader(self.codebooks, self.layers, META)
         self.prompt.bind(self.layers, self._rows_so_far)
         self.compactor = self.make_compactor(QuerySources(self.window, self.prompt, self.ring))
         self.runner = self._make_runner()
+        self.codebooks = CodebookFeature(self.runner)
+        with patch.multiple(codebook_rows, UvaBackedTensor=HostBacked):
+            self.codebooks.bind(None)
+        self.runner.features = [self.codebooks]
 
     @property
     def configs(self) -> list[CompressionConfig]:
@@ -158,12 +158,9 @@ class StandIn:
 
     def make_compactor(self, sources: Any) -> Compactor:
         """A compactor that takes its queries there."""
-        shape = self.shape
-        counts = shape.num_layers, shape.max_num_reqs, 2, shape.num_kv_heads
         return Compactor(
-            layers=self.layers, num_layers=shape.num_layers, sources=sources, device=META,
+            layers=self.layers, num_layers=self.shape.num_layers, sources=sources, device=META,
             all_reduce=lambda tensor: tensor, num_ranks=1, first_kv_head=0,
-            entry_counts=self._zeros(*counts, dtype=torch.int32),
         )  # fmt: skip
 
     def query(self, num_tokens: int) -> torch.Tensor:
@@ -184,10 +181,8 @@ class StandIn:
             "max_num_reqs": shape.max_num_reqs, "speculator": None,
             "model_state": SimpleNamespace(
                 config=self.config, window=self.window, ring=self.ring, lengths=self.lengths,
-                codebooks=self.codebooks, views=self.views,
             ),
-            "_tables": BlockTables.of(self.tables, [shape.block_size] * self.num_groups),
-            "_reader": self.reader,
+            "tables": BlockTables.of(self.tables, [shape.block_size] * self.num_groups),
             "_attention_layers": lambda: {layer.name: attention for layer in self.layers},
             "_physical_slots": dispatch.for_device("step_slots", META).physical_slots,
             "block_tables": SimpleNamespace(

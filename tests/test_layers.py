@@ -1,6 +1,11 @@
 """Who may import whom: parses the imports of every file and compares with the table below."""
 
 import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -42,6 +47,55 @@ PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
 PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
 PURE |= {"core.query_slots", "core.draft.history", "core.draft.views", "core.draft.report"}
+PURE_COMPACTIONS = {
+    "worker.batch", "worker.codebook.slots", "worker.codebook.warm_up",
+    "worker.codebook.working_memory", "worker.codebook.writer", "worker.compaction.compactor",
+    "worker.compaction.group_scores", "worker.compaction.timer", "worker.compaction.warm_up",
+    "worker.compaction.working_memory", "worker.draft.linked_blocks", "worker.draft.views",
+    "worker.features", "worker.host_mirror", "worker.layout.base", "worker.layout.layer_cache",
+    "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
+}  # fmt: skip
+PURE |= PURE_COMPACTIONS
+
+# --- modes --------------------------------------------------------------------------------
+
+MODES = re.compile("draft|codebook", re.IGNORECASE)
+
+# Files and folders that are about a mode, or about all of them.
+ROOMS = (
+    "worker.draft", "worker.codebook", "core.draft", "config.codebook", "lengths.codebook",
+    "kernels.codebook", "kernels.coded_tokens", "kernels.reference.codebook",
+    "evaluation", "cli", "speed",
+)  # fmt: skip
+
+# Lines of code elsewhere that name a mode, at most: settings and options that users write, what
+# the host calls so, and a registration of each mode. Lower a number when you can.
+ALLOWED = {
+    "config.idle_fields": 2,
+    "config.merging": 3,
+    "config.reading": 1,
+    "config.settings": 36,
+    "core.planner": 2,
+    "core.report": 6,
+    "core.scheduler": 4,
+    "core.tracked_request": 1,
+    "doctor.savings": 2,
+    "host.checks": 23,
+    "host.cli_options": 7,
+    "host.hooks": 11,
+    "host.prometheus": 12,
+    "lengths.budgets": 6,
+    "lengths.decode_queries": 4,
+    "lengths.sizing": 1,
+    "messages": 4,
+    "metrics": 5,
+    "plans": 1,
+    "request_options": 17,
+    "worker.compaction.compactor": 1,
+    "worker.features": 2,
+    "worker.model_runner": 8,
+    "worker.modes": 3,
+}
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -143,3 +197,37 @@ def test_policy_names_are_not_branched_on() -> None:
                 assert not names & {c for c in constants if isinstance(c, str)}, (
                     f"{path.name}:{node.lineno} branches on a policy's name"
                 )
+
+
+def lines_of_modes(path: Path) -> list[int]:
+    """Numbers of the lines that name a mode in code: comments and docstrings may."""
+    text = path.read_text(encoding="utf-8")
+    prose: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        # Strings that stand alone: docstrings of modules, classes, functions and constants.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            parts = enumerate(token.string.split("\n"), token.start[0])
+            found |= {number for number, part in parts if MODES.search(part)}
+    return sorted(found - prose)
+
+
+def test_modes_are_named_in_their_rooms() -> None:
+    counts = {
+        name: len(lines_of_modes(path)) for name, path in modules() if not name.startswith(ROOMS)
+    }
+    grown = {name: count for name, count in counts.items() if count > ALLOWED.get(name, 0)}
+    assert not grown, f"more lines name a mode than before: {grown}"
+    assert ALLOWED.keys() <= {name for name, count in counts.items() if count}, "lower the list"
+
+
+def test_compactions_import_without_vllm() -> None:
+    # These name vLLM's batches as types alone.
+    others = {"worker.codebook.reader", "worker.lengths"}
+    others |= {f"worker.queries.{name}" for name in ("prompt", "ring", "window")}
+    names = ", ".join(f"{PACKAGE}.{name}" for name in sorted(PURE_COMPACTIONS | others))
+    code = f"import sys; sys.modules['vllm'] = None; import {names}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

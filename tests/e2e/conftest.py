@@ -14,6 +14,7 @@ from tests.inside import managers
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
+from vllm_kvcompress.worker.codebook.feature import CodebookFeature
 
 FOUR_GROUPS = {
     "preset": "windowkv",
@@ -48,6 +49,11 @@ def serving(engine: Engine, setting: dict[str, Any]) -> Iterator[None]:
         scheduler.planner.config = state.config = own
 
 
+def feature_of(engine: Engine, kind: type[Any]) -> Any:
+    """The worker's feature of this kind."""
+    return next(each for each in engine.runner.features if isinstance(each, kind))
+
+
 def assert_idle(engine: Engine) -> None:
     """Nothing is held, nothing is evicted, books agree."""
     assert not engine.scheduler.requests
@@ -62,7 +68,8 @@ def assert_idle(engine: Engine) -> None:
     assert not state.prompt_queries._summaries and not state.setups
     assert (state.ring._slot_of_row == -1).all()
     assert not state.lengths.evicted.np.any()
-    assert not state.codebooks._sizes.np.any() and not state.codebooks.rows
+    books = feature_of(engine, CodebookFeature).books
+    assert not books._sizes.np.any() and not books.rows
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_kvcompress.worker import draft_step
+from vllm_kvcompress.worker.draft import step as draft_step
 
 _ALLOCATIONS = {getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "new_empty")}
 
@@ -95,7 +95,7 @@ class TapeManager(CudaGraphManager):
 @contextmanager
 def taped_graphs(runner: Any, sizes: list[int]) -> Iterator[TapeManager]:
     """Capture a CPU runner's draft steps on tapes, for batches of these sizes."""
-    from vllm_kvcompress.worker import view_speculator
+    from vllm_kvcompress.worker.draft import speculator as view_speculator
 
     compilation = runner.compilation_config
     layers = runner._attention_layers().values()

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.e2e.codes_by_hand import Coded, Vectors, cosines, decode, rotated
-from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.conftest import assert_idle, feature_of, opened, serving
 from tests.inside import managers, pending, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
@@ -23,6 +23,7 @@ from vllm_kvcompress.evaluation.tasks.needle import make_samples
 from vllm_kvcompress.metrics import CODEBOOK_MEASURES
 from vllm_kvcompress.plans import BookLengths
 from vllm_kvcompress.request_options import parse_request, resolve_request
+from vllm_kvcompress.worker.codebook.feature import CodebookFeature
 
 pytestmark = pytest.mark.engine
 
@@ -449,7 +450,7 @@ def test_an_abort_between_plan_and_commit_returns_every_block(engine, prompts, s
         engine.step()
         victim = engine.live()["victim"]
         planned += engine.scheduler.compactions.is_planned(victim.request_id)
-    books = engine.runner.model_state.codebooks
+    books = feature_of(engine, CodebookFeature).books
     assert books._sizes.np.any(), "the worker has written the book"
     engine.abort("victim")
     engine.scheduler.check_integrity()
@@ -510,7 +511,7 @@ def test_a_preempted_request_is_coded_again_and_says_the_same(
         engine.scheduler.check_integrity()
     assert stats.deferrals > deferrals and len(result.token_ids) == INTERVAL + 1
     engine.pool.free_blocks(taken)
-    books = engine.runner.model_state.codebooks
+    books = feature_of(engine, CodebookFeature).books
     assert not books._sizes.np.any(), "its row starts over"
     seen: list[Snapshot] = []
     while len(result.token_ids) < 12:

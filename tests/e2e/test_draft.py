@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from lab.scenarios import churn
-from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
+from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened
 from tests.inside import preempt
 from vllm_kvcompress.evaluation.engine import Engine, Result
+from vllm_kvcompress.worker.draft.feature import DraftFeature
 
 pytestmark = pytest.mark.engine
 
@@ -151,7 +152,7 @@ def test_churn_leaves_nothing_behind(engine: Engine) -> None:
     assert (report.blocks_missing, report.evicted_left) == (0, 0)
     assert report.aborted_in_decode > 0
     assert_idle(engine)
-    assert not engine.runner.model_state.views.exists.any()
+    assert not feature_of(engine, DraftFeature).views.exists.any()
 
 
 # From here on, tests open engines of their own: the shared one must be closed by then.

@@ -87,7 +87,7 @@ def test_two_steps_in_flight(probe_model: str, prompts, expected, name: str) -> 
         assert sum(stats.compactions.values()) + sum(stats.views.values()) >= len(asked)
     assert tokens == expected(name)
     # On a GPU the meter copies, and asks an event whether the copy is done.
-    waits = [each for each in device.waits if "codebook_meter.py" not in each]
+    waits = [each for each in device.waits if "codebook/meter.py" not in each]
     assert not waits, "the host waited for a number"
     assert device.longest > 300, "operations of a whole step waited in the queue"
 

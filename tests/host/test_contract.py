@@ -325,9 +325,9 @@ def test_overrides_stay_short() -> None:
     """Nothing of the host is pasted: an override calls super() and adds a little."""
     from vllm_kvcompress.core.draft.scheduling import DraftMixin
     from vllm_kvcompress.core.scheduler import CompressionMixin
+    from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
     from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
     from vllm_kvcompress.worker.model_state import CompressedModelState
-    from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
 
     owners = (CompressionMixin, DraftMixin, CompressionRunnerMixin, CompressedModelState)
     for owner in (*owners, TypicalAcceptanceSampler):

@@ -10,8 +10,9 @@ from tests.stand_in import META, StandIn, batch, jobs_of
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.plans import Purpose
 from vllm_kvcompress.policies.inputs import Queries
-from vllm_kvcompress.worker.draft_step import DraftStep
-from vllm_kvcompress.worker.view_speculator import ViewSpeculator
+from vllm_kvcompress.worker.draft.linked_blocks import choose_blocks
+from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
+from vllm_kvcompress.worker.draft.step import DraftStep
 
 ODD_PROMPTS = ([4097], [777, 2003, 3001], [1024])
 """Lengths of prompts that end in one step: no multiple of anything, one alone, unequal ones."""
@@ -30,7 +31,7 @@ def prompt_ends(model: StandIn, config: CompressionConfig, lengths: list[int]) -
     for rows in (first, last):
         forward(model, rows)
     model.compactor.run(jobs_of(model, config, lengths))
-    model.compactor.codebooks.take_measures()
+    model.codebooks.writer.take_measures()
     for row in range(len(lengths)):
         model.window.remove_request(str(row))
         model.prompt.remove_request(str(row))
@@ -49,18 +50,15 @@ def forward(model: StandIn, rows: list[tuple[int, int, int]]) -> None:
     runner._physical_slots(
         positions=found.positions, query_start_loc=found.query_start_loc,
         idx_mapping=found.idx_mapping, evicted=model.lengths.evicted.gpu,
-        tables=runner._tables, out=runner.block_tables.slot_mappings,
+        tables=runner.tables, out=runner.block_tables.slot_mappings,
     )  # fmt: skip
-    sizes = runner.block_tables.block_sizes
-    model.codebooks.begin_batch(found, model.lengths.evicted, model.tables, sizes)
-    for group, coded in model.codebooks.rows.items():
-        model.lengths.hide(group, coded.batch_rows)
+    model.codebooks.begin_batch(found, any_compacted=True)
     for layer in model.layers:
         for source in (model.window, model.prompt, model.ring):
             if source.is_active:
                 source.record(layer.name, query)
-        if model.codebooks.rows:
-            model.reader.attend(layer.name, query, torch.empty_like(query))
+        if model.codebooks.books.rows:
+            model.codebooks.reader.attend(layer.name, query, torch.empty_like(query))
     model.codebooks.end_batch()
     model.window.end_batch()
     model.prompt.end_batch()
@@ -74,7 +72,7 @@ def decoding(model: StandIn, config: CompressionConfig, lengths: list[int], grow
     for row in range(len(lengths)):
         model.ring.assign(row, row)
     model.compactor.run(jobs_of(model, config, lengths, grown))
-    model.compactor.codebooks.take_measures()
+    model.codebooks.writer.take_measures()
 
 
 def reads_books(model: StandIn, config: CompressionConfig, lengths: list[int]) -> None:
@@ -83,7 +81,7 @@ def reads_books(model: StandIn, config: CompressionConfig, lengths: list[int]) -
     for job in jobs_of(model, config, lengths):
         for group, plan in enumerate(job.plan.groups):
             if plan is not None and plan.lengths.book is not None:
-                model.codebooks.set_book(group, job.req_index, plan.lengths.book)
+                model.codebooks.books.set_book(group, job.req_index, plan.lengths.book)
                 coded = True
     if coded:
         rows = [(row, length + 5, 1 + 3 * (row % 2)) for row, length in enumerate(lengths)]
@@ -104,7 +102,7 @@ def drafts(model: StandIn, config: CompressionConfig, lengths: list[int]) -> Non
             model.window.add_request(str(row), length, config.observation_window)
         forward(model, [(row, 0, length) for row, length in enumerate(lengths)])
     if linked:
-        blocks = model.compactor.choose_blocks(jobs)
+        blocks = choose_blocks(model.compactor, jobs)
     elif policy.queries is not Queries.PROMPT and config.codebook is None:
         model.compactor.run(jobs)
         blocks = {}
@@ -149,5 +147,5 @@ def draft_step(model: StandIn) -> DraftStep:
     )
     step = DraftStep(config, None, state, META, None)  # type: ignore[arg-type]
     step._attention = lambda *args: None  # type: ignore[method-assign,assignment]
-    step.bind(None, [], model.runner._tables)  # type: ignore[arg-type]
+    step.bind(None, [], model.runner.tables)  # type: ignore[arg-type]
     return step

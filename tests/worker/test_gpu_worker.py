@@ -10,9 +10,11 @@ from vllm.utils import jit_monitor
 from vllm.v1.worker import gpu_worker
 
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.worker.compaction.reserve import table_bytes
+from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
+from vllm_kvcompress.worker.features import make_features
 from vllm_kvcompress.worker.gpu_worker import CompressedGPUWorker
-from vllm_kvcompress.worker.reserve import table_bytes
-from vllm_kvcompress.worker.working_memory import RankShape, compaction_bytes
+from vllm_kvcompress.worker.modes import MODES
 
 GIB = 1 << 30
 SHAPE = RankShape(32, range(32), 32, 8, 128, 4096, torch.bfloat16, 16, 131072, 1024)
@@ -60,7 +62,13 @@ def test_kernels_are_compiled_after_the_graphs_and_before_vllm_watches(
     ],
 )
 def test_block_tables_of_further_groups_are_counted(setting: Any, num_tables: int) -> None:
-    assert table_bytes(parse_config(setting), SHAPE) == num_tables * TABLE
+    config = parse_config(setting)
+    runner: Any = SimpleNamespace(
+        model_state=SimpleNamespace(config=config), device=torch.device("cpu")
+    )
+    features = make_features(MODES, config, runner)
+    num_further = sum(feature.num_block_tables() for feature in features)
+    assert table_bytes(config, SHAPE, num_further) == num_tables * TABLE
 
 
 def test_the_cache_leaves_room_for_compactions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,11 @@ from vllm_kvcompress.speed.paths import Path
 from vllm_kvcompress.speed.plan import STEP_LAUNCHES
 from vllm_kvcompress.speed.scoring import META, OperationCounter, RecordedRows
 from vllm_kvcompress.speed.shapes import ModelShape
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.draft_step import DraftRows, DraftStep
-from vllm_kvcompress.worker.group_batch import CompactionJob
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layout import StridedLayout
+from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.strided import StridedLayout
 
 SHAPE = ModelShape.from_config(MODELS["llama-3-8b"])
 GEOMETRY = ModelGeometry(32, 8, 128, "bfloat16")

@@ -31,10 +31,12 @@ from vllm_kvcompress.lengths.budgets import (
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.group_batch import CompactionJob, GroupBatch
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layout import CacheLayout
+from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
+from vllm_kvcompress.worker.codebook.slots import BookSlots
+from vllm_kvcompress.worker.codebook.writer import CodebookWriter
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 ATTENTION = "kvcompress_replay"
 CHUNK = 1024
@@ -62,33 +64,30 @@ class _Rows(CacheLayout):
         super().move(caches, group, indices, rotary)
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All rows."""
         return self.prefilled.keys[self.layer], self.prefilled.values[self.layer]
 
     def write(
         self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Remember the survivors."""
         self.kept = keys, values
 
-    def store_codes(
-        self, cache: torch.Tensor, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
+    def pages(self, *args: Any) -> Any:
+        raise NotImplementedError("there are no blocks")
+
+
+class _Codes(BookSlots):
+    """Remembers what codes and entries are read as, codes as rounded as slots hold them."""
+
+    def store(
+        self, layer: LayerCache, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
     ) -> None:
-        """Remember what codes and entries are read as, codes as rounded as slots hold them."""
-        keys = self.prefilled.keys[self.layer]
+        layout: Any = layer.layout
+        keys = layout.prefilled.keys[layout.layer]
         rows = coded.pack(book.num_code_rows, keys.shape[-1] * keys.element_size())
         entries = coded.keys.entries.to(keys.dtype), coded.values.entries.to(keys.dtype)
         stored = CodedTokens.unpack(entries, coded.num_entries, rows, book.num_tokens)
-        self.kept, self.num_entries = stored.read(self.prefilled.rotary), coded.num_entries
-        self.positions = coded.positions
-
-    def plain(self, cache: torch.Tensor) -> torch.Tensor:
-        """There are no blocks."""
-        raise NotImplementedError
-
-    def tail(self, *args: Any) -> Any:
-        """There are no blocks."""
-        raise NotImplementedError
+        layout.kept = stored.read(layout.prefilled.rotary)
+        layout.num_entries, layout.positions = coded.num_entries, coded.positions
 
 
 @dataclass
@@ -329,6 +328,7 @@ class Replay:
             num_ranks=1,
             first_kv_head=0,
         )
+        CodebookWriter(None, None, _Codes()).register(compactor)
         held = GroupCache(length, permanent_ranges(length, config))
         forced = forced_ranges(held, config.observation_window)
         groups = tuple(GroupPlan(e, held, forced, (), (), ()) if e else None for e in lengths)

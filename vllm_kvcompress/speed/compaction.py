@@ -1,8 +1,8 @@
 """Work of one request's compaction: keeping queries, scoring, selecting, copying.
 
 One request at a time: a step computes a few thousand tokens, so long prompts end one after the
-other. Launches are counted as ``worker/compactor.py`` makes them on a GPU, and held against a real
-`Compactor` by ``tests/worker/test_speed_launches.py``.
+other. Launches are counted as ``worker/compaction/compactor.py`` makes them on a GPU, and held
+against a real `Compactor` by ``tests/worker/test_speed_launches.py``.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from vllm_kvcompress.speed.shapes import ModelShape
 
 HOST_COPIES = 1
 """Of a compaction from the host: tables, lengths, forced tokens and addresses of all its layer
-groups together (``worker/group_batch.py``)."""
+groups together (``worker/batch.py``)."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vllm_kvcompress.speed.shapes import ModelShape
 
 DRAFT_LAUNCHES = 16
 """Of a draft step with greedy drafts, backends' metadata left out: the model's graph; 12 that write
-its inputs (``worker/draft_step.py``); 3 that keep its drafts (``worker/view_speculator.py``)."""
+its inputs (``worker/draft/step.py``); 3 that keep its drafts (``worker/draft/speculator.py``)."""
 
 
 def accepted_length(probability: float, num_drafts: int) -> float:

@@ -4,8 +4,8 @@ from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress.worker.compaction.reserve import reserved_bytes
 from vllm_kvcompress.worker.model_runner import CompressedGPUModelRunner
-from vllm_kvcompress.worker.reserve import reserved_bytes
 
 logger = init_logger(f"vllm.{__name__}")
 

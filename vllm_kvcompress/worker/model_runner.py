@@ -31,68 +31,69 @@ from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
-from vllm_kvcompress.worker.codebook_meter import CodebookMeter
-from vllm_kvcompress.worker.codebook_reader import CodebookReader, read_codebooks
-from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.draft_views import DraftViews
-from vllm_kvcompress.worker.group_batch import CompactionJob
+from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
+from vllm_kvcompress.worker.compaction.timer import CompactionTimer
+from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
+from vllm_kvcompress.worker.features import Feature, make_features
 from vllm_kvcompress.worker.group_metadata import without_schedule
-from vllm_kvcompress.worker.host_buffers import keep_token_ids_on_host, pools_for_writes_per_step
-from vllm_kvcompress.worker.layer_cache import LayerCache
-from vllm_kvcompress.worker.layer_parts import find_output_projection, find_rotary, require_parts
-from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
+from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
+from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.packed import cpu_layout
+from vllm_kvcompress.worker.layout.strided import StridedLayout
 from vllm_kvcompress.worker.model_state import CompressedModelState
-from vllm_kvcompress.worker.packed_layout import cpu_layout
-from vllm_kvcompress.worker.timer import CompactionTimer
-from vllm_kvcompress.worker.typical_acceptance import TypicalAcceptanceSampler
-from vllm_kvcompress.worker.view_speculator import ViewSpeculator
-from vllm_kvcompress.worker.warm_up import warm_up, warm_up_steps
+from vllm_kvcompress.worker.modes import MODES
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class CompressionRunnerMixin(GPUModelRunner):
-    """Compression on top of model runner V2; comes first in the bases."""
+    """Compression on top of model runner V2; comes first in the bases.
+
+    Attributes
+    ----------
+    features : list[Feature]
+        Modes that the server's setting needs.
+    compactor : Compactor
+        Runs plans; exists once the KV cache does.
+    tables : BlockTables
+        The target's own block tables, likewise.
+    """
 
     model_state: CompressedModelState
+    features: list[Feature]
     compactor: Compactor
+    tables: BlockTables
 
     # --- set-up ---------------------------------------------------------------------------
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then swap in our model state and watch the attention layers."""
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
-        if config is not None and config.drafts:
-            keep_token_ids_on_host(self.req_states)
+        assert config is not None, "this runner is installed only when compression is on"
+        self.features = make_features(MODES, config, self)
+        for feature in self.features:
+            feature.before_load()
         super().load_model(*args, **kwargs)
         if type(self.model_state) is not DefaultModelState:
             raise UnsupportedModelError(
                 f"KV compression supports models with vLLM's default model state; this one uses "
                 f"{type(self.model_state).__name__}. Start without --kv-compression."
             )
-        self.model_state = CompressedModelState(
-            self.vllm_config, self.model, self.encoder_cache, self.device
+        self.model_state = state = CompressedModelState(
+            config, self.features, self.vllm_config, self.model, self.encoder_cache, self.device
         )
-        if self.model_state.config.drafts:
-            # In the place of the speculator that vLLM built for the configuration we gave it:
-            # it has no name for one of ours.
-            self.speculator = ViewSpeculator(
-                self.vllm_config, self.model, self.model_state, self.device
-            )
-            thresholds = self.model_state.config.draft.typical_thresholds
-            if thresholds is not None:
-                self.rejection_sampler = TypicalAcceptanceSampler(
-                    self.sampler, self.speculative_config, self.device, *thresholds
-                )
+        for feature in self.features:
+            feature.after_load()
         self._timer = CompactionTimer(self.device)
-        self._meter = CodebookMeter(self.device)
-        self._reader: CodebookReader | None = None
-        state = self.model_state
         for name, layer in self._attention_layers().items():
             check_layer(name, layer)
             state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
             state.taps.watch(name, layer.impl)
-            read_codebooks(name, layer.impl, lambda: self._reader)
+            for feature in self.features:
+                feature.watch_layer(name, layer)
         if state.ring.num_bytes:
             logger.info("KV compression: %s", state.ring)
 
@@ -128,14 +129,10 @@ class CompressionRunnerMixin(GPUModelRunner):
         if len(kv_cache_config.kv_cache_groups) > 1:
             without_schedule(self.attn_groups)
         self._physical_slots = for_device("step_slots", self.device).physical_slots
-        self._tables = BlockTables.of(
+        self.tables = BlockTables.of(
             [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes
         )
         state = self.model_state
-        if isinstance(self.speculator, ViewSpeculator):
-            assert state.lengths is not None
-            state.views = DraftViews(self._tables.tensors, self.block_tables.block_sizes)
-            self.speculator.bind(kv_cache_config, self.attn_groups, self._tables)
         caches = self._layer_caches()
         self._check_parts(caches)
         tp_group = get_tp_group()
@@ -149,14 +146,10 @@ class CompressionRunnerMixin(GPUModelRunner):
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
             first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
-            entry_counts=torch.zeros(
-                self._num_layers(), self.max_num_reqs, 2, caches[0].cache().shape[1],
-                dtype=torch.int32, device=self.device,
-            ),
-        )  # fmt: skip
+        )
         state.prompt_queries.bind(self.compactor.layers, self._rows_so_far)
-        assert state.codebooks is not None
-        self._reader = CodebookReader(state.codebooks, caches, self.device)
+        for feature in self.features:
+            feature.bind(kv_cache_config)
 
     def _layer_caches(self) -> list[LayerCache]:
         layers = self._attention_layers()
@@ -189,7 +182,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         expects_rotary = has_plain_rotary(self.model_config)
         for layer in layers:
             for policy in policies:
-                require_parts(policy, layer.rotary, layer.output_projection, layer.name)
+                layer.require(policy)
             if layer.output_projection is None or (expects_rotary and layer.rotary is None):
                 raise UnsupportedModelError(
                     f"--kv-compression: around layer {layer.name} there is no output projection or "
@@ -211,20 +204,16 @@ class CompressionRunnerMixin(GPUModelRunner):
         state = self.model_state
         assert state.lengths is not None
         warm_up_steps(
-            state.lengths, state.ring, self._physical_slots, self._tables,
+            state.lengths, state.ring, self._physical_slots, self.tables,
             self.block_tables.slot_mappings,
         )  # fmt: skip
-        config = self.model_state.config
-        configs = (config, *config.by_task.values())
-        if any(each.codebook for each in configs):
-            assert self._reader is not None
-            self._reader.warm_up(samples)
-        warm_up(
-            self.compactor,
-            configs,
-            max(self.block_tables.block_sizes[layer.group] for layer in self.compactor.layers),
-            {name: sample[0] for name, sample in samples.items()},
-        )
+        configs = (state.config, *state.config.by_task.values())
+        sizes = self.block_tables.block_sizes
+        block_size = max(sizes[layer.group] for layer in self.compactor.layers)
+        for feature in self.features:
+            feature.warm_up(configs, block_size, samples)
+        queries = {name: sample[0] for name, sample in samples.items()}
+        warm_up(self.compactor, configs, block_size, queries)
 
     # --- one step -------------------------------------------------------------------------
 
@@ -233,15 +222,16 @@ class CompressionRunnerMixin(GPUModelRunner):
     ) -> tuple[Any, int | None]:
         """Keep steps that need Python in attention out of full CUDA graphs, where it does not run.
 
-        Queries are recorded there, and codebooks read. A prompt's last chunk of one token looks
-        like a decode to the host. Without a uniform token count it is dispatched to a piecewise
-        graph or runs eagerly.
+        Queries are recorded there, and features may have work there. A prompt's last chunk of one
+        token looks like a decode to the host. Without a uniform token count it is dispatched to a
+        piecewise graph or runs eagerly.
         """
         batch_state, uniform_token_count = super().gather_batch_req_state(
             scheduler_output, dummy_run
         )
         if batch_state is not None and (
-            self._captures_queries(batch_state) or self._reads_codebooks(batch_state)
+            self._captures_queries(batch_state)
+            or any(feature.blocks_full_graph(batch_state) for feature in self.features)
         ):
             batch_state = batch_state._replace(decode_graph_eligible=False)
             uniform_token_count = None
@@ -258,10 +248,6 @@ class CompressionRunnerMixin(GPUModelRunner):
             )
         )
 
-    def _reads_codebooks(self, batch_state: Any) -> bool:
-        codebooks = self.model_state.codebooks
-        return codebooks is not None and codebooks.has_book(batch_state.idx_mapping_np)
-
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -275,12 +261,11 @@ class CompressionRunnerMixin(GPUModelRunner):
                 query_start_loc=input_batch.query_start_loc,
                 idx_mapping=input_batch.idx_mapping,
                 evicted=self.model_state.lengths.evicted.gpu,
-                tables=self._tables,
+                tables=self.tables,
                 out=slot_mappings,
             )
-            self.model_state.begin_codebooks(
-                input_batch, self._tables.tensors, self.block_tables.block_sizes
-            )
+        for feature in self.features:
+            feature.begin_batch(input_batch, any_compacted)
         return block_tables, slot_mappings
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -288,17 +273,18 @@ class CompressionRunnerMixin(GPUModelRunner):
         step = StepPlan.of(scheduler_output)
         self.model_state.setups = dict(step.setups)
         self.model_state.query_slots.update(step.query_slots)
-        self.model_state.num_draft_steps = step.num_draft_steps
-        self.model_state.drop_views(step.views_given_up)
+        for feature in self.features:
+            feature.begin_step(step)
         output = super().execute_model(scheduler_output, *args, **kwargs)
-        if self.model_state.codebooks is not None:
-            self.model_state.codebooks.end_batch()
+        for feature in self.features:
+            feature.end_batch()
         self.model_state.window.end_batch()
         self.model_state.prompt_queries.end_batch()
         if step.plans:
             with self._timer:
                 self._compact(step.plans)
-            self._meter.add(self.compactor.codebooks.take_measures())
+            for feature in self.features:
+                feature.after_compaction()
             # At once: left for the next step, the write could race with a new owner of the row.
             # The second write of this step, for which the pools were made deep enough.
             self.block_tables.apply_staged_writes()
@@ -316,56 +302,42 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
         jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
-        linked = [job for job in jobs if job.plan.purpose is Purpose.LINKED_VIEW]
+        # The blocks of a linked view are there already.
         self.compactor.run([job for job in jobs if job.plan.purpose is not Purpose.LINKED_VIEW])
-        blocks = self.compactor.choose_blocks(linked)
-        evicted = {
-            plan.request_id: [each.lengths.evicted if each else 0 for each in plan.groups]
-            for plan in plans
-            if not plan.purpose.is_view
-        }
-        for plan in plans:
-            row = rows[plan.request_id]
-            self.model_state.forget_queries(plan.request_id)
-            if plan.purpose.is_view:
-                assert self.model_state.views is not None
-                chosen = {
-                    group: ids for (name, group), ids in blocks.items() if name == plan.request_id
-                }
-                self.model_state.views.add(row, plan.groups, evicted.get(plan.request_id), chosen)
-            else:
-                self._rewrite_row(plan, row)
+        for feature in self.features:
+            feature.compact(jobs)
+        for job in jobs:
+            self.model_state.forget_queries(job.plan.request_id)
+            if job.plan.purpose is Purpose.EVICT:
+                self._rewrite_row(job)
 
-    def _rewrite_row(self, plan: CompactionPlan, req_index: int) -> None:
-        assert self.model_state.lengths is not None and self.model_state.codebooks is not None
-        for group, group_plan in enumerate(plan.groups):
-            if group_plan is None:
-                continue
-            row = group_plan.block_row
-            self.block_tables.block_tables[group].stage_write(req_index, 0, row)
-            self.block_tables.num_blocks.np[group, req_index] = len(row)
-            self.model_state.lengths.add_evicted(group, req_index, group_plan.lengths.evicted)
-            if group_plan.lengths.book is not None:
-                self.model_state.codebooks.set_book(group, req_index, group_plan.lengths.book)
+    def _rewrite_row(self, job: CompactionJob) -> None:
+        assert self.model_state.lengths is not None
+        for group, plan in enumerate(job.plan.groups):
+            if plan is not None:
+                row = plan.block_row
+                self.block_tables.block_tables[group].stage_write(job.req_index, 0, row)
+                self.block_tables.num_blocks.np[group, job.req_index] = len(row)
+                self.model_state.lengths.add_evicted(group, job.req_index, plan.lengths.evicted)
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Tell a scheduler that waits for them how many drafts each request really has."""
         drafts = super().take_draft_token_ids()
-        if drafts is not None and isinstance(self.speculator, ViewSpeculator):
-            counts = self.speculator.counts
-            drafts.draft_token_ids = [
-                tokens[: counts.get(request_id, 0)]
-                for request_id, tokens in zip(drafts.req_ids, drafts.draft_token_ids, strict=True)
-            ]
+        if drafts is not None:
+            for feature in self.features:
+                drafts.draft_token_ids = feature.trim_drafts(drafts.req_ids, drafts.draft_token_ids)
         return drafts
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the times of compactions, and measures of codebooks, with the step's output."""
+        """Send what was measured with the step's output."""
         output = super().sample_tokens(*args, **kwargs)
         # With asynchronous scheduling the step's output is inside of what is returned.
         carrier = getattr(output, "model_runner_output", output)
         if carrier is not None:
-            StepReport(tuple(self._timer.take()), self._meter.take() or ()).attach(carrier)
+            measured: dict[str, Any] = {}
+            for feature in self.features:
+                measured |= feature.report()
+            StepReport(seconds=tuple(self._timer.take()), **measured).attach(carrier)
         return output
 
 

@@ -14,24 +14,29 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.spec import GroupMap
-from vllm_kvcompress.worker.codebook_rows import CodebookState
-from vllm_kvcompress.worker.draft_views import DraftViews
+from vllm_kvcompress.worker.features import Feature
 from vllm_kvcompress.worker.group_metadata import Families, derives
-from vllm_kvcompress.worker.prompt_queries import PromptQueries
-from vllm_kvcompress.worker.query_ring import QueryRing
-from vllm_kvcompress.worker.query_taps import QueryTaps
-from vllm_kvcompress.worker.query_window import QueryWindow
-from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.worker.lengths import EvictedLengths
+from vllm_kvcompress.worker.queries.prompt import PromptQueries
+from vllm_kvcompress.worker.queries.ring import QueryRing
+from vllm_kvcompress.worker.queries.taps import QueryTaps
+from vllm_kvcompress.worker.queries.window import QueryWindow
 
 
 class CompressedModelState(DefaultModelState):
     """Default model state plus what compression must remember per request.
+
+    Parameters
+    ----------
+    config : CompressionConfig
+        The server's setting.
+    features : sequence of Feature
+        Modes that it needs.
 
     Attributes
     ----------
@@ -49,23 +54,17 @@ class CompressedModelState(DefaultModelState):
         Of requests that start in the current step, as the scheduler decided them.
     query_slots : dict[str, int]
         Slots of the ring that the scheduler has handed out or taken back, not assigned yet.
-    lengths : CompressionState or None
-        Evicted tokens per row; None until the KV cache exists.
-    codebooks : CodebookState or None
-        Codebooks of all rows; None until the KV cache exists.
-    views : DraftViews or None
-        What drafts read; None unless the mode is "draft".
-    num_draft_steps : int
-        Draft steps worth making behind the current step.
+    lengths : EvictedLengths or None
+        Evicted slots per row; None until the KV cache exists.
     request_configs : dict[str, CompressionConfig]
         The setting each request that will be compressed runs under.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: CompressionConfig, features: Sequence[Feature], *args: Any, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
-        assert config is not None, "this model state is installed only when compression is on"
-        self.config: CompressionConfig = config
+        self.config, self.features = config, features
         self.window = QueryWindow(self.device)
         self.prompt_queries = PromptQueries()
         self.ring = QueryRing(
@@ -77,10 +76,7 @@ class CompressedModelState(DefaultModelState):
         self.taps = QueryTaps([self.window, self.prompt_queries, self.ring])
         self.setups: dict[str, RequestSetup] = {}
         self.query_slots: dict[str, int] = {}
-        self.lengths: CompressionState | None = None
-        self.codebooks: CodebookState | None = None
-        self.views: DraftViews | None = None
-        self.num_draft_steps = 0
+        self.lengths: EvictedLengths | None = None
         self.request_configs: dict[str, CompressionConfig] = {}
         self._rows: dict[str, int] = {}
         self._groups: GroupMap
@@ -122,17 +118,12 @@ class CompressedModelState(DefaultModelState):
         self.ring.assign(req_index, -1)
         if self.lengths is not None:
             self.lengths.reset_row(req_index)
-        if self.codebooks is not None:
-            self.codebooks.reset_row(req_index)
-        if self.views is not None:
-            self.views.reset_row(req_index)
+        for feature in self.features:
+            feature.reset_row(req_index)
 
-    def drop_views(self, request_ids: Sequence[str]) -> None:
-        """Forget views that the scheduler gave up: their blocks belong to others now."""
-        for request_id in request_ids:
-            row = self._rows.get(request_id)
-            if row is not None and self.views is not None:
-                self.views.reset_row(row)
+    def row_of(self, req_id: str) -> int | None:
+        """The request's row; None if it has none any more."""
+        return self._rows.get(req_id)
 
     def forget_queries(self, req_id: str) -> None:
         """Drop what was collected of a request's prompt."""
@@ -146,8 +137,7 @@ class CompressedModelState(DefaultModelState):
         super().initialize_kv_cache(kv_cache_config, block_tables)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         self._groups = GroupMap.of(specs)
-        self.lengths = CompressionState(len(specs), self.max_num_reqs, self.device)
-        self.codebooks = CodebookState(len(specs), self.max_num_reqs, self.device)
+        self.lengths = EvictedLengths(len(specs), self.max_num_reqs, self.device)
 
     def begin_batch(self, input_batch: InputBatch) -> bool:
         """Prepare lengths and query capture of a real batch; True if a request is compacted."""
@@ -160,19 +150,6 @@ class CompressedModelState(DefaultModelState):
                 self.ring.assign(self._rows[request_id], slot)
         self.ring.begin_batch(input_batch)
         return self.lengths.begin_batch(input_batch)
-
-    def begin_codebooks(
-        self,
-        input_batch: InputBatch,
-        block_tables: Sequence[torch.Tensor],
-        block_sizes: Sequence[int],
-    ) -> None:
-        """Find the rows of a real batch that read codebooks; `begin_batch` has seen it."""
-        assert self.lengths is not None and self.codebooks is not None
-        evicted = self.lengths.evicted
-        self.codebooks.begin_batch(input_batch, evicted, block_tables, block_sizes)
-        for group, rows in self.codebooks.rows.items():
-            self.lengths.hide(group, rows.batch_rows)
 
     @property
     def awaits_queries(self) -> bool:
@@ -207,10 +184,10 @@ class CompressedModelState(DefaultModelState):
         groups = self._families_of(attn_groups)
 
         def build(group: int) -> dict[str, Any]:
-            view = self._seen_by(group, input_batch, seq_lens)
+            own = self._seen_by(group, input_batch, seq_lens)
             only = [layers if other == group else [] for other, layers in enumerate(attn_groups)]
             return super(CompressedModelState, self).prepare_attn(
-                view, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
+                own, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 
@@ -228,11 +205,11 @@ class CompressedModelState(DefaultModelState):
     def _seen_by(self, group: int, batch: InputBatch, seq_lens: torch.Tensor) -> InputBatch:
         """A batch whose requests are as long as `group` has them, by `group_seq_lens`."""
         assert self.lengths is not None
-        view = object.__new__(type(batch))  # copy.copy takes as long as a build
-        view.__dict__.update(batch.__dict__)
-        view.seq_lens = seq_lens[group, : batch.seq_lens.shape[0]]
-        view.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(batch, group)
-        return view
+        seen = object.__new__(type(batch))  # copy.copy takes as long as a build
+        seen.__dict__.update(batch.__dict__)
+        seen.seq_lens = seq_lens[group, : batch.seq_lens.shape[0]]
+        seen.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(batch, group)
+        return seen
 
     def _families_of(self, attn_groups: list[list[Any]]) -> Families:
         # Groups and their builders are made anew when the cache is; the list is held, so that no

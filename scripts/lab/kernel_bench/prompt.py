@@ -76,10 +76,11 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     )
     from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
     from vllm_kvcompress.request_options import parse_request, resolve_request
-    from vllm_kvcompress.worker.compactor import Compactor, QuerySources
-    from vllm_kvcompress.worker.group_batch import CompactionJob
-    from vllm_kvcompress.worker.layer_cache import LayerCache
-    from vllm_kvcompress.worker.layout import CacheLayout, StridedLayout
+    from vllm_kvcompress.worker.batch import CompactionJob
+    from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+    from vllm_kvcompress.worker.layout.base import CacheLayout
+    from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+    from vllm_kvcompress.worker.layout.strided import StridedLayout
 
     class InPlace(StridedLayout):
         """Remembers what moved."""

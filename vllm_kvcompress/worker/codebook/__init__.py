@@ -1,0 +1,1 @@
+"""Survivors stored as entries of a codebook and codes."""

@@ -1,0 +1,1 @@
+"""Score, select and copy: what a compaction plan makes a worker do."""

@@ -1,0 +1,52 @@
+"""Device memory that is kept free of cache blocks: what vLLM's profile has not seen.
+
+The profile runs the model's forward pass. Compactions, and block tables beyond those of one KV
+cache group, come later; without a reserve they could find no memory, which ends the engine.
+"""
+
+from typing import Any
+
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
+
+_HOST_TABLES = 2
+"""Block tables per KV cache group: vLLM's and the step's."""
+
+
+def table_bytes(config: CompressionConfig, shape: RankShape, num_further: int = 0) -> int:
+    """Block tables of all layer groups, int32, without the two that vLLM has for any model.
+
+    `num_further` is the number of tables of features per group.
+    """
+    num_groups = max(layer_groups(shape.num_layers, config.layer_groups)) + 1
+    table = 4 * shape.max_num_reqs * -(-shape.max_model_len // shape.block_size)
+    return (_HOST_TABLES * (num_groups - 1) + num_further * num_groups) * table
+
+
+def rank_shape(runner: Any) -> RankShape:
+    """What a model runner runs, before it has a cache. All layers of a model have one shape."""
+    layers = runner._attention_layers()
+    first = next(iter(layers.values()))
+    return RankShape(
+        num_layers=runner._num_layers(),
+        own_layers=sorted(extract_layer_index(name) for name in layers),
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_size,
+        hidden_size=runner.model_config.get_hidden_size(),
+        cache_dtype=first.kv_cache_torch_dtype,
+        block_size=runner.cache_config.block_size,
+        max_model_len=runner.max_model_len,
+        max_num_reqs=runner.max_num_reqs,
+    )
+
+
+def reserved_bytes(runner: Any) -> int:
+    """Bytes that compactions and block tables of a model runner will need beside the cache."""
+    shape, config = rank_shape(runner), runner.model_state.config
+    writers = [feature.writing_bytes for feature in runner.features]
+    num_further = sum(feature.num_block_tables() for feature in runner.features)
+    return compaction_bytes(config, shape, writers) + table_bytes(config, shape, num_further)

@@ -1,0 +1,1 @@
+"""Drafting over compressed views."""

@@ -1,0 +1,1 @@
+"""How one layer's cache lies in memory."""

@@ -1,0 +1,125 @@
+"""The GPU's cache: a strided view [blocks, KV, N, C], C = the token's key followed by its value.
+
+vLLM has six physical layouts for it; indexing the view serves them all.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.compact_pages import compact_pages
+from vllm_kvcompress.kernels.layer_caches import LayerCaches
+from vllm_kvcompress.kernels.paged_rows import PagedBatch
+from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.worker.layout.base import CacheLayout
+
+
+class StridedLayout(CacheLayout):
+    """The GPU's [blocks, KV, N, C] view.
+
+    Parameters
+    ----------
+    head_size : int
+        D; the first D of C elements are the key.
+    block_size : int
+        N of the block table. The view's blocks may be smaller by a whole factor.
+    """
+
+    def __init__(self, head_size: int, block_size: int) -> None:
+        self.head_size = head_size
+        self.block_size = block_size
+
+    def _kernel_blocks(self, cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """Indices of the view's blocks that make up `blocks`."""
+        ratio, rest = divmod(self.block_size, cache.shape[2])
+        assert ratio and not rest, f"blocks of {cache.shape[2]} do not divide {self.block_size}"
+        parts = torch.arange(ratio, device=blocks.device)
+        return (blocks[:, None] * ratio + parts).flatten()
+
+    def kernel_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        ratio = self.block_size // cache.shape[2]
+        if ratio == 1:
+            return table
+        return self._kernel_blocks(cache, table.flatten()).view(len(table), -1).to(torch.int32)
+
+    def _pages(
+        self, cache: torch.Tensor, table: torch.Tensor, num_tokens: torch.Tensor, max_tokens: int
+    ) -> Pages:
+        """The first `num_tokens` [R] of block table rows [R, P], in place."""
+        return Pages(
+            keys=cache[..., : self.head_size],
+            values=cache[..., self.head_size :],
+            block_table=self.kernel_table(cache, table),
+            num_tokens=num_tokens,
+            max_tokens=max_tokens,
+        )
+
+    def pages(
+        self,
+        cache: torch.Tensor,
+        table: torch.Tensor,
+        first_slot: torch.Tensor,
+        num_tokens: torch.Tensor,
+        max_tokens: int,
+    ) -> tuple[Pages, torch.Tensor]:
+        return self._pages(cache, table, num_tokens, max_tokens), first_slot
+
+    def rows(
+        self,
+        cache: torch.Tensor,
+        group: GroupBatch,
+        queries: Sequence[torch.Tensor | None],
+        scale: float,
+    ) -> Sequence[CacheRows]:
+        pages = self._pages(cache, group.block_table, group.num_tokens, max(group.lengths))
+        given = [own.transpose(0, 1) for own in queries if own is not None]  # [w, H, D]
+        stacked = None
+        if given:
+            stacked = given[0][None] if len(given) == 1 else torch.stack(given)
+        return PagedBatch(pages, group.lengths, stacked, scale).rows()
+
+    def rows_so_far(
+        self,
+        cache: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor,
+        scale: float,
+    ) -> CacheRows:
+        count = torch.full((1,), num_tokens, dtype=torch.int32, device=cache.device)
+        pages = self._pages(cache, blocks[None], count, num_tokens)
+        return PagedBatch(pages, [num_tokens], queries.transpose(0, 1)[None], scale).rows()[0]
+
+    def move(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """In one launch for all layers and requests."""
+        first = caches[0]
+        compact_pages(
+            LayerCaches.of(caches, self.head_size, group.addresses),
+            self.kernel_table(first, group.block_table),
+            self.kernel_table(first, group.destination_table),
+            indices,
+            group.num_survivors,
+            first_target=None if rotary is None else group.region_len - group.num_survivors,
+            rotary=rotary,
+        )
+
+    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = cache[self._kernel_blocks(cache, blocks)]  # [b, KV, N', C]
+        rows = rows.transpose(0, 1).flatten(1, 2)  # [KV, n, C]
+        return rows[..., : self.head_size], rows[..., self.head_size :]
+
+    def write(
+        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        rows = torch.cat([keys, values], dim=-1)  # [KV, n, C]
+        rows = rows.unflatten(1, (-1, cache.shape[2])).transpose(0, 1)
+        cache[self._kernel_blocks(cache, blocks)] = rows

@@ -1,0 +1,117 @@
+"""How many slots each request row has given up in each KV cache group, and lengths from that."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.host_copy import to_device
+from vllm_kvcompress.worker.host_mirror import HostMirror
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+class EvictedLengths:
+    """Evicted slots per KV cache group and request row, and the lengths that follow from them.
+
+    Parameters
+    ----------
+    num_groups : int
+        KV cache groups.
+    max_num_reqs : int
+        Request rows of the model runner.
+    device : torch.device
+        Where the attention metadata lives.
+
+    Attributes
+    ----------
+    evicted : HostMirror
+        [num_groups, max_num_reqs] int32; `.np` on the host, `.gpu` on the device.
+    seq_lens : torch.Tensor
+        [num_groups, max_num_reqs] int32, persistent: full CUDA graphs replay its addresses.
+    """
+
+    def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
+        self.evicted = HostMirror((num_groups, max_num_reqs), device)
+        self.seq_lens = torch.zeros(num_groups, max_num_reqs, dtype=torch.int32, device=device)
+        self._physical_seq_lens = for_device("step_slots", device).physical_seq_lens
+        self._dirty = False
+        self._batch: InputBatch | None = None
+        self._is_whole = True
+        self._hidden: dict[int, np.ndarray] = {}
+
+    def reset_row(self, req_index: int) -> None:
+        """A row starts over: nothing is evicted."""
+        self.evicted.np[:, req_index] = 0
+        self._dirty = True
+
+    def add_evicted(self, group: int, req_index: int, num_slots: int) -> None:
+        """Count slots that a row has given up in one group."""
+        self.evicted.np[group, req_index] += num_slots
+        self._dirty = True
+
+    def begin_batch(self, input_batch: "InputBatch") -> bool:
+        """Fill `seq_lens` for a real batch. True if any of its requests is compacted."""
+        if self._dirty:
+            self.evicted.send()
+            self._dirty = False
+        self._physical_seq_lens(
+            input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
+        )
+        self._batch, self._hidden = input_batch, {}
+        self._is_whole = not self.evicted.np[:, input_batch.idx_mapping_np].any()
+        return not self._is_whole
+
+    def hide(self, group: int, batch_rows: np.ndarray) -> None:
+        """Let rows of the current batch look as if they held nothing but their query tokens.
+
+        What vLLM's attention makes of them is replaced: it cannot read how their blocks begin.
+        """
+        assert self._batch is not None
+        counts = self._batch.query_start_loc.diff()
+        rows = to_device(batch_rows, torch.int64, counts.device)
+        self.seq_lens[group, rows] = counts[rows]
+        self._hidden[group] = batch_rows
+
+    def is_current(self, input_batch: "InputBatch") -> bool:
+        """Whether `begin_batch` has seen this batch; dummy batches never go through it."""
+        return self._batch is input_batch
+
+    def group_seq_lens(self, input_batch: "InputBatch") -> torch.Tensor:
+        """Lengths [num_groups, >= padded rows] of a batch; a dummy batch has lost nothing."""
+        if not self.is_current(input_batch):
+            self.seq_lens[:, : input_batch.seq_lens.shape[0]] = input_batch.seq_lens
+        return self.seq_lens
+
+    def group_upper_bound(self, input_batch: "InputBatch", group: int) -> torch.Tensor:
+        """`input_batch.seq_lens_cpu_upper_bound` [rows], less what `group` has evicted.
+
+        A dummy batch has lost nothing, nor has a batch of which no request is compacted: theirs is
+        given back as it is.
+        """
+        bound = input_batch.seq_lens_cpu_upper_bound
+        if not self.is_current(input_batch) or (self._is_whole and group not in self._hidden):
+            return bound
+        own = bound.numpy().copy()
+        own[: len(input_batch.idx_mapping_np)] -= self.evicted.np[group, input_batch.idx_mapping_np]
+        if group in self._hidden:
+            rows = self._hidden[group]
+            own[rows] = np.diff(input_batch.query_start_loc_np)[rows]
+        return torch.from_numpy(own)
+
+    def max_seq_lens(self, input_batch: "InputBatch", num_rows: int) -> list[int]:
+        """Per group the largest of `group_upper_bound`'s first `num_rows`."""
+        bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_rows]
+        if not self.is_current(input_batch) or (self._is_whole and not self._hidden):
+            return [int(bound.max())] * len(self.seq_lens)
+        lost = self.evicted.np[:, input_batch.idx_mapping_np]
+        num_real = lost.shape[1]
+        largest = (bound[:num_real] - lost).max(axis=1)
+        if num_real < num_rows:
+            largest = np.maximum(largest, bound[num_real:].max())
+        lengths = [int(each) for each in largest]
+        for group in self._hidden:
+            lengths[group] = int(self.group_upper_bound(input_batch, group)[:num_rows].max())
+        return lengths

@@ -1,0 +1,1 @@
+"""Where the queries that policies score with come from."""

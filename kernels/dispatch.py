@@ -9,7 +9,14 @@ from types import ModuleType
 
 import torch
 
-_TRITON, _TORCH = "kernels", "kernels.reference"
+_TRITON, _TORCH = "kernels", "kernels.torch_backend"
+_FILES = {
+    "store_rows": "cache.store_rows",
+    "step_slots": "cache.step_slots",
+    "select_tokens": "compaction.select_tokens",
+    "codebook_build": "codebook.build",
+    "codebook_attention": "codebook.attention",
+}
 _on_cpu = _TORCH
 
 
@@ -19,12 +26,12 @@ def for_device(name: str, device: torch.device) -> ModuleType:
     Parameters
     ----------
     name : str
-        File name in ``kernels/`` and ``kernels/reference/``, without the ending.
+        File name in ``kernels/torch_backend/``, without the ending.
     device : torch.device
         Where the tensors are.
     """
     folder = _on_cpu if device.type == "cpu" else _TRITON
-    return import_module(f"vllm_kvcompress.{folder}.{name}")
+    return import_module(f"vllm_kvcompress.{folder}.{name if folder == _TORCH else _FILES[name]}")
 
 
 def interpret_on_cpu(enabled: bool) -> None:

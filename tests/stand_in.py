@@ -18,10 +18,10 @@ import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels import dispatch
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     forced_ranges,
@@ -100,7 +100,8 @@ class StandIn:
 
     def __post_init__(self) -> None:
         shape, config = self.shape, self.config
-        assert dispatch.for_device("select_tokens", META).__name__.endswith("kernels.select_tokens")
+        select = dispatch.for_device("select_tokens", META)
+        assert select.__name__.endswith("kernels.compaction.select_tokens")
         groups = layer_groups(shape.num_layers, config.layer_groups)
         self.num_groups = max(groups) + 1
         width = -(-shape.max_model_len // shape.block_size)

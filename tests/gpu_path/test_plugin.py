@@ -22,9 +22,9 @@ def test_inside_backend_and_kernels_are_the_gpus(name: str) -> None:
         backend = AttentionBackendEnum.CPU_ATTN.get_class()
         assert f"{backend.__module__}.{backend.__name__}" == BACKENDS[name]
         assert backend.get_name() == "TRITON_ATTN"
-        assert for_device("store_rows", CPU).__name__ == "vllm_kvcompress.kernels.store_rows"
+        assert for_device("store_rows", CPU).__name__ == "vllm_kvcompress.kernels.cache.store_rows"
     assert AttentionBackendEnum.CPU_ATTN.get_path() == own
-    assert "reference" in for_device("store_rows", CPU).__name__
+    assert "torch_backend" in for_device("store_rows", CPU).__name__
 
 
 def test_other_processes_find_it_as_a_plugin(tmp_path: Path) -> None:

@@ -17,8 +17,20 @@ from vllm_kvcompress.messages import StepPlan
 
 ROOT = Path(__file__).parents[2]
 KERNELS = "vllm_kvcompress.kernels"
-TWINS = sorted(path.stem for path in (ROOT / "kernels" / "reference").glob("[a-z]*.py"))
-"""Kernel families that have a torch version."""
+TWINS = {
+    "scores.window": "window_scores",
+    "scores.keys": "key_scores",
+    "compaction.select_tokens": "select_tokens",
+    "compaction.compact_pages": "compact_pages",
+    "cache.step_slots": "step_slots",
+    "cache.store_rows": "store_rows",
+    "codebook.build": "codebook_build",
+    "codebook.attention": "codebook_attention",
+    "scores.redundancy": "key_redundancy",
+    "scores.prompt": "prompt_attention",
+    "scores.heads": "head_scores",
+}
+"""Kernels that have a torch version, by module."""
 
 
 @dataclass
@@ -48,14 +60,14 @@ def watching() -> Iterator[Watch]:
     """Watch engines that are opened inside."""
     watch = Watch()
     with ExitStack() as stack:
-        for module in TWINS:
+        for module, twin in TWINS.items():
             triton_version = import_module(f"{KERNELS}.{module}")
-            torch_version = import_module(f"{KERNELS}.reference.{module}")
+            torch_version = import_module(f"{KERNELS}.torch_backend.{twin}")
             for name, function in inspect.getmembers(torch_version, inspect.isfunction):
                 if function.__module__ == torch_version.__name__ and hasattr(triton_version, name):
                     counted = _counted(function, watch.torch_runs)
                     stack.enter_context(patch.object(torch_version, name, counted))
-        for folder in (KERNELS, f"{KERNELS}.reference"):
+        for folder in (f"{KERNELS}.compaction", f"{KERNELS}.torch_backend"):
             module = import_module(f"{folder}.select_tokens")
             kept = _kept(module.select_tokens, watch.survivors)
             stack.enter_context(patch.object(module, "select_tokens", kept))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.codebook_build import Codebook
+from vllm_kvcompress.kernels.codebook.build import Codebook
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.codebook import book_lengths
 
 _LARGEST_LENGTH = torch.finfo(torch.float16).max

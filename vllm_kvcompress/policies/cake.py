@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import avg_pool1d
 
-from vllm_kvcompress.kernels.window_attention import window_attention
+from vllm_kvcompress.kernels.formulas.window_attention import window_attention
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape

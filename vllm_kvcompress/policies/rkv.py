@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import max_pool1d, pad
 
-from vllm_kvcompress.kernels.window_attention import window_logits
+from vllm_kvcompress.kernels.formulas.window_attention import window_logits
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch.nn.functional import avg_pool1d
 
-from vllm_kvcompress.kernels.tiers import ranks
+from vllm_kvcompress.kernels.compaction.tiers import ranks
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.codebook_attention import CodebookPages
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.codebook.attention import CodebookPages
 from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.kernels.pages import Pages
 from vllm_kvcompress.worker.codebook_rows import CodebookState, CodedRows
 from vllm_kvcompress.worker.layer_cache import LayerCache
 

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from vllm_kvcompress.kernels.coded_tokens import CodedTokens, Directions, Distance, code_tokens
-from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
+from vllm_kvcompress.kernels.codebook.coded_tokens import (
+    CodedTokens,
+    Directions,
+    Distance,
+    code_tokens,
+)
+from vllm_kvcompress.kernels.torch_backend.compact_pages import gather_rows
 from vllm_kvcompress.plans import GroupPlan
 from vllm_kvcompress.worker.group_batch import GroupBatch
 from vllm_kvcompress.worker.layer_cache import LayerCache

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 from vllm_kvcompress.plans import PlanKind

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 from vllm.v1.worker.gpu.cudagraph_utils import AttentionState, BatchExecutionDescriptor
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.worker.draft_views import DraftViews
 from vllm_kvcompress.worker.host_mirror import HostMirror

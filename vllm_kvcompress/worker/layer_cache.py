@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.worker.layout import CacheLayout
 
 

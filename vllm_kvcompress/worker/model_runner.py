@@ -24,8 +24,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.host.checks import check_layer, has_plain_rotary
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan

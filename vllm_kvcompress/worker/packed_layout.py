@@ -12,8 +12,8 @@ from abc import abstractmethod
 
 import torch
 
-from vllm_kvcompress.kernels.codebook_tail import TailPages
-from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.codebook.tail import TailPages
 from vllm_kvcompress.worker.layout import CacheLayout
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.worker.layer_cache import LayerCache

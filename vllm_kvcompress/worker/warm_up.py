@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.codebook_build import COVER_BLOCKS
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.codebook.build import COVER_BLOCKS
 from vllm_kvcompress.kernels.dispatch import for_device
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
@@ -73,7 +73,7 @@ def warm_up_steps(
     ring : QueryRing
         Last queries of all rows.
     physical_slots : callable
-        `kernels.step_slots.physical_slots`.
+        `kernels.cache.step_slots.physical_slots`.
     tables : BlockTables
         Of the G KV cache groups.
     slot_mappings : torch.Tensor

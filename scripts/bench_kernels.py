@@ -38,8 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-if importlib.util.find_spec("vllm_kvcompress") is None:
-    sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # torch versions of some kernels are in tests/
 if importlib.util.find_spec("vllm_kvcompress.kernels") is None:
     import vllm_kvcompress
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels import dispatch
+from vllm_kvcompress.kernels import dispatch, triton_backend
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -100,8 +100,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         shape, config = self.shape, self.config
-        select = dispatch.for_device("select_tokens", META)
-        assert select.__name__.endswith("kernels.compaction.select_tokens")
+        assert dispatch.backend_of(META) is triton_backend
         groups = layer_groups(shape.num_layers, config.layer_groups)
         self.num_groups = max(groups) + 1
         width = -(-shape.max_model_len // shape.block_size)
@@ -190,7 +189,7 @@ class StandIn:
             "_tables": BlockTables.of(self.tables, [shape.block_size] * self.num_groups),
             "_reader": self.reader,
             "_attention_layers": lambda: {layer.name: attention for layer in self.layers},
-            "_physical_slots": dispatch.for_device("step_slots", META).physical_slots,
+            "_physical_slots": dispatch.backend_of(META).physical_slots,
             "block_tables": SimpleNamespace(
                 slot_mappings=slots, block_sizes=[shape.block_size] * self.num_groups
             ),

@@ -123,47 +123,38 @@ class PagedRows(CacheRows):
 
     @property
     def num_kv_heads(self) -> int:
-        """See the base class."""
         return self.batch.pages.num_kv_heads
 
     @property
     def num_tokens(self) -> int:
-        """See the base class."""
         return self.length
 
     @property
     def device(self) -> torch.device:
-        """See the base class."""
         return self.batch.pages.keys.device
 
     @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
-        """See the base class."""
         if self._keys is None:
             self._keys = self.batch.pages.gather_keys(self.request, self.length)
         return self._keys
 
     @property
     def values(self) -> torch.Tensor:  # type: ignore[override]
-        """See the base class."""
         if self._values is None:
             self._values = self.batch.pages.gather_values(self.request, self.length)
         return self._values
 
     def attention(self, num_queries: int) -> torch.Tensor:
-        """See the base class."""
         return self.batch.attention(num_queries)[self.request, :, : self.length]
 
     def head_attention(self, num_queries: int) -> torch.Tensor:
-        """See the base class."""
         return self.batch.head_attention(num_queries)[self.request, :, : self.length]
 
     def attention_sums(self) -> torch.Tensor:
-        """See the base class."""
         return self.batch.attention_sums()[self.request, :, : self.length]
 
     def window_attention(self, window_size: int) -> torch.Tensor:
-        """See the base class."""
         assert self.queries is not None
         window = self.queries.shape[1]
         num_review = self.length - window
@@ -173,13 +164,10 @@ class PagedRows(CacheRows):
         return self.batch.window_attention(window_size)[self.request, :, :num_windows]
 
     def key_similarity(self) -> torch.Tensor:
-        """See the base class."""
         return self.batch.key_similarity()[self.request, :, : self.length]
 
     def key_redundancy(self, threshold: float) -> torch.Tensor:
-        """See the base class."""
         return self.batch.key_redundancy(threshold)[self.request, :, : self.length]
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
-        """See the base class."""
         return self.batch.lag_contrast(num_sinks, lag_size)[self.request, :, : self.length]

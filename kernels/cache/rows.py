@@ -9,15 +9,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize, pad
+from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.formulas import lag_contrast
+from vllm_kvcompress.kernels.formulas import key_similarity, lag_contrast
+from vllm_kvcompress.kernels.formulas.key_redundancy import dense_redundancy
+from vllm_kvcompress.kernels.formulas.prompt_attention import dense_attention_sums
 from vllm_kvcompress.kernels.formulas.window_attention import (
     window_attention_scores,
     window_head_scores,
 )
-from vllm_kvcompress.kernels.torch_backend.key_redundancy import dense_redundancy
-from vllm_kvcompress.kernels.torch_backend.prompt_attention import dense_attention_sums
 
 
 class CacheRows(ABC):
@@ -68,7 +68,7 @@ class CacheRows(ABC):
     def attention_sums(self) -> torch.Tensor:
         """[KV, n] float32: attention of all w queries, summed over them, mean over heads.
 
-        For the many queries of a prompt's chunk; see `kernels.scores.prompt`. (H2O, 2306.14048)
+        For the many queries of a prompt's chunk; see `formulas.prompt_attention`. (H2O, 2306.14048)
         """
 
     @abstractmethod
@@ -85,11 +85,11 @@ class CacheRows(ABC):
 
     @abstractmethod
     def key_redundancy(self, threshold: float) -> torch.Tensor:
-        """[KV, n] float32: see `kernels.scores.redundancy`. (R-KV, 2505.24133)"""
+        """[KV, n] float32: see `formulas.key_redundancy`. (R-KV, 2505.24133)"""
 
     @abstractmethod
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
-        """[KV, n] float32: see `kernels.formulas.lag_contrast`. (LagKV, arXiv 2504.04704)"""
+        """[KV, n] float32: see `formulas.lag_contrast`. (LagKV, arXiv 2504.04704)"""
 
 
 def window_means(scores: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -114,25 +114,20 @@ class DenseRows(CacheRows):
 
     @property
     def num_kv_heads(self) -> int:
-        """See the base class."""
         return self.keys.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """See the base class."""
         return self.keys.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """See the base class."""
         return self.keys.device
 
     def attention(self, num_queries: int) -> torch.Tensor:
-        """See the base class."""
         return window_attention_scores(self._last(num_queries), self.keys, self.scale)
 
     def head_attention(self, num_queries: int) -> torch.Tensor:
-        """See the base class."""
         return window_head_scores(self._last(num_queries), self.keys, self.scale)
 
     def _last(self, num_queries: int) -> torch.Tensor:
@@ -140,27 +135,20 @@ class DenseRows(CacheRows):
         return self.queries[:, self.queries.shape[1] - num_queries :]
 
     def attention_sums(self) -> torch.Tensor:
-        """See the base class."""
         assert self.queries is not None
         return dense_attention_sums(self.queries, self.keys, self.scale)
 
     def window_attention(self, window_size: int) -> torch.Tensor:
-        """See the base class."""
         assert self.queries is not None
         window = self.queries.shape[1]
         scores = self.attention(window)
         return window_means(scores[:, : scores.shape[1] - window], window_size)
 
     def key_similarity(self) -> torch.Tensor:
-        """See the base class."""
-        keys = self.keys.float()
-        anchor = normalize(keys, dim=-1).mean(dim=1, keepdim=True)
-        return cosine_similarity(keys, anchor, dim=-1)
+        return key_similarity.key_similarity(self.keys)
 
     def key_redundancy(self, threshold: float) -> torch.Tensor:
-        """See the base class."""
         return dense_redundancy(self.keys, threshold)
 
     def lag_contrast(self, num_sinks: int, lag_size: int) -> torch.Tensor:
-        """See the base class."""
         return lag_contrast.lag_contrast(self.keys, self.values, num_sinks, lag_size)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.checks import check_out, check_ring
 
 ROW_TILE = 256
 """Rows a program takes."""
@@ -227,29 +228,3 @@ def ring_slots(
         positions.shape[0], out.shape[0], size,
         BLOCK=TOKEN_TILE,
     )  # fmt: skip
-
-
-def check_out(out: torch.Tensor, num_groups: int, num_entries: int) -> None:
-    """Refuse an output that would be overrun.
-
-    Raises
-    ------
-    ValueError
-        Naming both shapes.
-    """
-    if out.shape[0] != num_groups or out.shape[1] < num_entries:
-        raise ValueError(f"{num_groups} groups of {num_entries} do not fit {tuple(out.shape)}")
-
-
-def check_ring(out: torch.Tensor, num_tokens: int, size: int) -> None:
-    """Refuse what `ring_slots` does not take.
-
-    Raises
-    ------
-    ValueError
-        If `out` has fewer entries than there are tokens, or for a ring without any room.
-    """
-    if size < 1:
-        raise ValueError(f"a ring holds at least one query per request, got {size}")
-    if out.shape[0] < num_tokens:
-        raise ValueError(f"{num_tokens} tokens do not fit {out.shape[0]} slots")

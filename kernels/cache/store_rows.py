@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.kernels.cache.checks import check_rows
+
 TOKENS = 16
 """Tokens per program: few enough to spread a decode step, many enough to skip a prefill fast."""
 
@@ -71,21 +73,3 @@ def store_rows(rows: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> No
         rows, slots, out, num_tokens, rows.stride(0), rows.stride(1), num_heads,
         D=head_dim, TOKENS=TOKENS, COLUMNS=columns, num_warps=8,
     )  # fmt: skip
-
-
-def check_rows(rows: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """Refuse what `store_rows` does not take.
-
-    Raises
-    ------
-    ValueError
-        If shapes, types or strides do not fit.
-    """
-    if rows.dtype != out.dtype or rows.shape[1:] != out.shape[1:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} of {rows.dtype} do not fit {tuple(out.shape)} of {out.dtype}"
-        )
-    if slots.shape[0] < rows.shape[0]:
-        raise ValueError(f"{rows.shape[0]} rows, but {slots.shape[0]} slots")
-    if rows.stride(2) != 1 or not out.is_contiguous():
-        raise ValueError("elements of a head must be neighbours in memory, and out contiguous")

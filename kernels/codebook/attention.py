@@ -24,60 +24,25 @@ Dimensions: R requests, H query heads, KV key-value heads, g = H / KV, D head_di
 per block, E entries, n tokens, W int16 per slot row, T tokens per row of codes, S splits.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.codebook.format import codes_per_row
-from vllm_kvcompress.kernels.codebook.split_merge import merge_splits, softmax_step, store_split
-from vllm_kvcompress.kernels.codebook.tail import TailPages, attend_tail, check_tail, tail_splits
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages, check_codebook
+from vllm_kvcompress.kernels.codebook.split_merge import (
+    add_values,
+    empty_softmax,
+    merge_splits,
+    softmax_step,
+    store_split,
+)
+from vllm_kvcompress.kernels.codebook.tail import attend_tail, tail_splits
 from vllm_kvcompress.kernels.common import (
     LOG2E,
-    check_window,
     load_channels,
     split_length,
     token_slots,
 )
-
-
-@dataclass(frozen=True)
-class CodebookPages:
-    """Codebooks and codes of a ragged batch of requests, both in blocks of one layer's cache.
-
-    Codes of token t are element t % T of six runs of T int16 each, in row t // T of the request:
-    K entry, V entry, K length, V length (bits of float16), position's low and its high 16 bits.
-    Entry numbers count from 0 to 65535, as if the int16 had no sign.
-
-    Attributes
-    ----------
-    entries : Pages
-        Unit vectors: the K book among the keys, the V book among the values. Entry e of request r
-        is in block ``block_table[r, e // N]``, slot ``e % N``; ``num_tokens`` counts a request's
-        entries, the larger number of all its books.
-    codes : torch.Tensor
-        [B, KV, N, W] int16 view of the same cache's slot rows, any strides. Row c of request r is
-        in block ``code_table[r, c // N]``, slot ``c % N``.
-    code_table : torch.Tensor
-        [R, P2] int32; entries behind a request's last row are never followed.
-    num_tokens : torch.Tensor
-        [R] int32 on the caches' device, tokens of each request; may be 0.
-    max_tokens : int
-        The largest of them, known on the host.
-    """
-
-    entries: Pages
-    codes: torch.Tensor
-    code_table: torch.Tensor
-    num_tokens: torch.Tensor
-    max_tokens: int
-
-    @property
-    def codes_per_row(self) -> int:
-        """T."""
-        return codes_per_row(self.codes.shape[3])
 
 
 @triton.jit
@@ -180,9 +145,7 @@ def _split_kernel(
         rest = tl.arange(0, BLOCK_REST)
         query_rest = load_channels(query_rows + 2 * HALF, 1, rest, group < G, D - 2 * HALF)
 
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    highest, total, out = empty_softmax(BLOCK_M, BLOCK_D)
     for first in range(start, tl.minimum(start + split_len, num_tokens), BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         valid = tokens < num_tokens
@@ -220,51 +183,12 @@ def _split_kernel(
         weights, shrink, highest, total = softmax_step(logits, highest, total)
         blocks, offsets = token_slots(entry_table, value_index, num_entries, N)
         rows = value_head + blocks * stride_vb + offsets * stride_vn
-        values = load_channels(rows, stride_vd, dims, valid, D).to(query_a.dtype)
         weights = (weights * value_length[None, :]).to(query_a.dtype)
-        out = tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
+        out = add_values(out, weights, shrink, rows, stride_vd, dims, valid, D)
 
     store_split(
         part_ptr, lse_ptr, place, group < G, out, highest, total, value_scale, dims, D
     )  # fmt: skip
-
-
-def check_codebook(
-    queries: torch.Tensor,
-    book: CodebookPages,
-    inv_freq: torch.Tensor,
-    tail: TailPages | None,
-) -> None:
-    """Refuse what `codebook_attention` does not take.
-
-    Raises
-    ------
-    ValueError
-        If queries, books, codes, frequencies and tails do not fit.
-    """
-    entries = book.entries
-    check_window(queries[:, None], entries.num_requests, entries.num_kv_heads, entries.head_dim)
-    rows = entries.num_requests
-    for name, numbers in (("entries", entries.num_tokens), ("tokens", book.num_tokens)):
-        if numbers.shape != (rows,) or not numbers.is_contiguous():
-            raise ValueError(
-                f"numbers of {name} {tuple(numbers.shape)} are not one for each of {rows} requests,"
-                " side by side"
-            )
-    if book.code_table.shape[0] != rows:
-        raise ValueError(f"a code table of {book.code_table.shape[0]} rows for {rows} requests")
-    if book.codes.dtype != torch.int16 or book.codes.shape[:3] != entries.keys.shape[:3]:
-        raise ValueError(
-            f"codes {tuple(book.codes.shape)} {book.codes.dtype} are no int16 view of a cache of"
-            f" {tuple(entries.keys.shape[:3])} rows"
-        )
-    if inv_freq.dtype != torch.float32 or 2 * inv_freq.numel() > entries.head_dim:
-        raise ValueError(
-            f"{inv_freq.numel()} frequencies of {inv_freq.dtype} do not fit head_dim"
-            f" {entries.head_dim}: float32, one for two channels"
-        )
-    if tail is not None:
-        check_tail(tail, entries.num_requests, entries.num_kv_heads, entries.head_dim)
 
 
 def codebook_attention(

@@ -29,14 +29,11 @@ caches of one multiprocessor; an H200 works on 132 problems side by side.
 Dimensions: P problems, n vectors, D their length, E max_entries, W = ceil(n / 32) words of a row.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-SHORTEST = 1e-18
-"""Vectors that are shorter count as zero: in float32 their square is not worth dividing by."""
+from vllm_kvcompress.kernels.codebook.book import SHORTEST, Codebook, check_vectors
 
 IDENTICAL_FROM = 0.9999
 """Above it, rounding may hide that vectors are equal: they are compared element by element."""
@@ -48,34 +45,6 @@ _ANY_SIZE = {  # what changes from request to request compiles nothing anew
     "do_not_specialize": ["num_places", "num_words", "max_entries"],
     "do_not_specialize_on_alignment": ["num_vectors_ptr"],
 }
-
-
-@dataclass(frozen=True)
-class Codebook:
-    """Entries of P independent problems and what each vector has become.
-
-    Attributes
-    ----------
-    entries : torch.Tensor
-        [P, E] int32, places of the chosen vectors in order of choice, then -1.
-    num_entries : torch.Tensor
-        [P] int32.
-    index : torch.Tensor
-        [P, n] int32, number of each vector's entry; -1 behind a problem's vectors.
-    magnitude : torch.Tensor
-        [P, n] float32, length of each vector; 0 behind them.
-    cosine : torch.Tensor
-        [P, n] float32 to the entry, at most 1, which it is for entries and zero vectors; 0 behind.
-    num_forced : torch.Tensor
-        [P] int32, vectors that were given an entry they are not adjacent to.
-    """
-
-    entries: torch.Tensor
-    num_entries: torch.Tensor
-    index: torch.Tensor
-    magnitude: torch.Tensor
-    cosine: torch.Tensor
-    num_forced: torch.Tensor
 
 
 @triton.jit
@@ -173,6 +142,14 @@ def _graph_kernel(
     tl.store(degree_ptr + problem * num_places + rows, degree, mask=rows < num_places)
 
 
+@triton.jit
+def _degree_and_covered(degree_row, entry_row, places, num_places, count):
+    """Degrees of the vectors at some places; and 1 for those adjacent to the entry, else 0."""
+    degree = tl.load(degree_row + places, mask=places < num_places, other=0)
+    word = tl.load(entry_row + places // 32, mask=places < count, other=0)
+    return degree, (word >> (places % 32)) & 1
+
+
 @triton.jit(**_ANY_SIZE)
 def _cover_kernel(
     graph_ptr,  # [P, n, W] int32
@@ -216,9 +193,8 @@ def _cover_kernel(
         num_leaving = 0
         for first in range(0, count, BLOCK):
             places = first + lanes
-            degree = tl.load(degree_row + places, mask=places < num_places, other=0)
-            word = tl.load(entry_row + places // 32, mask=places < count, other=0)
-            leaves = ((word >> (places % 32)) & 1) * (degree > 0).to(tl.int32)
+            degree, covered = _degree_and_covered(degree_row, entry_row, places, num_places, count)
+            leaves = covered * (degree > 0).to(tl.int32)
             rank = num_leaving + tl.cumsum(leaves, 0) - 1
             tl.store(leaving_row + rank, places, mask=leaves > 0)
             tl.store(index_row + places, taken, mask=leaves > 0)
@@ -227,8 +203,7 @@ def _cover_kernel(
         best = tl.zeros([BLOCK], tl.int32)
         for first in range(0, count, BLOCK):
             places = first + lanes
-            degree = tl.load(degree_row + places, mask=places < num_places, other=0)
-            word = tl.load(entry_row + places // 32, mask=places < count, other=0)
+            degree, covered = _degree_and_covered(degree_row, entry_row, places, num_places, count)
             lost = tl.zeros([BLOCK], tl.int32)
             for start in range(0, num_leaving, BATCH):
                 going = start + batch < num_leaving
@@ -239,7 +214,7 @@ def _cover_kernel(
                     other=0,
                 )
                 lost += tl.sum((words >> (places % 32)[None, :]) & 1, 0).to(tl.int32)
-            gone = (degree == 0) | (((word >> (places % 32)) & 1) > 0)
+            gone = (degree == 0) | (covered > 0)
             degree = tl.where(gone, 0, tl.maximum(degree - lost, 1))  # what is left has itself
             tl.store(degree_row + places, degree, mask=places < num_places)
             best_place = tl.where(degree > best, places, best_place)
@@ -316,20 +291,6 @@ def _nearest_kernel(
     cosine = tl.where(valid, tl.where(exact, 1.0, cosine), 0.0)
     tl.store(cosine_ptr + at, cosine, mask=places < num_places)
     tl.store(index_ptr + at, tl.where(valid, index, -1), mask=places < num_places)
-
-
-def check_vectors(vectors: torch.Tensor, num_vectors: torch.Tensor, max_entries: int) -> None:
-    """Refuse with a ValueError what `build_codebook` does not take."""
-    if vectors.ndim != 3 or num_vectors.shape != vectors.shape[:1]:
-        raise ValueError(
-            f"num_vectors {tuple(num_vectors.shape)} does not fit vectors {tuple(vectors.shape)}"
-        )
-    if vectors.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"vectors must be float32, float16 or bfloat16, got {vectors.dtype}")
-    if vectors.stride(2) != 1:
-        raise ValueError("elements of a vector must be neighbours in memory")
-    if max_entries < 1:
-        raise ValueError(f"max_entries must be at least 1, got {max_entries}")
 
 
 def build_codebook(

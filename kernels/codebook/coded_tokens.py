@@ -17,9 +17,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.codebook.build import SHORTEST, Codebook
+from vllm_kvcompress.kernels.codebook.book import SHORTEST, Codebook
 from vllm_kvcompress.kernels.codebook.packing import pack_codes, unpack_codes
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 MAX_GRAPH_BYTES = 2**28
@@ -164,7 +164,7 @@ def _build(
     vectors: torch.Tensor, counts: torch.Tensor, threshold: float, max_entries: int
 ) -> Codebook:
     """Books of [P, n, D] vectors, as many at a time as graphs of `MAX_GRAPH_BYTES` allow."""
-    build = for_device("codebook_build", vectors.device).build_codebook
+    build = backend_of(vectors.device).build_codebook
     size = max(MAX_GRAPH_BYTES * 8 // (vectors.shape[1] ** 2 + 1), 1)
     parts = [
         build(some.contiguous(), own, threshold, max_entries)

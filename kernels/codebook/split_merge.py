@@ -16,6 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.kernels.common import load_channels
+
+
+@triton.jit
+def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Maximum [BLOCK_M], sum [BLOCK_M] and weighted values [BLOCK_M, BLOCK_D] of no tokens."""
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    return highest, total, tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
 
 @triton.jit
 def softmax_step(logits, highest, total):
@@ -27,6 +37,13 @@ def softmax_step(logits, highest, total):
     weights = tl.exp2(logits - top[:, None])
     shrink = tl.exp2(highest - top)
     return weights, shrink, top, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def add_values(out, weights, shrink, rows, stride_d, dims, valid, D):
+    """Weighted values [BLOCK_M, BLOCK_D] with those of one more tile, whose rows start there."""
+    values = load_channels(rows, stride_d, dims, valid, D).to(weights.dtype)
+    return tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
 
 
 @triton.jit

@@ -12,36 +12,18 @@ Dimensions: R requests, H query heads, KV key-value heads, g = H / KV, D head_di
 per block, P entries of a block table row, n tokens, S splits.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.codebook.split_merge import softmax_step, store_split
+from vllm_kvcompress.kernels.codebook.pages import TailPages
+from vllm_kvcompress.kernels.codebook.split_merge import (
+    add_values,
+    empty_softmax,
+    softmax_step,
+    store_split,
+)
 from vllm_kvcompress.kernels.common import LOG2E, load_channels, split_length, token_slots
-
-
-@dataclass(frozen=True)
-class TailPages:
-    """Ordinary tokens of a ragged batch of requests, from some slot of each block table row on.
-
-        token t of request r  ->  cache[block_table[r, s // N], head, s % N],  s = first_slot[r] + t
-
-    A request may have several rows, one per query token: they differ in their numbers of tokens.
-
-    Attributes
-    ----------
-    pages : Pages
-        Caches, whole block table rows, and the tails' numbers of tokens, which may be 0. Of a row,
-        entries before slot ``first_slot`` and from slot ``first_slot + n`` on are never followed.
-    first_slot : torch.Tensor
-        [R] int32 on the caches' device: slots before the tail, counted along the row; any number.
-    """
-
-    pages: Pages
-    first_slot: torch.Tensor
 
 
 @triton.jit(
@@ -87,9 +69,7 @@ def _tail_kernel(
     query_rows = query_ptr + request * stride_qr + (head * G + group) * stride_qh
     query = load_channels(query_rows, 1, dims, group < G, D)
 
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    highest, total, out = empty_softmax(BLOCK_M, BLOCK_D)
     for first in range(start, tl.minimum(start + split_len, num_tokens), BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         valid = tokens < num_tokens
@@ -100,36 +80,11 @@ def _tail_kernel(
         logits = tl.where(valid[None, :], logits, float("-inf"))
         weights, shrink, highest, total = softmax_step(logits, highest, total)
         rows = value_head + blocks * stride_vb + offsets * stride_vn
-        values = load_channels(rows, stride_vd, dims, valid, D).to(query.dtype)
-        out = tl.dot(weights.to(query.dtype), values, out * shrink[:, None], input_precision="ieee")
+        weights = weights.to(query.dtype)
+        out = add_values(out, weights, shrink, rows, stride_vd, dims, valid, D)
     store_split(
         part_ptr, lse_ptr, place, group < G, out, highest, total, value_scale, dims, D
     )  # fmt: skip
-
-
-def check_tail(tail: TailPages, num_requests: int, num_kv_heads: int, head_dim: int) -> None:
-    """Refuse a tail that does not belong to some requests.
-
-    Raises
-    ------
-    ValueError
-        If requests, heads or head_dim differ, or first slots or lengths are not one int32 for each
-        request.
-    """
-    pages = tail.pages
-    found = pages.num_requests, pages.num_kv_heads, pages.head_dim
-    if found != (num_requests, num_kv_heads, head_dim):
-        raise ValueError(
-            f"a tail of {found[0]} requests, {found[1]} KV heads and head_dim {found[2]} is not one"
-            f" of {num_requests} requests, {num_kv_heads} KV heads and head_dim {head_dim}"
-        )
-    for name, numbers in (("first_slot", tail.first_slot), ("num_tokens", pages.num_tokens)):
-        fits = numbers.dtype == torch.int32 and numbers.shape == (num_requests,)
-        if not fits or not numbers.is_contiguous():
-            raise ValueError(
-                f"{name} of a tail is {tuple(numbers.shape)} {numbers.dtype}, and not one int32 for"
-                f" each of {num_requests} requests, side by side"
-            )
 
 
 def tail_splits(tail: TailPages, dtype: torch.dtype) -> tuple[int, int]:
@@ -163,7 +118,7 @@ def attend_tail(
     queries : torch.Tensor
         [R, H, D] float32, float16 or bfloat16, after RoPE. Elements of a row must be neighbours.
     tail : TailPages
-        Where the R requests' tails are; checked by `check_tail`.
+        Where the R requests' tails are; checked by `pages.check_tail`.
     scale : float
         Softmax scale of the layer.
     part, part_lse : torch.Tensor

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvcompress.kernels.compaction.checks import check_scores
+
 TILE = 4096
 """Tokens a program takes at once; at most 2 ** 14, as two counts share 32 bits in the last pass."""
 
@@ -165,22 +167,3 @@ def select_tokens(
         TILE=TILE, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
-
-
-def check_scores(scores: torch.Tensor, forced: torch.Tensor) -> None:
-    """Refuse what `select_tokens` does not take.
-
-    Raises
-    ------
-    ValueError
-        If shapes or types do not fit, or the scores of a row are not neighbours.
-    """
-    if scores.dtype != torch.float32 or forced.dtype != torch.bool:
-        raise ValueError(f"scores must be float32, forced bool: {scores.dtype}, {forced.dtype}")
-    if scores.ndim != 4 or forced.shape != (scores.shape[1], scores.shape[3]):
-        raise ValueError(
-            f"forced {tuple(forced.shape)} does not fit scores {tuple(scores.shape)}: "
-            "[L, R, KV, n] and [R, n]"
-        )
-    if scores.shape[3] > 1 and (scores.stride(3) != 1 or forced.stride(1) != 1):
-        raise ValueError("scores and forced of neighbouring tokens must be neighbours in memory")

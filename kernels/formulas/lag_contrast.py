@@ -52,3 +52,17 @@ def _contrast(states: torch.Tensor, lag_size: int) -> torch.Tensor:
     span = (highest - lowest).clamp(min=SMALLEST_RANGE)
     scaled = (blocks[:-1] - lowest[:, None]) / span[:, None]
     return scaled.std(dim=-1).softmax(dim=-1)
+
+
+def check_lag(num_sinks: int, lag_size: int) -> None:
+    """Refuse what `lag_scores` does not take.
+
+    Raises
+    ------
+    ValueError
+        Naming what is allowed.
+    """
+    if num_sinks < 0 or lag_size < 2:
+        raise ValueError(
+            f"num_sinks must be 0 or more and lag_size 2 or more, got {num_sinks} and {lag_size}"
+        )

@@ -1,8 +1,8 @@
 """Attention that the last tokens of each request pay to all of it, for every query head alone.
 
-    head_scores[h, j] = mean over the w queries of A[h, i, j],  A as in `window_scores`
+    head_scores[h, j] = mean over the w queries of A[h, i, j],  A as in `scores.window`
 
-The kernels of `window_scores` average over the query heads of a KV head. They are handed every
+The kernels of `scores.window` average over the query heads of a KV head. They are handed every
 request g times here, in turns with one query head of every KV head: three launches, as there, and g
 times as many reads of the keys.
 
@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from vllm_kvcompress.kernels.cache.checks import check_window
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import check_window
 from vllm_kvcompress.kernels.scores.window import token_scores
 
 
@@ -24,7 +24,7 @@ def head_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tens
     Parameters
     ----------
     queries, pages, scale
-        As for `window_scores.token_scores`.
+        As for `scores.window.token_scores`.
 
     Returns
     -------

@@ -29,27 +29,12 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import split_length, token_slots
-from vllm_kvcompress.kernels.formulas.lag_contrast import SMALLEST_RANGE
-
-UNIT_EPS = 1e-12
-"""Smallest norm that keys are divided by for the anchor (`torch.nn.functional.normalize`)."""
-
-COSINE_EPS = 1e-8
-"""Smallest norm of either side of a cosine (`torch.nn.functional.cosine_similarity`)."""
+from vllm_kvcompress.kernels.common import load_rows, split_length
+from vllm_kvcompress.kernels.formulas.key_similarity import COSINE_EPS, UNIT_EPS
+from vllm_kvcompress.kernels.formulas.lag_contrast import SMALLEST_RANGE, check_lag
 
 _TILE_NUMBERS = 32 * 128  # 32 for each thread; with 64, rows of 8 bits would spill registers
 _STAGES = 3  # tiles of a loop that are on their way at once
-
-
-@triton.jit
-def _load_rows(cache_head, table_row, tokens, limit, stride_b, stride_n, stride_d, dims, D,
-               N: tl.constexpr):  # fmt: skip
-    """[tokens, BLOCK_D] float32 rows of one head; tokens from `limit` on are zero."""
-    blocks, offsets = token_slots(table_row, tokens, limit, N)
-    at = (blocks * stride_b + offsets * stride_n)[:, None] + dims[None, :] * stride_d
-    mask = (tokens < limit)[:, None] & (dims < D)[None, :]
-    return tl.load(cache_head + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -88,9 +73,9 @@ def _unit_sum_kernel(
     end = tl.minimum(start + split_len, num_tokens)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         tokens = first + tl.arange(0, BLOCK_N)
-        keys = _load_rows(
+        keys = load_rows(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
-        )
+        ).to(tl.float32)
         norms = tl.sqrt(tl.sum(keys * keys, 1))
         total += keys * (1.0 / tl.maximum(norms, eps))[:, None]
     place = (request.to(tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + split
@@ -129,9 +114,9 @@ def _similarity_kernel(
     end = tl.minimum(start + split_len, num_tokens)
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         tokens = first + tl.arange(0, BLOCK_N)
-        keys = _load_rows(
+        keys = load_rows(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
-        )
+        ).to(tl.float32)
         norms = tl.sqrt(tl.sum(keys * keys, 1))
         cosines = tl.sum(keys * anchor[None, :], 1) / tl.maximum(norms, eps)
         tl.store(out_row + tokens, cosines, mask=tokens < end)
@@ -153,9 +138,9 @@ def _spread(cache_head, table_row, spread_row, start, lag, scale, smallest_range
     end = start + 2 * lag
     for first in tl.range(start + lag, end, BLOCK_N, num_stages=STAGES):
         tokens = first + tl.arange(0, BLOCK_N)
-        rows = _load_rows(
+        rows = load_rows(
             cache_head, table_row, tokens, end, stride_b, stride_n, stride_d, dims, D, N
-        )
+        ).to(tl.float32)
         rows *= scale
         inside = (tokens < end)[:, None]
         low = tl.minimum(low, tl.min(tl.where(inside, rows, float("inf")), 0))
@@ -167,9 +152,9 @@ def _spread(cache_head, table_row, spread_row, start, lag, scale, smallest_range
     end = start + lag
     for first in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         tokens = first + tl.arange(0, BLOCK_N)
-        rows = _load_rows(
+        rows = load_rows(
             cache_head, table_row, tokens, end, stride_b, stride_n, stride_d, dims, D, N
-        )
+        ).to(tl.float32)
         rows = (rows * scale - low[None, :]) * inverse[None, :]
         rows = tl.where((dims < D)[None, :], rows, 0.0)
         rows = tl.where((dims < D)[None, :], rows - (tl.sum(rows, 1) / D)[:, None], 0.0)
@@ -325,17 +310,3 @@ def lag_scores(pages: Pages, num_sinks: int, lag_size: int) -> torch.Tensor:
         N=pages.block_size, BLOCK_N=tile, BLOCK_D=block_d, STAGES=_STAGES,
     )  # fmt: skip
     return out
-
-
-def check_lag(num_sinks: int, lag_size: int) -> None:
-    """Refuse what `lag_scores` does not take.
-
-    Raises
-    ------
-    ValueError
-        Naming what is allowed.
-    """
-    if num_sinks < 0 or lag_size < 2:
-        raise ValueError(
-            f"num_sinks must be 0 or more and lag_size 2 or more, got {num_sinks} and {lag_size}"
-        )

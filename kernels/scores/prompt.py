@@ -6,7 +6,7 @@
 (H2O's accumulated attention, arXiv 2306.14048.) Summed over the chunks of a prompt it is the same
 as over the whole prompt at once, because a query sees no later key.
 
-Two passes over pairs of a query and a key it sees. The first is that of `window_scores`: the
+Two passes over pairs of a query and a key it sees. The first is `softmax_sums`: the
 logarithm of each query's sum of exponentials. In the second a program has a tile of keys and goes
 through the queries that see them, so that no sum is shared between programs and each is taken in
 the same order every time. Products are taken on tensor cores in the queries' type, sums in float32.
@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.scores.window import (
+from vllm_kvcompress.kernels.common import load_rows
+from vllm_kvcompress.kernels.scores.softmax_sums import (
     NUM_WARPS,
     first_pass,
-    load_keys,
     load_queries,
     scalars,
     tiles,
@@ -63,7 +63,7 @@ def _key_sum_kernel(
     query_row = query_ptr + request.to(tl.int64) * stride_qr + head * G * stride_qh
     table_row = table_ptr + request.to(tl.int64) * stride_table
     place = request.to(tl.int64) * tl.num_programs(1) + head
-    keys = load_keys(
+    keys = load_rows(
         key_ptr + head.to(tl.int64) * stride_kh, table_row, tokens, num_tokens,
         stride_kb, stride_kn, stride_kd, dims, D, N,
     ).to(query_ptr.dtype.element_ty)  # fmt: skip

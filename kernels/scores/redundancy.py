@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import token_slots
-from vllm_kvcompress.kernels.scores.keys import UNIT_EPS, unit_sums
+from vllm_kvcompress.kernels.common import load_rows
+from vllm_kvcompress.kernels.formulas.key_redundancy import check_threshold
+from vllm_kvcompress.kernels.formulas.key_similarity import UNIT_EPS
+from vllm_kvcompress.kernels.scores.keys import unit_sums
 
 _PARTS = 4  # tiles of keys between two looks at whether all have been found
 _SHARED_BYTES = 160 << 10  # of the 227 KiB a program may have on Hopper
@@ -39,10 +41,9 @@ def _load_keys(key_head, table_row, tokens, num_tokens, stride_b, stride_n, stri
                N: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
     """[tokens, BLOCK_D] keys of one head; tokens outside [0, num_tokens) are zero."""
     tokens = tl.where(tokens < 0, num_tokens, tokens)
-    blocks, offsets = token_slots(table_row, tokens, num_tokens, N)
-    at = (blocks * stride_b + offsets * stride_n)[:, None] + dims[None, :] * stride_d
-    mask = (tokens < num_tokens)[:, None] & (dims < D)[None, :]
-    keys = tl.load(key_head + at, mask=mask, other=0.0)
+    keys = load_rows(
+        key_head, table_row, tokens, num_tokens, stride_b, stride_n, stride_d, dims, D, N
+    )
     if WIDEN:  # every 8-bit float is a float16
         keys = keys.to(tl.float16)
     return keys
@@ -229,15 +230,3 @@ def key_redundancy(pages: Pages, threshold: float) -> torch.Tensor:
         FIXED_POINT, dim, *where, BLOCK=narrow, **shape,
     )  # fmt: skip
     return out
-
-
-def check_threshold(threshold: float) -> None:
-    """Refuse what `key_redundancy` does not take.
-
-    Raises
-    ------
-    ValueError
-        Naming what is allowed.
-    """
-    if not threshold >= 0:
-        raise ValueError(f"similarity_threshold must be 0 or more, got {threshold}")

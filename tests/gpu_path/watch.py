@@ -1,36 +1,22 @@
 """What an engine decided and which version of each kernel did it."""
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from vllm_kvcompress.kernels import torch_backend, triton_backend
+from vllm_kvcompress.kernels.dispatch import Backend
 from vllm_kvcompress.messages import StepPlan
 
-ROOT = Path(__file__).parents[2]
 KERNELS = "vllm_kvcompress.kernels"
-TWINS = {
-    "scores.window": "window_scores",
-    "scores.keys": "key_scores",
-    "compaction.select_tokens": "select_tokens",
-    "compaction.compact_pages": "compact_pages",
-    "cache.step_slots": "step_slots",
-    "cache.store_rows": "store_rows",
-    "codebook.build": "codebook_build",
-    "codebook.attention": "codebook_attention",
-    "scores.redundancy": "key_redundancy",
-    "scores.prompt": "prompt_attention",
-    "scores.heads": "head_scores",
-}
-"""Kernels that have a torch version, by module."""
+TWINS = [name for name in vars(Backend) if not name.startswith("_")]
+"""What has a Triton and a torch version."""
 
 
 @dataclass
@@ -60,17 +46,12 @@ def watching() -> Iterator[Watch]:
     """Watch engines that are opened inside."""
     watch = Watch()
     with ExitStack() as stack:
-        for module, twin in TWINS.items():
-            triton_version = import_module(f"{KERNELS}.{module}")
-            torch_version = import_module(f"{KERNELS}.torch_backend.{twin}")
-            for name, function in inspect.getmembers(torch_version, inspect.isfunction):
-                if function.__module__ == torch_version.__name__ and hasattr(triton_version, name):
-                    counted = _counted(function, watch.torch_runs)
-                    stack.enter_context(patch.object(torch_version, name, counted))
-        for folder in (f"{KERNELS}.compaction", f"{KERNELS}.torch_backend"):
-            module = import_module(f"{folder}.select_tokens")
-            kept = _kept(module.select_tokens, watch.survivors)
-            stack.enter_context(patch.object(module, "select_tokens", kept))
+        for name in TWINS:
+            counted = _counted(getattr(torch_backend, name), watch.torch_runs)
+            stack.enter_context(patch.object(torch_backend, name, counted))
+        for backend in (triton_backend, torch_backend):
+            kept = _kept(backend.select_tokens, watch.survivors)
+            stack.enter_context(patch.object(backend, "select_tokens", kept))
         stack.enter_context(_counted_launches(watch.launches))
         yield watch
 

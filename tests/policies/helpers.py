@@ -9,7 +9,7 @@ import torch
 
 from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
-from vllm_kvcompress.kernels.torch_backend.select_tokens import select_tokens
+from vllm_kvcompress.kernels.torch_backend import select_tokens
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
 

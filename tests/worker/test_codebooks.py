@@ -48,7 +48,7 @@ def world(request, monkeypatch) -> World:
     """Three prompts in the cache. The strided one has blocks of two of its view's, for kernels."""
     if request.param == "strided":
         monkeypatch.setattr(
-            "vllm_kvcompress.kernels.codebook.coded_tokens.for_device", lambda *_: codebook_build
+            "vllm_kvcompress.kernels.codebook.coded_tokens.backend_of", lambda *_: codebook_build
         )
         return strided_world(kernel_block=BLOCK // 2)
     found = World(VectorLayout(DIM), [torch.zeros(96, KV, BLOCK, 2 * DIM) for _ in range(LAYERS)])
@@ -133,7 +133,7 @@ def test_layouts_store_the_same_where_books_are_full(monkeypatch) -> None:
     packed.fill()
     expected, _, packed_plans = write(packed, tight)
     monkeypatch.setattr(
-        "vllm_kvcompress.kernels.codebook.coded_tokens.for_device", lambda *_: codebook_build
+        "vllm_kvcompress.kernels.codebook.coded_tokens.backend_of", lambda *_: codebook_build
     )
     strided = strided_world()
     compactor, _, plans = write(strided, tight)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.kernels.codebook.build import Codebook
+from vllm_kvcompress.kernels.codebook.book import Codebook
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.codebook import book_lengths
 
@@ -224,7 +224,7 @@ class CodedLayer:
 
 def _timed_build(vectors: torch.Tensor, threshold: float) -> tuple[Codebook, float]:
     device, count = vectors.device, vectors.shape[1]
-    build = for_device("codebook_build", device).build_codebook
+    build = backend_of(device).build_codebook
     lengths = torch.full((len(vectors),), count, dtype=torch.int32, device=device)
     if device.type == "cuda":  # the first launch of a shape compiles it
         build(vectors, lengths, threshold, count)

@@ -22,6 +22,9 @@ from torch.nn.functional import normalize, pad
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.layer_caches import LayerCaches
 from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.codebook.packing import pack_codes
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 KEPT = 0.12
@@ -105,25 +108,16 @@ class Case:
     spoil: Callable[[], Any] | None = None
 
 
-TORCH_VERSIONS = {
-    "scores.window": "torch_backend.window_scores",
-    "scores.keys": "torch_backend.key_scores",
-    "compaction.select_tokens": "torch_backend.select_tokens",
-    "compaction.compact_pages": "torch_backend.compact_pages",
-    "cache.step_slots": "torch_backend.step_slots",
-    "cache.store_rows": "torch_backend.store_rows",
-    "codebook.build": "torch_backend.codebook_build",
-    "codebook.attention": "torch_backend.codebook_attention",
-    "scores.redundancy": "torch_backend.key_redundancy",
-    "scores.prompt": "torch_backend.prompt_attention",
-}
-"""Modules of kernels, and of their torch versions."""
+PACKAGE = "vllm_kvcompress.kernels"
 
 
 def _both(module: str, function: str, *args: Any, **more: Any) -> Case:
     """A kernel and its torch version, which have the same name and arguments."""
-    names = (f"vllm_kvcompress.kernels.{name}" for name in (module, TORCH_VERSIONS[module]))
-    versions = [partial(getattr(import_module(name), function), *args) for name in names]
+    torch_versions = import_module(f"{PACKAGE}.torch_backend")
+    if not hasattr(torch_versions, function):
+        torch_versions = import_module("tests.kernels.torch_versions")
+    both = import_module(f"{PACKAGE}.{module}"), torch_versions
+    versions = [partial(getattr(each, function), *args) for each in both]
     return Case(*versions, **more)
 
 
@@ -364,10 +358,8 @@ def build_codebook(shape: Shape, generator: torch.Generator) -> Case:
 
 def codebook_attention(shape: Shape, generator: torch.Generator) -> Case:
     """One query per request over n tokens that are entries of books of 512."""
-    packed = import_module("vllm_kvcompress.kernels.codebook.packing").pack_codes
-    kernel = import_module("vllm_kvcompress.kernels.codebook.attention")
     device, width = generator.device, shape.head_dim * shape.dtype.itemsize
-    per_row = import_module("vllm_kvcompress.kernels.codebook.format").codes_per_row(width)
+    per_row = codes_per_row(width)
     rows = [-(-n // per_row) for n in shape.lengths]
     entries = [ENTRIES - request * shape.ragged for request in range(shape.batch)]
     counts = [[-(-n // shape.block) for n in each] for each in (entries, rows)]
@@ -385,14 +377,14 @@ def codebook_attention(shape: Shape, generator: torch.Generator) -> Case:
             for _ in range(2)
         ]
         positions = torch.arange(length, device=device).expand(sizes)
-        found = packed(*index, *lengths, positions, codes.shape[3])  # [KV, rows, W]
+        found = pack_codes(
+            index[0], index[1], lengths[0], lengths[1], positions, codes.shape[3]
+        )  # [KV, rows, W]
         found = pad(found, (0, 0, 0, -found.shape[1] % shape.block))
         blocks = code_table[request, : counts[1][request]].long()
         codes[blocks] = found.unflatten(1, (-1, shape.block)).transpose(0, 1)
     pages = Pages(*halves, book_table, int32(entries, device), max(entries))
-    book = kernel.CodebookPages(
-        pages, codes, code_table, int32(shape.lengths, device), shape.tokens
-    )
+    book = CodebookPages(pages, codes, code_table, int32(shape.lengths, device), shape.tokens)
     return _both(
         "codebook.attention", "codebook_attention",
         random_queries(shape, generator, shape.batch), book, frequencies(shape, device), True,

@@ -67,7 +67,7 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     """
     from vllm_kvcompress.config.reading import parse_config
     from vllm_kvcompress.kernels.compaction import select_tokens
-    from vllm_kvcompress.kernels.torch_backend.compact_pages import gather_rows
+    from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
     from vllm_kvcompress.lengths.budgets import (
         compaction_lengths,
         forced_ranges,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.codebook.attention import CodebookPages
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.worker.codebook_rows import CodebookState, CodedRows
 from vllm_kvcompress.worker.layer_cache import LayerCache
 
@@ -38,7 +38,7 @@ class CodebookReader:
         self.state = state
         self.layers = {layer.name: layer for layer in layers}
         self.device = device
-        self._attend = for_device("codebook_attention", device).codebook_attention
+        self._attend = backend_of(device).codebook_attention
 
     def attend(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
         """Replace rows of the output [T, H, D], or [T, H * D], of one layer in place.

@@ -14,7 +14,7 @@ from vllm_kvcompress.kernels.codebook.coded_tokens import (
     Distance,
     code_tokens,
 )
-from vllm_kvcompress.kernels.torch_backend.compact_pages import gather_rows
+from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
 from vllm_kvcompress.plans import GroupPlan
 from vllm_kvcompress.worker.group_batch import GroupBatch
 from vllm_kvcompress.worker.layer_cache import LayerCache

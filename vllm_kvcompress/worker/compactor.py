@@ -8,7 +8,7 @@ import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.cache.rows import CacheRows
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
@@ -78,7 +78,7 @@ class Compactor:
         self.all_reduce = all_reduce
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
-        self.select_tokens = for_device("select_tokens", device).select_tokens
+        self.select_tokens = backend_of(device).select_tokens
         self.codebooks = CodebookWriter(entry_counts, all_reduce if num_ranks > 1 else None)
 
     @torch.inference_mode()

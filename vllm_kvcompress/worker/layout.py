@@ -18,10 +18,10 @@ from vllm_kvcompress.kernels.cache.paged_rows import PagedBatch
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.cache.rows import CacheRows, DenseRows
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
-from vllm_kvcompress.kernels.codebook.tail import TailPages
+from vllm_kvcompress.kernels.codebook.pages import TailPages
 from vllm_kvcompress.kernels.compaction.compact_pages import compact_pages
+from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
-from vllm_kvcompress.kernels.torch_backend.compact_pages import gather_rows
 from vllm_kvcompress.plans import BookLengths
 from vllm_kvcompress.worker.group_batch import GroupBatch
 

@@ -13,7 +13,7 @@ from abc import abstractmethod
 import torch
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.codebook.tail import TailPages
+from vllm_kvcompress.kernels.codebook.pages import TailPages
 from vllm_kvcompress.worker.layout import CacheLayout
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.kernels.paged import DEVICE
+from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.cache import step_slots as kernel
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
-from vllm_kvcompress.kernels.torch_backend import step_slots as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 

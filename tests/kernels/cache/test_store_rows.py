@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.kernels.paged import DEVICE
+from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.cache import store_rows as kernel
-from vllm_kvcompress.kernels.torch_backend import store_rows as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

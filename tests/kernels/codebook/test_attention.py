@@ -8,12 +8,13 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.kernels.paged import DEVICE, LAYOUTS, OUTSIDE, fill, make_cache, nan_empty
+from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.codebook import attention as kernel
 from vllm_kvcompress.kernels.codebook.build import build_codebook
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.codebook.packing import pack_codes, unpack_codes
-from vllm_kvcompress.kernels.torch_backend import codebook_attention as torch_version
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -111,7 +112,7 @@ def random_book(
         value_scale=value_scale,
     )
     num_tokens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    book = kernel.CodebookPages(pages, view, tables[1].to(DEVICE), num_tokens, max(lengths))
+    book = CodebookPages(pages, view, tables[1].to(DEVICE), num_tokens, max(lengths))
     return book, exact
 
 

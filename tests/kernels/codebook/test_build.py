@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.kernels.paged import DEVICE, nan_empty
+from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.codebook import build as kernel
-from vllm_kvcompress.kernels.torch_backend import codebook_build as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 MARGIN = 1e-5  # between any cosine and the threshold, so that rounding decides nothing

@@ -1,7 +1,7 @@
 """Codebook kernels against SpindleKV's paper (`tests/spindlekv_paper.py`), from keys as a cache has
 them to outputs, and what must hold of both for any vectors.
 
-`test_codebook_build.py` and `test_codebook_attention.py` test either kernel's edges.
+`test_build.py` and `test_attention.py` test either kernel's edges.
 """
 
 import math
@@ -16,13 +16,13 @@ from tests import spindlekv_paper as paper
 from tests.kernels.codebook.test_attention import frequencies, make_queries, random_book
 from tests.kernels.codebook.test_build import clustered
 from tests.kernels.paged import DEVICE, fill
+from vllm_kvcompress.kernels import torch_backend as attention_torch
+from vllm_kvcompress.kernels import torch_backend as build_torch
 from vllm_kvcompress.kernels.codebook import attention as attention_kernel
 from vllm_kvcompress.kernels.codebook import build as build_kernel
 from vllm_kvcompress.kernels.codebook.coded_tokens import first_directions, more_directions
 from vllm_kvcompress.kernels.codebook.packing import pack_codes
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
-from vllm_kvcompress.kernels.torch_backend import codebook_attention as attention_torch
-from vllm_kvcompress.kernels.torch_backend import codebook_build as build_torch
 
 BUILDS = pytest.mark.parametrize("module", [build_kernel, build_torch], ids=["triton", "torch"])
 DIM = 32

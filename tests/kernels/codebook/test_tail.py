@@ -20,7 +20,7 @@ from tests.kernels.codebook.test_attention import (
 from tests.kernels.paged import DEVICE, LAYOUTS, OUTSIDE, make_cache, nan_empty
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.codebook import attention as kernel
-from vllm_kvcompress.kernels.codebook.tail import TailPages
+from vllm_kvcompress.kernels.codebook.pages import TailPages
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 

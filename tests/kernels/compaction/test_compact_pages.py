@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.paged import DEVICE, LAYOUTS, OUTSIDE, fill, make_cache
 from vllm_kvcompress.kernels.cache.layer_caches import LayerCaches
 from vllm_kvcompress.kernels.compaction import compact_pages as kernel
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
-from vllm_kvcompress.kernels.torch_backend import compact_pages as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.paged import DEVICE, nan_empty
+from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.compaction import select_tokens as kernel
-from vllm_kvcompress.kernels.torch_backend import select_tokens as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 NAN, INF = float("nan"), float("inf")

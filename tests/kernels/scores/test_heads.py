@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.paged import DEVICE, nan_empty, random_pages
 from tests.kernels.scores.test_window import loops, make_queries
 from vllm_kvcompress.kernels.cache.paged_rows import PagedBatch
 from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.kernels.scores import heads as kernel
-from vllm_kvcompress.kernels.torch_backend import head_scores as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.paged import DEVICE, LAYOUTS, nan_empty, random_pages
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.scores import keys as kernel
-from vllm_kvcompress.kernels.torch_backend import key_scores as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 Rows = list[torch.Tensor]  # per request [KV, n, D] float64

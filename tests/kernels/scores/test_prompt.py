@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.launches import count_launches
 from tests.kernels.paged import DEVICE, LAYOUTS, nan_empty, random_pages
+from vllm_kvcompress.kernels.formulas.prompt_attention import dense_attention_sums
 from vllm_kvcompress.kernels.scores import prompt as kernel
-from vllm_kvcompress.kernels.scores import window as window_scores
-from vllm_kvcompress.kernels.torch_backend import prompt_attention as torch_version
-from vllm_kvcompress.kernels.torch_backend.prompt_attention import dense_attention_sums
+from vllm_kvcompress.kernels.scores import softmax_sums
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 
@@ -145,11 +145,11 @@ def test_one_variant_for_all_lengths_of_a_chunk() -> None:
     """A prompt's last chunk has any length: no request waits for the compiler because of it."""
     pages, _, _ = random_pages([3000], 8, 128, dtype=torch.bfloat16)
     shapes = [
-        window_scores.tiles(torch.zeros(1, chunk_len, 32, 128).bfloat16(), pages, fit=False)[0]
+        softmax_sums.tiles(torch.zeros(1, chunk_len, 32, 128).bfloat16(), pages, fit=False)[0]
         for chunk_len in (1, 2, 16, 77, 2048)
     ]
     assert all(shape == shapes[0] for shape in shapes)
-    for jitted in (window_scores._stats_kernel, kernel._key_sum_kernel):
+    for jitted in (softmax_sums._stats_kernel, kernel._key_sum_kernel):
         given = getattr(jitted, "kwargs", None) or {}
         skipped = given.get("do_not_specialize") or jitted.do_not_specialize
         assert {"W", "M"} <= set(skipped)

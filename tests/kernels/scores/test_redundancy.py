@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.launches import count_launches
 from tests.kernels.paged import DEVICE, LAYOUTS, nan_empty, random_pages
 from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.formulas.key_redundancy import dense_redundancy
 from vllm_kvcompress.kernels.scores import redundancy as kernel
-from vllm_kvcompress.kernels.torch_backend import key_redundancy as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 Rows = list[torch.Tensor]  # per request [KV, n, D] float64
@@ -156,9 +157,9 @@ def test_the_same_every_time() -> None:
 @pytest.mark.parametrize("elements", [1, 3 * 50 * 7, 3 * 50 * 50])
 def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     keys = torch.randn(3, 50, 16, generator=torch.Generator().manual_seed(0))
-    whole = torch_version.dense_redundancy(keys, 0.2)
-    monkeypatch.setattr(torch_version, "_ELEMENTS", elements)
-    torch.testing.assert_close(torch_version.dense_redundancy(keys, 0.2), whole)
+    whole = dense_redundancy(keys, 0.2)
+    monkeypatch.setattr("vllm_kvcompress.kernels.formulas.key_redundancy._ELEMENTS", elements)
+    torch.testing.assert_close(dense_redundancy(keys, 0.2), whole)
 
 
 def test_launches_do_not_grow_with_the_prompt(monkeypatch) -> None:

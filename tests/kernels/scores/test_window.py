@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from tests.kernels import torch_versions as torch_version
 from tests.kernels.paged import DEVICE, LAYOUTS, nan_empty, random_pages
 from vllm_kvcompress.kernels.scores import window as kernel
-from vllm_kvcompress.kernels.torch_backend import window_scores as torch_version
 
 VERSIONS = pytest.mark.parametrize("module", [kernel, torch_version], ids=["triton", "torch"])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-4, torch.bfloat16: 1e-4}

@@ -1,30 +1,17 @@
-"""Attention that all queries of a prompt's chunk pay, summed per key: torch version.
+"""Attention that all queries of a prompt's chunk pay to the keys they see, summed per key.
 
-One request at a time, over gathered keys; see `vllm_kvcompress.kernels.scores.prompt`.
+    A[h, i, j] = softmax_j(q[h, i] . k[h // g, j] * scale),  j <= n - m + i
+    sums[kv, j] = mean over the g query heads of kv of the sum over the m queries of A
+
+(H2O's accumulated attention, arXiv 2306.14048.)
 Dimensions: H query heads, KV key-value heads, g = H / KV, m chunk, n tokens up to the chunk's end,
 D head_dim.
 """
 
 import torch
 
-from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import check_window
-
 MAX_LOGITS = 2**24
 """Logits computed at once: 64 MiB in float32, and as much again for their softmax."""
-
-
-def prompt_attention_sums(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
-    """As `vllm_kvcompress.kernels.scores.prompt.prompt_attention_sums`."""
-    check_window(queries, pages.num_requests, pages.num_kv_heads, pages.head_dim)
-    out = torch.zeros(
-        pages.num_requests, pages.num_kv_heads, pages.max_tokens, device=pages.keys.device
-    )
-    for request, length in enumerate(pages.num_tokens.tolist()):
-        own = queries[request].transpose(0, 1)
-        keys = pages.gather_keys(request, length)
-        out[request, :, :length] = dense_attention_sums(own, keys, scale)
-    return out
 
 
 def dense_attention_sums(

@@ -1,17 +1,14 @@
-"""A greedy cover of similar vectors: torch version, with the whole graph in memory.
-
-See `vllm_kvcompress.kernels.codebook.build`.
-"""
+"""A greedy cover of similar vectors, with the whole graph in memory: see `codebook.build`."""
 
 import torch
 
-from vllm_kvcompress.kernels.codebook.build import SHORTEST, Codebook, check_vectors
+from vllm_kvcompress.kernels.codebook.book import SHORTEST, Codebook, check_vectors
 
 
 def build_codebook(
     vectors: torch.Tensor, num_vectors: torch.Tensor, threshold: float, max_entries: int
 ) -> Codebook:
-    """As `vllm_kvcompress.kernels.codebook.build.build_codebook`."""
+    """As `codebook.build.build_codebook`."""
     check_vectors(vectors, num_vectors, max_entries)
     num_problems, num_places, _ = vectors.shape
     rows = torch.zeros(num_problems, num_places, device=vectors.device)

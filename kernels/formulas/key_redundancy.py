@@ -1,28 +1,18 @@
-"""How much every key resembles the others: torch version.
+"""How much every key resembles the others: R-KV's redundancy before its softmax.
 
-One request at a time, cosines of some keys at a time; see
-`vllm_kvcompress.kernels.scores.redundancy`.
-Dimensions: KV key-value heads, n tokens, D head_dim. Quadratic in n.
+    S[i, j] = cos(k[i], k[j]),  S[i, i] = 0
+    l(i) = the latest j with S[i, j] > threshold, or 0 if there is none;  S[i, l(i)] = 0
+    r[j] = mean over i of S[i, j]
+
+Of several similar keys the latest one is thus counted as less redundant than the earlier ones.
+(arXiv 2505.24133.) Cosines of some keys at a time; quadratic in n.
+Dimensions: KV key-value heads, n tokens, D head_dim.
 """
 
 import torch
 from torch.nn.functional import normalize
 
-from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.scores.redundancy import check_threshold
-
 _ELEMENTS = 2**22  # of S at a time, 16 MiB in float32
-
-
-def key_redundancy(pages: Pages, threshold: float) -> torch.Tensor:
-    """As `vllm_kvcompress.kernels.scores.redundancy.key_redundancy`."""
-    out = torch.zeros(
-        pages.num_requests, pages.num_kv_heads, pages.max_tokens, device=pages.keys.device
-    )
-    for request, length in enumerate(pages.num_tokens.tolist()):
-        keys = pages.gather_keys(request, length)
-        out[request, :, :length] = dense_redundancy(keys, threshold)
-    return out
 
 
 def dense_redundancy(keys: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -41,3 +31,15 @@ def dense_redundancy(keys: torch.Tensor, threshold: float) -> torch.Tensor:
         cosine.scatter_(2, latest.long(), 0.0)
         sums += cosine.sum(dim=1)
     return sums / num_tokens
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse what `key_redundancy` does not take.
+
+    Raises
+    ------
+    ValueError
+        Naming what is allowed.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"similarity_threshold must be 0 or more, got {threshold}")

@@ -1,15 +1,15 @@
-"""Where a step's tokens go: torch version; see `vllm_kvcompress.kernels.cache.step_slots`."""
+"""Copies of every step, and where its tokens go: see `cache.step_slots` and `cache.store_rows`."""
 
 import torch
 
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache.step_slots import check_out, check_ring
+from vllm_kvcompress.kernels.cache.checks import check_out, check_ring, check_rows
 
 
 def physical_seq_lens(
     seq_lens: torch.Tensor, idx_mapping: torch.Tensor, evicted: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """As `vllm_kvcompress.kernels.cache.step_slots.physical_seq_lens`."""
+    """As `cache.step_slots.physical_seq_lens`."""
     num_groups, num_padded, num_rows = evicted.shape[0], seq_lens.shape[0], idx_mapping.shape[0]
     check_out(out, num_groups, num_padded)
     physical = seq_lens[:num_rows] - evicted[:, idx_mapping.clamp(min=0)]
@@ -25,7 +25,7 @@ def physical_slots(
     tables: BlockTables,
     out: torch.Tensor,
 ) -> None:
-    """As `vllm_kvcompress.kernels.cache.step_slots.physical_slots`."""
+    """As `cache.step_slots.physical_slots`."""
     num_tokens = positions.shape[0]
     check_out(out, tables.num_groups, num_tokens)
     tokens, rows = _tokens_of_rows(query_start_loc, idx_mapping, num_tokens)
@@ -48,7 +48,7 @@ def ring_slots(
     size: int,
     out: torch.Tensor,
 ) -> None:
-    """As `vllm_kvcompress.kernels.cache.step_slots.ring_slots`."""
+    """As `cache.step_slots.ring_slots`."""
     num_tokens = positions.shape[0]
     check_ring(out, num_tokens, size)
     tokens, rows = _tokens_of_rows(query_start_loc, idx_mapping, num_tokens)
@@ -71,3 +71,11 @@ def _tokens_of_rows(
     rows = rows[: tokens.shape[0]]
     is_real = idx_mapping[rows] >= 0
     return tokens[is_real], rows[is_real]
+
+
+def store_rows(rows: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """As `cache.store_rows.store_rows`."""
+    check_rows(rows, slots, out)
+    slots = slots[: rows.shape[0]]
+    used = slots >= 0
+    out[slots[used]] = rows[used]

@@ -1,19 +1,14 @@
-"""Attention over a codebook's tokens: torch version.
+"""Attention over a codebook's tokens, put together in full, one request at a time.
 
-Keys and values are put together in full, one request at a time; see
-`vllm_kvcompress.kernels.codebook.attention`.
+See `codebook.attention`.
 """
 
 from dataclasses import replace
 
 import torch
 
-from vllm_kvcompress.kernels.codebook.attention import (
-    CodebookPages,
-    check_codebook,
-)
 from vllm_kvcompress.kernels.codebook.packing import unpack_codes
-from vllm_kvcompress.kernels.codebook.tail import TailPages
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages, check_codebook
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 
@@ -25,7 +20,7 @@ def codebook_attention(
     scale: float,
     tail: TailPages | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `vllm_kvcompress.kernels.codebook.attention.codebook_attention`."""
+    """As `codebook.attention.codebook_attention`."""
     check_codebook(queries, book, inv_freq, tail)
     out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     lse = torch.full(queries.shape[:2], float("-inf"), device=queries.device)

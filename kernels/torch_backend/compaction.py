@@ -1,11 +1,8 @@
-"""Which tokens survive: torch version.
-
-One request at a time, with stable sorts; see `vllm_kvcompress.kernels.compaction.select_tokens`.
-"""
+"""Which tokens survive, one request at a time by stable sorts: see `compaction.select_tokens`."""
 
 import torch
 
-from vllm_kvcompress.kernels.compaction.select_tokens import check_scores
+from vllm_kvcompress.kernels.compaction.checks import check_scores
 
 
 def select_tokens(
@@ -15,7 +12,7 @@ def select_tokens(
     num_keep: torch.Tensor,
     max_keep: int,
 ) -> torch.Tensor:
-    """As `vllm_kvcompress.kernels.compaction.select_tokens.select_tokens`."""
+    """As `compaction.select_tokens.select_tokens`."""
     check_scores(scores, forced)
     out = torch.full((*scores.shape[:3], max_keep), -1, dtype=torch.int64, device=scores.device)
     counts = zip(num_tokens.tolist(), num_keep.tolist(), strict=True)

@@ -127,7 +127,7 @@ def test_long_sequences_are_split_and_large_logits_stay_exact(monkeypatch) -> No
 
 def test_more_splits_than_are_added_up_at_once(monkeypatch) -> None:
     """Tiles of 16 tokens make 40 splits; the small launch takes 32 at a time."""
-    monkeypatch.setattr(kernel, "_SHARED_BYTES", 8 << 10)
+    monkeypatch.setattr("vllm_kvcompress.kernels.scores.softmax_sums._SHARED_BYTES", 8 << 10)
     pages, keys, _ = random_pages([640], 1, 32)
     queries = make_queries(1, 4, 2, 32)
     check_tokens(kernel, queries, pages, keys, scale=2.0, rtol=1e-4)

@@ -23,12 +23,11 @@ setup(
     packages=[
         *find_packages(include=["vllm_kvcompress", "vllm_kvcompress.*"]),
         "vllm_kvcompress.kernels",
-        "vllm_kvcompress.kernels.reference",
+        *(f"vllm_kvcompress.kernels.{name}" for name in find_packages("kernels")),
         "vllm_kvcompress.configs",
     ],
     package_dir={
         "vllm_kvcompress.kernels": "kernels",
-        "vllm_kvcompress.kernels.reference": "kernels/reference",
         "vllm_kvcompress.configs": "configs",
     },
     package_data={"vllm_kvcompress.core": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},

@@ -1,6 +1,5 @@
 """Device functions and launch arithmetic that several kernels share."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +15,16 @@ def token_slots(table_row, tokens, limit, N: tl.constexpr):
     """Block (int64) and offset of tokens; blocks of tokens from `limit` on are not looked up."""
     blocks = tl.load(table_row + tokens // N, mask=tokens < limit, other=0)
     return blocks.to(tl.int64), tokens % N
+
+
+@triton.jit
+def load_rows(cache_head, table_row, tokens, limit, stride_b, stride_n, stride_d, dims, D,
+              N: tl.constexpr):  # fmt: skip
+    """[tokens, dims] rows of one head of a paged cache; tokens from `limit` on are zero."""
+    blocks, offsets = token_slots(table_row, tokens, limit, N)
+    at = (blocks * stride_b + offsets * stride_n)[:, None] + dims[None, :] * stride_d
+    mask = (tokens < limit)[:, None] & (dims < D)[None, :]
+    return tl.load(cache_head + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -39,21 +48,3 @@ def split_length(num_tokens: int, num_programs: int, tile: int) -> int:
     """
     splits = max(TARGET_PROGRAMS // num_programs, 1)
     return max(triton.cdiv(triton.cdiv(num_tokens, splits), tile), 1) * tile
-
-
-def check_window(queries: torch.Tensor, num_requests: int, num_kv_heads: int, dim: int) -> None:
-    """Refuse queries [R, w, H, D] that do not fit a cache.
-
-    Raises
-    ------
-    ValueError
-        If the number of requests or head_dim differ, or H is no multiple of KV.
-    """
-    if queries.shape[0] != num_requests or queries.shape[3] != dim:
-        raise ValueError(
-            f"queries {tuple(queries.shape)} do not fit {num_requests} requests of head_dim {dim}"
-        )
-    if queries.shape[2] % num_kv_heads:
-        raise ValueError(
-            f"{queries.shape[2]} query heads are no multiple of {num_kv_heads} KV heads"
-        )

@@ -4,33 +4,101 @@ Triton's interpreter would run the same kernels on a CPU, a thousand times slowe
 GPU path ask for that.
 """
 
-from importlib import import_module
-from types import ModuleType
+from typing import Protocol
 
 import torch
 
-_TRITON, _TORCH = "kernels", "kernels.reference"
-_on_cpu = _TORCH
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.codebook.book import Codebook
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages
 
 
-def for_device(name: str, device: torch.device) -> ModuleType:
-    """Module of a kernel family.
+class Backend(Protocol):
+    """What exists in two versions: the modules `triton_backend` and `torch_backend`.
 
-    Parameters
-    ----------
-    name : str
-        File name in ``kernels/`` and ``kernels/reference/``, without the ending.
-    device : torch.device
-        Where the tensors are.
+    Arguments are described where the kernels are, in the module that each method names.
     """
-    folder = _on_cpu if device.type == "cpu" else _TRITON
-    return import_module(f"vllm_kvcompress.{folder}.{name}")
+
+    def store_rows(self, rows: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy a step's rows to their slots: `cache.store_rows`."""
+
+    def physical_seq_lens(
+        self,
+        seq_lens: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        evicted: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Write each group's sequence lengths: `cache.step_slots`."""
+
+    def physical_slots(
+        self,
+        positions: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        evicted: torch.Tensor,
+        tables: BlockTables,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the slot of every token of a step: `cache.step_slots`."""
+
+    def ring_slots(
+        self,
+        positions: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        slots: torch.Tensor,
+        size: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Write the place in the ring of every token of a step: `cache.step_slots`."""
+
+    def select_tokens(
+        self,
+        scores: torch.Tensor,
+        forced: torch.Tensor,
+        num_tokens: torch.Tensor,
+        num_keep: torch.Tensor,
+        max_keep: int,
+    ) -> torch.Tensor:
+        """Pick each request's tokens to keep: `compaction.select_tokens`."""
+
+    def build_codebook(
+        self, vectors: torch.Tensor, num_vectors: torch.Tensor, threshold: float, max_entries: int
+    ) -> Codebook:
+        """Cover vectors by few of them: `codebook.build`."""
+
+    def codebook_attention(
+        self,
+        queries: torch.Tensor,
+        book: CodebookPages,
+        inv_freq: torch.Tensor,
+        is_neox: bool,
+        scale: float,
+        tail: TailPages | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend to tokens that are stored as codes: `codebook.attention`."""
+
+
+_interprets = False
+
+
+def backend_of(device: torch.device) -> Backend:
+    """What runs where some tensors are. Triton is imported only if it runs there."""
+    if device.type == "cpu" and not _interprets:
+        from vllm_kvcompress.kernels import torch_backend
+
+        return torch_backend
+    from vllm_kvcompress.kernels import triton_backend
+
+    return triton_backend
 
 
 def interpret_on_cpu(enabled: bool) -> None:
     """Let a CPU run the Triton kernels too, in Triton's interpreter; for the whole process.
 
-    What asked `for_device` before keeps what it was given.
+    What asked `backend_of` before keeps what it was given.
     """
-    global _on_cpu
-    _on_cpu = _TRITON if enabled else _TORCH
+    global _interprets
+    _interprets = enabled

@@ -22,6 +22,13 @@ check mkdocs build --strict --config-file docs/site/mkdocs.yml
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Once more as installed, kernels/ inside the package, so that types are followed from one into the
+# other.
+tree="$(mktemp -d)"
+trap 'rm -rf "$tree"' EXIT
+cp -r vllm_kvcompress "$tree"
+cp -r kernels "$tree/vllm_kvcompress/kernels"
+check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
 check pytest tests --numprocesses "$workers" --dist loadfile "$@"
 
 echo

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels import dispatch
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels import dispatch, triton_backend
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     forced_ranges,
@@ -99,7 +99,7 @@ class StandIn:
 
     def __post_init__(self) -> None:
         shape, config = self.shape, self.config
-        assert dispatch.for_device("select_tokens", META).__name__.endswith("kernels.select_tokens")
+        assert dispatch.backend_of(META) is triton_backend
         groups = layer_groups(shape.num_layers, config.layer_groups)
         self.num_groups = max(groups) + 1
         width = -(-shape.max_model_len // shape.block_size)
@@ -184,7 +184,7 @@ class StandIn:
             ),
             "tables": BlockTables.of(self.tables, [shape.block_size] * self.num_groups),
             "_attention_layers": lambda: {layer.name: attention for layer in self.layers},
-            "_physical_slots": dispatch.for_device("step_slots", META).physical_slots,
+            "_physical_slots": dispatch.backend_of(META).physical_slots,
             "block_tables": SimpleNamespace(
                 slot_mappings=slots, block_sizes=[shape.block_size] * self.num_groups
             ),

@@ -170,7 +170,7 @@ HOT = [
     path
     for name, path in modules()
     if name.split(".")[0] in ("worker", "kernels", "policies")
-    and not name.startswith("kernels.reference")  # CPU only, where there is nothing to wait for
+    and not name.startswith("kernels.torch_backend")  # CPU only, where there is nothing to wait for
 ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, iter_layer_specs
 
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import torch
 from kvcompress_vatp import VATP
 from pydantic import ValidationError
 
-from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
 NUM_TOKENS, WINDOW, HEAD_DIM = 50, 8, 16

@@ -23,8 +23,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 # Before vLLM, for which our plugin turns Triton's interpreter on where there is no GPU: from then
 # on nothing could be compiled.
-for _path in sorted((ROOT / "kernels").glob("*.py")):
-    importlib.import_module(f"vllm_kvcompress.kernels.{_path.stem}")
+for _path in sorted((ROOT / "kernels").rglob("[a-z]*.py")):
+    _name = ".".join(_path.relative_to(ROOT).with_suffix("").parts)
+    importlib.import_module(f"vllm_kvcompress.{_name}")
 from tests.kernels import sm90  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"

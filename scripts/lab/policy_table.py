@@ -31,7 +31,7 @@ from vllm_kvcompress.evaluation.provenance import versions
 from vllm_kvcompress.evaluation.quality.intervals import wilson
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.tasks.needle import is_right, make_samples
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups
 from vllm_kvcompress.request_options import parse_request, resolve_request
 

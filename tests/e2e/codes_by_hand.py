@@ -1,6 +1,7 @@
 """What a request's blocks stand for, read from the cache's bytes with NumPy alone.
 
-Entries first, then codes, as ``kernels/codes.py`` describes them: six runs of T int16 per slot.
+Entries first, then codes, as ``kernels/codebook/packing.py`` describes them: six runs of T int16
+per slot.
 """
 
 import json

@@ -43,8 +43,8 @@ from vllm_kvcompress.evaluation.coded_layer import (
     slots,
 )
 from vllm_kvcompress.evaluation.replay import Replay
-from vllm_kvcompress.kernels.reference.codebook_build import build_codebook
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.torch_backend import build_codebook
 from vllm_kvcompress.lengths.codebook import coded_groups
 
 STILL = Rotary(torch.zeros(8), is_neox=True)

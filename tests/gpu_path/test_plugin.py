@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lab.gpu_path.plugin import BACKENDS, environment, gpu_path, register
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels import torch_backend, triton_backend
+from vllm_kvcompress.kernels.dispatch import backend_of
 
 CPU = torch.device("cpu")
 
@@ -22,9 +23,9 @@ def test_inside_backend_and_kernels_are_the_gpus(name: str) -> None:
         backend = AttentionBackendEnum.CPU_ATTN.get_class()
         assert f"{backend.__module__}.{backend.__name__}" == BACKENDS[name]
         assert backend.get_name() == "TRITON_ATTN"
-        assert for_device("store_rows", CPU).__name__ == "vllm_kvcompress.kernels.store_rows"
+        assert backend_of(CPU) is triton_backend
     assert AttentionBackendEnum.CPU_ATTN.get_path() == own
-    assert "reference" in for_device("store_rows", CPU).__name__
+    assert backend_of(CPU) is torch_backend
 
 
 def test_other_processes_find_it_as_a_plugin(tmp_path: Path) -> None:

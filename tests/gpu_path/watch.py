@@ -1,24 +1,22 @@
 """What an engine decided and which version of each kernel did it."""
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from vllm_kvcompress.kernels import torch_backend, triton_backend
+from vllm_kvcompress.kernels.dispatch import Backend
 from vllm_kvcompress.messages import StepPlan
 
-ROOT = Path(__file__).parents[2]
 KERNELS = "vllm_kvcompress.kernels"
-TWINS = sorted(path.stem for path in (ROOT / "kernels" / "reference").glob("[a-z]*.py"))
-"""Kernel families that have a torch version."""
+TWINS = [name for name in vars(Backend) if not name.startswith("_")]
+"""What has a Triton and a torch version."""
 
 
 @dataclass
@@ -48,17 +46,12 @@ def watching() -> Iterator[Watch]:
     """Watch engines that are opened inside."""
     watch = Watch()
     with ExitStack() as stack:
-        for module in TWINS:
-            triton_version = import_module(f"{KERNELS}.{module}")
-            torch_version = import_module(f"{KERNELS}.reference.{module}")
-            for name, function in inspect.getmembers(torch_version, inspect.isfunction):
-                if function.__module__ == torch_version.__name__ and hasattr(triton_version, name):
-                    counted = _counted(function, watch.torch_runs)
-                    stack.enter_context(patch.object(torch_version, name, counted))
-        for folder in (KERNELS, f"{KERNELS}.reference"):
-            module = import_module(f"{folder}.select_tokens")
-            kept = _kept(module.select_tokens, watch.survivors)
-            stack.enter_context(patch.object(module, "select_tokens", kept))
+        for name in TWINS:
+            counted = _counted(getattr(torch_backend, name), watch.torch_runs)
+            stack.enter_context(patch.object(torch_backend, name, counted))
+        for backend in (triton_backend, torch_backend):
+            kept = _kept(backend.select_tokens, watch.survivors)
+            stack.enter_context(patch.object(backend, "select_tokens", kept))
         stack.enter_context(_counted_launches(watch.launches))
         yield watch
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.cache.pages import Pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

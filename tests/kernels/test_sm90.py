@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MODULES = sorted(
-    path.stem for path in HERE.glob("test_*.py") if "\ndef sm90_launches" in path.read_text()
+    f"{path.parent.name}.{path.stem}"
+    for path in HERE.glob("*/test_*.py")
+    if "\ndef sm90_launches" in path.read_text()
 )
 # Kernels that read or write rows of a cache, or of queries: widest access they must contain.
 READ_ROWS = {
@@ -28,7 +30,7 @@ WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
 
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may have
-ELSEWHERE = ["test_store_rows", "test_window_scores"]
+ELSEWHERE = ["cache.test_store_rows", "scores.test_window"]
 
 
 def compile_for(target: int, modules: list[str]) -> dict[str, list[dict]]:
@@ -48,7 +50,7 @@ def compiled() -> dict[str, list[dict]]:
 
 def test_every_jitted_kernel_is_compiled(compiled) -> None:
     launched = set()
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         launched |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
     assert launched == compiled.keys()
 

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.report import savings_line
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     compaction_lengths,

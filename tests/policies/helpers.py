@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import DenseRows
-from vllm_kvcompress.kernels.reference.select_tokens import select_tokens
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.rows import DenseRows
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.torch_backend import select_tokens
 from vllm_kvcompress.policies.inputs import ScoreInputs
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from tests.kernels.test_rotary import turned
+from tests.kernels.formulas.test_rotary import turned
 from tests.policies.helpers import changed, make_inputs
 from tests.policies.test_h2o import SPLITS, chunks, prompt_queries
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.test_prompt_attention import loops
+from tests.kernels.scores.test_prompt import loops
 from tests.policies.helpers import make_inputs
-from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 

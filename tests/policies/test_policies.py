@@ -8,7 +8,7 @@ import torch
 
 from tests.policies.cases import CASES
 from tests.policies.helpers import changed, make_inputs, select
-from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.registry import load_policy_class, policy_names

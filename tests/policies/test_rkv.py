@@ -81,5 +81,5 @@ def test_of_repeated_keys_the_latest_is_worth_most() -> None:
 def test_a_long_cache_is_scored_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     given = make_inputs(100, window=8)
     whole = RKV().score(given)
-    monkeypatch.setattr("vllm_kvcompress.kernels.reference.key_redundancy._ELEMENTS", 1400)
+    monkeypatch.setattr("vllm_kvcompress.kernels.formulas.key_redundancy._ELEMENTS", 1400)
     torch.testing.assert_close(RKV().score(given), whole)

@@ -9,7 +9,7 @@ from tests.stand_in import META, Shape, StandIn, replace_launches
 from tests.worker import steps
 from tests.worker.compile_keys import CompileKeys, unseen
 from vllm_kvcompress.config.reading import parse_config, preset_names
-from vllm_kvcompress.kernels.select_tokens import select_tokens
+from vllm_kvcompress.kernels.compaction.select_tokens import select_tokens
 
 LLAMA = Shape(num_layers=6)
 """Llama-3-8B's, but for the number of layers, and of no more groups than the presets cut."""
@@ -26,7 +26,7 @@ def keys(monkeypatch) -> CompileKeys:
     found = CompileKeys()
     replace_launches(monkeypatch, found.record)
     # Books of a few hundred tokens are made one part after the other, as those of many would be.
-    monkeypatch.setattr("vllm_kvcompress.kernels.coded_tokens.MAX_GRAPH_BYTES", 2**15)
+    monkeypatch.setattr("vllm_kvcompress.kernels.codebook.coded_tokens.MAX_GRAPH_BYTES", 2**15)
     return found
 
 

@@ -18,9 +18,10 @@ from triton.runtime.jit import JITFunction
 from lab.serving.models import MODELS
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels import select_tokens, step_slots
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache import step_slots
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.compaction import select_tokens
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.budgets import (
     compaction_lengths,
     forced_ranges,

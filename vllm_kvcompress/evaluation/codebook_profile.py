@@ -31,7 +31,7 @@ from vllm_kvcompress.evaluation.coded_layer import (
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
 from vllm_kvcompress.evaluation.seeds import prompt_seed
-from vllm_kvcompress.kernels.codebook_build import Codebook
+from vllm_kvcompress.kernels.codebook.book import Codebook
 
 NUM_QUERIES = 8
 CHECK_TOKENS = 32

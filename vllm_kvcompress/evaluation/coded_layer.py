@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.codebook_build import Codebook
-from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.codebook.book import Codebook
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.dispatch import backend_of
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.codebook import book_lengths
 
 _LARGEST_LENGTH = torch.finfo(torch.float16).max
@@ -224,7 +224,7 @@ class CodedLayer:
 
 def _timed_build(vectors: torch.Tensor, threshold: float) -> tuple[Codebook, float]:
     device, count = vectors.device, vectors.shape[1]
-    build = for_device("codebook_build", device).build_codebook
+    build = backend_of(device).build_codebook
     lengths = torch.full((len(vectors),), count, dtype=torch.int32, device=device)
     if device.type == "cuda":  # the first launch of a shape compiles it
         build(vectors, lengths, threshold, count)

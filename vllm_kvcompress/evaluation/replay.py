@@ -18,10 +18,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.cache_rows import DenseRows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
-from vllm_kvcompress.kernels.coded_tokens import CodedTokens
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.rows import DenseRows
+from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.budgets import (
     compaction_lengths,
     forced_ranges,

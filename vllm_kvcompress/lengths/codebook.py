@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from vllm_kvcompress.config.codebook import CodebookConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.kernels.code_rows import MAX_ENTRIES
+from vllm_kvcompress.kernels.codebook.format import MAX_ENTRIES
 from vllm_kvcompress.plans import BookLengths, GroupCache, GroupLengths, Span
 
 

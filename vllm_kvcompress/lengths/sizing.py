@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     compaction_lengths,

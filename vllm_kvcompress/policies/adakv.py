@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field
 
-from vllm_kvcompress.kernels.tiers import best_tokens, two_tiers
+from vllm_kvcompress.kernels.compaction.tiers import best_tokens, two_tiers
 from vllm_kvcompress.policies.inputs import ScoreInputs
 from vllm_kvcompress.policies.wrapping import WrappingPolicy
 

@@ -2,12 +2,12 @@
 
 import torch
 from pydantic import Field
-from torch.nn.functional import avg_pool1d
 
-from vllm_kvcompress.kernels.window_attention import window_attention
+from vllm_kvcompress.kernels.formulas.window_attention import window_attention
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape
+from vllm_kvcompress.policies.pooling import pool_before_window
 
 
 class CAKE(Policy):
@@ -50,7 +50,4 @@ class CAKE(Policy):
             variance = attention.var(dim=1, correction=min(window - 1, 1))
             indicator = attention.mean(dim=1) + self.gamma * variance  # [g, n]
             rows.append(indicator.mean(dim=0))
-        scores = torch.stack(rows)
-        past = scores[:, : scores.shape[1] - window]
-        pooled = avg_pool1d(past, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return torch.cat([pooled, scores[:, past.shape[1] :]], dim=1)
+        return pool_before_window(torch.stack(rows), window, self.kernel_size, "avg")

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.tiers import ranks
+from vllm_kvcompress.kernels.compaction.tiers import ranks
 from vllm_kvcompress.policies.inputs import ScoreInputs
 from vllm_kvcompress.policies.wrapping import WrappingPolicy
 

@@ -3,8 +3,11 @@
 import torch
 from pydantic import Field
 
-from vllm_kvcompress.kernels.projected_norms import PROJECTED_AT_ONCE, projected_value_norms
-from vllm_kvcompress.kernels.tiers import best_tokens, two_tiers
+from vllm_kvcompress.kernels.compaction.tiers import best_tokens, two_tiers
+from vllm_kvcompress.kernels.formulas.projected_norms import (
+    PROJECTED_AT_ONCE,
+    projected_value_norms,
+)
 from vllm_kvcompress.policies.inputs import ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.policies.wrapping import WrappingPolicy

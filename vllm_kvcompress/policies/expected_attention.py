@@ -4,9 +4,9 @@ import torch
 from pydantic import Field
 from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.expected_attention import expected_attention_scores
-from vllm_kvcompress.kernels.query_statistics import QueryStatistics
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.expected_attention import expected_attention_scores
+from vllm_kvcompress.kernels.formulas.query_statistics import QueryStatistics
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 
 class Queries(Enum):

@@ -2,12 +2,13 @@
 
 import torch
 from pydantic import Field
-from torch.nn.functional import max_pool1d, pad
+from torch.nn.functional import pad
 
-from vllm_kvcompress.kernels.window_attention import window_logits
+from vllm_kvcompress.kernels.formulas.window_attention import window_logits
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape
+from vllm_kvcompress.policies.pooling import pool
 
 
 class RKV(Policy):
@@ -57,10 +58,7 @@ class RKV(Policy):
         for logits in window_logits(inputs.queries, inputs.keys, inputs.scale):
             strongest = logits[:, :, :past].amax(dim=0)  # [w, n - w]
             rows.append(strongest.softmax(dim=-1).mean(dim=0))
-        pooled = max_pool1d(
-            torch.stack(rows), self.kernel_size, stride=1, padding=self.kernel_size // 2
-        )
-        importance = pad(pooled, (0, window))
+        importance = pad(pool(torch.stack(rows), self.kernel_size, "max"), (0, window))
         redundancy = inputs.rows.key_redundancy(self.similarity_threshold).softmax(dim=-1)
         weight = self.importance_weight
         return weight * importance - (1 - weight) * redundancy

@@ -1,12 +1,10 @@
 """SnapKV: what the end of the prompt attends to."""
 
-from typing import Literal
-
 import torch
-from torch.nn.functional import avg_pool1d, max_pool1d
 
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
+from vllm_kvcompress.policies.pooling import Pooling, pool_before_window
 
 
 class SnapKV(Policy):
@@ -26,7 +24,7 @@ class SnapKV(Policy):
     """
 
     kernel_size: KernelSize = 5
-    pooling: Literal["avg", "max"] = "avg"
+    pooling: Pooling = "avg"
 
     @property
     def queries(self) -> Queries:
@@ -38,8 +36,4 @@ class SnapKV(Policy):
         assert inputs.queries is not None
         window = inputs.queries.shape[1]
         scores = inputs.rows.attention(window)
-        past = scores[:, : scores.shape[1] - window]
-        # Neighbours beyond the ends count as 0 in a mean and not at all in a maximum.
-        pool = avg_pool1d if self.pooling == "avg" else max_pool1d
-        pooled = pool(past, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return torch.cat([pooled, scores[:, past.shape[1] :]], dim=1)
+        return pool_before_window(scores, window, self.kernel_size, self.pooling)

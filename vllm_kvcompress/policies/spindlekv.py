@@ -3,12 +3,12 @@
 from typing import Literal
 
 import torch
-from torch.nn.functional import avg_pool1d
 
-from vllm_kvcompress.kernels.tiers import ranks
+from vllm_kvcompress.kernels.compaction.tiers import ranks
 from vllm_kvcompress.policies.base import KernelSize, Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.policies.layer_shape import LayerShape
+from vllm_kvcompress.policies.pooling import pool_before_window
 
 
 class SpindleKV(Policy):
@@ -68,9 +68,7 @@ class SpindleKV(Policy):
         num_tokens = attention.shape[1]
         since = torch.arange(num_tokens, 0, -1, device=attention.device)
         scores = attention * window / since
-        past = scores[:, : num_tokens - window]
-        pooled = avg_pool1d(past, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return torch.cat([pooled, scores[:, past.shape[1] :]], dim=1)
+        return pool_before_window(scores, window, self.kernel_size, "avg")
 
 
 def best_ranks(scores: torch.Tensor, forced: torch.Tensor) -> torch.Tensor:

@@ -195,8 +195,8 @@ def _copying(shape: ModelShape, groups: Sequence[_Group], rotates: bool) -> Stag
 def _books(shape: ModelShape, groups: Sequence[_Group]) -> Stage:
     """Codebooks: the kernels that build them, as if every layer were built alone.
 
-    The tensor operations around them (`kernels/coded_tokens.py`) are left out, but for the copy of
-    a layer's keys and values that they begin with.
+    The tensor operations around them (`kernels/codebook/coded_tokens.py`) are left out, but
+    for the copy of a layer's keys and values that they begin with.
     """
     heads, launches = heads_of(shape), []
     for group in groups:

@@ -10,7 +10,7 @@ per number of the cache, w queries, L layers, K kept tokens.
 from dataclasses import dataclass
 
 SMALLEST_WINDOW = 8
-"""As in ``kernels/window_scores.py``, which needs Triton to be imported; a test compares them."""
+"""As in ``kernels/scores/window.py``, which needs Triton to be imported; a test compares them."""
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ from vllm_kvcompress.speed.shapes import ModelShape
 
 STEP_LAUNCHES = 2
 """Of a decode step whose batch holds a compacted request, outside its CUDA graph: lengths and slots
-of all layer groups (``kernels/step_slots.py``)."""
+of all layer groups (``kernels/cache/step_slots.py``)."""
 
 RING_LAUNCHES = 1
 """Of such a step where a ring keeps queries: their slots. Storing them is inside the graph."""
 
 BOOK_LAUNCHES = 3
-"""Of attention in a coded layer with a tail (``kernels/codebook_attention.py``)."""
+"""Of attention in a coded layer with a tail (``kernels/codebook/attention.py``)."""
 
 
 @dataclass(frozen=True)

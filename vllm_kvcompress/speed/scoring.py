@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.kernels.cache_rows import CacheRows, window_means
-from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.cache.rows import CacheRows, window_means
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.speed import kernel_bytes

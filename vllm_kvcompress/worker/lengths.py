@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.host_mirror import HostMirror
 
@@ -36,7 +36,7 @@ class EvictedLengths:
     def __init__(self, num_groups: int, max_num_reqs: int, device: torch.device) -> None:
         self.evicted = HostMirror((num_groups, max_num_reqs), device)
         self.seq_lens = torch.zeros(num_groups, max_num_reqs, dtype=torch.int32, device=device)
-        self._physical_seq_lens = for_device("step_slots", device).physical_seq_lens
+        self._physical_seq_lens = backend_of(device).physical_seq_lens
         self._dirty = False
         self._batch: InputBatch | None = None
         self._is_whole = True

@@ -24,9 +24,9 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.host.checks import check_layer, has_plain_rotary
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
@@ -128,7 +128,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if len(kv_cache_config.kv_cache_groups) > 1:
             without_schedule(self.attn_groups)
-        self._physical_slots = for_device("step_slots", self.device).physical_slots
+        self._physical_slots = backend_of(self.device).physical_slots
         self.tables = BlockTables.of(
             [table.gpu for table in self.block_tables.block_tables], self.block_tables.block_sizes
         )

@@ -3,7 +3,7 @@
 Bytes are slots that a compacted prompt holds, in whole blocks, its uncompressed tail and every slot
 for entries and codes included, times what a slot takes. A slot is one token's key and value in
 every KV head of a layer, so shares of the whole cache depend on the model in one place only: how
-many tokens' codes one slot takes (``kernels/code_rows.py``).
+many tokens' codes one slot takes (``kernels/codebook/format.py``).
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
     compaction_lengths,

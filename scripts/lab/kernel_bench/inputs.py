@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize, pad
 
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.layer_caches import LayerCaches
-from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.layer_caches import LayerCaches
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.kernels.codebook.packing import pack_codes
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 KEPT = 0.12
 GROUPS = 4  # KV cache groups of a step, as the preset windowkv makes them
@@ -105,10 +108,16 @@ class Case:
     spoil: Callable[[], Any] | None = None
 
 
+PACKAGE = "vllm_kvcompress.kernels"
+
+
 def _both(module: str, function: str, *args: Any, **more: Any) -> Case:
     """A kernel and its torch version, which have the same name and arguments."""
-    names = (f"vllm_kvcompress.kernels.{module}", f"vllm_kvcompress.kernels.reference.{module}")
-    versions = [partial(getattr(import_module(name), function), *args) for name in names]
+    torch_versions = import_module(f"{PACKAGE}.torch_backend")
+    if not hasattr(torch_versions, function):
+        torch_versions = import_module("tests.kernels.torch_versions")
+    both = import_module(f"{PACKAGE}.{module}"), torch_versions
+    versions = [partial(getattr(each, function), *args) for each in both]
     return Case(*versions, **more)
 
 
@@ -193,24 +202,24 @@ def token_scores(shape: Shape, generator: torch.Generator, window: int) -> Case:
     """Attention of the last `window` tokens."""
     queries = random_queries(shape, generator, shape.batch, window)
     pages = make_cache(shape, generator).pages()
-    return _both("window_scores", "token_scores", queries, pages, shape.scale)
+    return _both("scores.window", "token_scores", queries, pages, shape.scale)
 
 
 def window_scores(shape: Shape, generator: torch.Generator, window: int) -> Case:
     """The same, averaged over windows of 32 tokens."""
     queries = random_queries(shape, generator, shape.batch, window)
     pages = make_cache(shape, generator).pages()
-    return _both("window_scores", "window_scores", queries, pages, shape.scale, WINDOW)
+    return _both("scores.window", "window_scores", queries, pages, shape.scale, WINDOW)
 
 
 def key_similarity(shape: Shape, generator: torch.Generator) -> Case:
     """KeyDiff's cosines."""
-    return _both("key_scores", "key_similarity", make_cache(shape, generator).pages())
+    return _both("scores.keys", "key_similarity", make_cache(shape, generator).pages())
 
 
 def key_redundancy(shape: Shape, generator: torch.Generator) -> Case:
     """R-KV's redundancy of random keys: few have a similar one, so the search is a long one."""
-    return _both("key_redundancy", "key_redundancy", make_cache(shape, generator).pages(), 0.5)
+    return _both("scores.redundancy", "key_redundancy", make_cache(shape, generator).pages(), 0.5)
 
 
 def prompt_attention(shape: Shape, generator: torch.Generator) -> Case:
@@ -218,12 +227,12 @@ def prompt_attention(shape: Shape, generator: torch.Generator) -> Case:
     count = min(*shape.lengths, CHUNK)
     queries = random_queries(shape, generator, shape.batch, count)
     pages = make_cache(shape, generator).pages()
-    return _both("prompt_attention", "prompt_attention_sums", queries, pages, shape.scale)
+    return _both("scores.prompt", "prompt_attention_sums", queries, pages, shape.scale)
 
 
 def lag_scores(shape: Shape, generator: torch.Generator) -> Case:
     """LagKV's scores."""
-    return _both("key_scores", "lag_scores", make_cache(shape, generator).pages(), SINKS, LAG)
+    return _both("scores.keys", "lag_scores", make_cache(shape, generator).pages(), SINKS, LAG)
 
 
 def select_tokens(shape: Shape, generator: torch.Generator) -> Case:
@@ -237,7 +246,9 @@ def select_tokens(shape: Shape, generator: torch.Generator) -> Case:
         row[:SINKS] = row[length - 16 : length] = True
     keep = int32([shape.kept_of(n) for n in shape.lengths], device)
     lengths = int32(shape.lengths, device)
-    return _both("select_tokens", "select_tokens", scores, forced, lengths, keep, shape.kept)
+    return _both(
+        "compaction.select_tokens", "select_tokens", scores, forced, lengths, keep, shape.kept
+    )
 
 
 def random_survivors(shape: Shape, generator: torch.Generator) -> torch.Tensor:
@@ -266,7 +277,7 @@ def compact_pages(shape: Shape, generator: torch.Generator, rotates: bool) -> Ca
         args += [cache.num_tokens - cache.num_keep, rotary]
     blocks = cache.destination[cache.destination != OUTSIDE].long()
     return _both(
-        "compact_pages", "compact_pages", *args,
+        "compaction.compact_pages", "compact_pages", *args,
         outputs=lambda _: [layer[blocks] for layer in cache.layers],
         spoil=lambda: [layer.index_fill_(0, blocks, float("nan")) for layer in cache.layers],
     )  # fmt: skip
@@ -291,7 +302,7 @@ def physical_slots(shape: Shape, generator: torch.Generator, decodes: bool) -> C
     mapping = torch.randperm(num_rows, generator=generator, device=device)[: shape.batch]
     out = torch.empty(GROUPS, len(positions), dtype=torch.int64, device=device)
     return _both(
-        "step_slots", "physical_slots",
+        "cache.step_slots", "physical_slots",
         positions, int32(starts, device), mapping.int(), evicted, tables, out,
         outputs=lambda _: [out.clone()],
         spoil=lambda: out.fill_(-99),
@@ -314,7 +325,7 @@ def store_rows(shape: Shape, generator: torch.Generator, decodes: bool) -> Case:
         shape.batch * RING, shape.heads, shape.head_dim, dtype=shape.dtype, device=device
     )
     return _both(
-        "store_rows", "store_rows", fused[:, : shape.heads], torch.cat(slots), out,
+        "cache.store_rows", "store_rows", fused[:, : shape.heads], torch.cat(slots), out,
         outputs=lambda _: [out.clone()],
         spoil=lambda: out.fill_(7.0),  # rows without a slot stay, and NaN would equal nothing
     )  # fmt: skip
@@ -341,16 +352,14 @@ def build_codebook(shape: Shape, generator: torch.Generator) -> Case:
     vectors = vectors + 0.1 * normalize(noise(problems, n, size), dim=2)
     vectors = (vectors * (1 + noise(problems, n, 1).abs())).to(shape.dtype)
     counts = int32(shape.lengths * (problems // shape.batch), device)
-    case = _both("codebook_build", "build_codebook", vectors, counts, THRESHOLD, n)
+    case = _both("codebook.build", "build_codebook", vectors, counts, THRESHOLD, n)
     return replace(case, outputs=lambda book: [getattr(book, f.name) for f in fields(book)])
 
 
 def codebook_attention(shape: Shape, generator: torch.Generator) -> Case:
     """One query per request over n tokens that are entries of books of 512."""
-    packed = import_module("vllm_kvcompress.kernels.codes").pack_codes
-    kernel = import_module("vllm_kvcompress.kernels.codebook_attention")
     device, width = generator.device, shape.head_dim * shape.dtype.itemsize
-    per_row = import_module("vllm_kvcompress.kernels.code_rows").codes_per_row(width)
+    per_row = codes_per_row(width)
     rows = [-(-n // per_row) for n in shape.lengths]
     entries = [ENTRIES - request * shape.ragged for request in range(shape.batch)]
     counts = [[-(-n // shape.block) for n in each] for each in (entries, rows)]
@@ -368,16 +377,16 @@ def codebook_attention(shape: Shape, generator: torch.Generator) -> Case:
             for _ in range(2)
         ]
         positions = torch.arange(length, device=device).expand(sizes)
-        found = packed(*index, *lengths, positions, codes.shape[3])  # [KV, rows, W]
+        found = pack_codes(
+            index[0], index[1], lengths[0], lengths[1], positions, codes.shape[3]
+        )  # [KV, rows, W]
         found = pad(found, (0, 0, 0, -found.shape[1] % shape.block))
         blocks = code_table[request, : counts[1][request]].long()
         codes[blocks] = found.unflatten(1, (-1, shape.block)).transpose(0, 1)
     pages = Pages(*halves, book_table, int32(entries, device), max(entries))
-    book = kernel.CodebookPages(
-        pages, codes, code_table, int32(shape.lengths, device), shape.tokens
-    )
+    book = CodebookPages(pages, codes, code_table, int32(shape.lengths, device), shape.tokens)
     return _both(
-        "codebook_attention", "codebook_attention",
+        "codebook.attention", "codebook_attention",
         random_queries(shape, generator, shape.batch), book, frequencies(shape, device), True,
         shape.scale,
     )  # fmt: skip

@@ -21,8 +21,8 @@ def paged_attention(shape: Shape, generator: torch.Generator) -> Case:
     """
     from xformers.ops import fmha
 
-    from vllm_kvcompress.kernels.compact_pages import compact_pages
-    from vllm_kvcompress.kernels.layer_caches import LayerCaches
+    from vllm_kvcompress.kernels.cache.layer_caches import LayerCaches
+    from vllm_kvcompress.kernels.compaction.compact_pages import compact_pages
 
     shape = replace(shape, layers=1, block=64, layout="LBNHC", ragged=False)
     cache, chosen = inputs.make_cache(shape, generator), inputs.random_survivors(shape, generator)
@@ -66,8 +66,8 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     copied, bit for bit, is compared exactly.
     """
     from vllm_kvcompress.config.reading import parse_config
-    from vllm_kvcompress.kernels import select_tokens
-    from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
+    from vllm_kvcompress.kernels.compaction import select_tokens
+    from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
     from vllm_kvcompress.lengths.budgets import (
         compaction_lengths,
         forced_ranges,

@@ -236,7 +236,7 @@ def _rows() -> list[Row]:
     """All rows, those with targets first."""
     rows = [
         Row(
-            f"compact_pages{name}", "compact_pages.compact_pages",
+            f"compact_pages{name}", "compaction.compact_pages.compact_pages",
             partial(inputs.compact_pages, rotates=rotates), _compact_bytes,
             "L R K (2 * 2 KV D e + 8 KV)", _compact_memory, tolerance,
             all_layers=True, target=0.8,
@@ -245,7 +245,7 @@ def _rows() -> list[Row]:
     ]  # fmt: skip
     rows += [
         Row(
-            f"token_scores_w{w}", "window_scores.token_scores",
+            f"token_scores_w{w}", "scores.window.token_scores",
             partial(inputs.token_scores, window=w), partial(_token_bytes, window=w),
             "R (2 n KV D e + 2 w H D e + 4 KV n)", _cache_memory, 1e-3, target=0.7,
         )
@@ -254,45 +254,45 @@ def _rows() -> list[Row]:
     scores = "R (2 n KV D e + 4 KV n)"
     rows += [
         Row(
-            "window_scores_w16", "window_scores.window_scores",
+            "window_scores_w16", "scores.window.window_scores",
             partial(inputs.window_scores, window=16), partial(_window_bytes, window=16),
             "R (n KV D e + w H D e + 4 KV n / 32)", _cache_memory, 1e-3, target=0.7,
         ),
-        Row("key_similarity", "key_scores.key_similarity", inputs.key_similarity,
+        Row("key_similarity", "scores.keys.key_similarity", inputs.key_similarity,
             partial(_token_bytes, window=0), scores, _cache_memory, 1e-3, target=0.7),
-        Row("lag_scores", "key_scores.lag_scores", inputs.lag_scores,
+        Row("lag_scores", "scores.keys.lag_scores", inputs.lag_scores,
             partial(_token_bytes, window=0), scores, _cache_memory, 1e-3, target=0.7),
-        Row("key_redundancy", "key_redundancy.key_redundancy", inputs.key_redundancy,
+        Row("key_redundancy", "scores.redundancy.key_redundancy", inputs.key_redundancy,
             partial(_token_bytes, window=0), f"{scores}; up to 2 R KV D n n operations",
             _cache_memory, 1e-3, cpu_tokens=1024),
-        Row("prompt_attention", "prompt_attention.prompt_attention_sums", inputs.prompt_attention,
+        Row("prompt_attention", "scores.prompt.prompt_attention_sums", inputs.prompt_attention,
             lambda s: _token_bytes(s, min(s.tokens, inputs.CHUNK)),
             "R (2 n KV D e + 2 m H D e + 4 KV n); 4 R H D m n operations at most",
             _cache_memory, 1e-3, cpu_tokens=1024),
-        Row("select_tokens", "select_tokens.select_tokens", inputs.select_tokens, _select_bytes,
-            "L R KV (5 * 4 n + 8 K) + R n", _select_memory, all_layers=True),
+        Row("select_tokens", "compaction.select_tokens.select_tokens", inputs.select_tokens,
+            _select_bytes, "L R KV (5 * 4 n + 8 K) + R n", _select_memory, all_layers=True),
     ]  # fmt: skip
     for name, decodes in (("prefill", False), ("decode", True)):
         rows += [
             Row(
-                f"physical_slots_{name}", "step_slots.physical_slots",
+                f"physical_slots_{name}", "cache.step_slots.physical_slots",
                 partial(inputs.physical_slots, decodes=decodes),
                 partial(_slot_bytes, decodes=decodes),
                 "R (8 + G (8 + 4))" if decodes else "R (8 n + G (8 n + 4 n / N))",
                 _step_memory, by_tokens=not decodes, most=_one_step,
             ),
             Row(
-                f"store_rows_{name}", "store_rows.store_rows",
+                f"store_rows_{name}", "cache.store_rows.store_rows",
                 partial(inputs.store_rows, decodes=decodes), partial(_store_bytes, decodes=decodes),
                 "R (8 + 2 H D e)" if decodes else "R (8 n + 2 * 64 H D e)",
                 _step_memory, by_tokens=not decodes, most=_one_step,
             ),
         ]  # fmt: skip
     rows += [
-        Row("build_codebook", "codebook_build.build_codebook", inputs.build_codebook, _build_bytes,
+        Row("build_codebook", "codebook.build.build_codebook", inputs.build_codebook, _build_bytes,
             "2 R KV (3 n D e + 3 n n / 16 + 16 n)", _build_memory, 1e-3, most=_small_books,
             cpu_tokens=1024),
-        Row("codebook_attention", "codebook_attention.codebook_attention",
+        Row("codebook_attention", "codebook.attention.codebook_attention",
             inputs.codebook_attention, _codebook_bytes,
             "R (12 KV n + 512 * 2 KV D e + 2 H D e + 4 H)", _cache_memory, 0.05),
         Row("paged_attention", "xformers paged attention", paged_attention, _paged_bytes,

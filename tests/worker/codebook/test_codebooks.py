@@ -25,7 +25,8 @@ from tests.worker.compaction.test_compactor import (
     strided_world,
 )
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.kernels import codebook_attention, codebook_build
+from vllm_kvcompress.kernels.codebook import attention as codebook_attention
+from vllm_kvcompress.kernels.codebook import build as codebook_build
 from vllm_kvcompress.plans import (
     BookLengths,
     CompactionPlan,
@@ -56,7 +57,7 @@ def world(request, monkeypatch) -> World:
     """Three prompts in the cache. The strided one has blocks of two of its view's, for kernels."""
     if request.param == "strided":
         monkeypatch.setattr(
-            "vllm_kvcompress.kernels.coded_tokens.for_device", lambda *_: codebook_build
+            "vllm_kvcompress.kernels.codebook.coded_tokens.backend_of", lambda *_: codebook_build
         )
         return strided_world(kernel_block=BLOCK // 2)
     found = World(VectorLayout(DIM), [torch.zeros(96, KV, BLOCK, 2 * DIM) for _ in range(LAYERS)])
@@ -152,7 +153,7 @@ def test_layouts_store_the_same_where_books_are_full(monkeypatch) -> None:
     packed.fill()
     expected, _, packed_plans = write(packed, tight)
     monkeypatch.setattr(
-        "vllm_kvcompress.kernels.coded_tokens.for_device", lambda *_: codebook_build
+        "vllm_kvcompress.kernels.codebook.coded_tokens.backend_of", lambda *_: codebook_build
     )
     strided = strided_world()
     compactor, _, plans = write(strided, tight)
@@ -310,7 +311,7 @@ def test_a_book_is_extended_by_the_blocks_behind_it(world: World) -> None:
 def test_layers_are_coded_alike_one_at_a_time_and_together(world: World, monkeypatch) -> None:
     together, _, plans = write(world, ROOMY)
     monkeypatch.setattr("vllm_kvcompress.worker.codebook.writer.MAX_COPY_BYTES", 1)
-    monkeypatch.setattr("vllm_kvcompress.kernels.coded_tokens.MAX_GRAPH_BYTES", 1)
+    monkeypatch.setattr("vllm_kvcompress.kernels.codebook.coded_tokens.MAX_GRAPH_BYTES", 1)
     apart, _, later = write(world, ROOMY)
     for row, name in enumerate(plans):
         for layer in (0, 1):

@@ -15,9 +15,9 @@ from tests.kernels.paged import DEVICE, make_cache
 from tests.policies.cases import CASES
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels import select_tokens
-from vllm_kvcompress.kernels.cache_rows import DenseRows
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.rows import DenseRows
+from vllm_kvcompress.kernels.compaction import select_tokens
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan, Purpose
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
@@ -311,7 +311,7 @@ def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> Non
 
 def test_one_launch_scores_all_requests_and_one_copies_all_layers(monkeypatch) -> None:
     """Launches do not multiply with requests: 2 groups copy, 4 layers score, for 3 requests."""
-    from vllm_kvcompress.kernels import paged_rows
+    from vllm_kvcompress.kernels.cache import paged_rows
     from vllm_kvcompress.worker.layout import strided as layout
 
     counts = {"score": [], "copy": []}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import DenseRows
+from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries, ScoreInputs
 from vllm_kvcompress.worker.queries.prompt import PromptQueries

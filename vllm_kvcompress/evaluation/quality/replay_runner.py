@@ -18,7 +18,7 @@ from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant, kept_share
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 
 BATCH_TOKENS = 16_384
 """Cached tokens that are decoded together: more take memory and save nothing."""

@@ -96,7 +96,7 @@ def kept_share(
     num_layers, block_size : int
         Of the model and of the cache.
     codes : int
-        Codes that fit into one slot, for codebooks (`kernels.code_rows.codes_per_row`).
+        Codes that fit into one slot, for codebooks (`kernels.codebook.format.codes_per_row`).
     """
     if config is None:
         return 1.0

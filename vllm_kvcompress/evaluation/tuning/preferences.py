@@ -42,7 +42,7 @@ def layer_shares(replay: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
     prompts : sequence of sequence of int
         Token ids.
     """
-    from vllm_kvcompress.kernels.layer_preference import layer_preference
+    from vllm_kvcompress.kernels.formulas.layer_preference import layer_preference
 
     totals = [0.0] * len(replay.layers)
     for token_ids in prompts:

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.codebook_attention import CodebookPages
-from vllm_kvcompress.kernels.codebook_tail import TailPages
-from vllm_kvcompress.kernels.dispatch import for_device
-from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class CodebookReader:
         self.state = state
         self.layers = {layer.name: layer for layer in layers}
         self.device = device
-        self._attend = for_device("codebook_attention", device).codebook_attention
+        self._attend = backend_of(device).codebook_attention
 
     def attend(self, layer_name: str, query: torch.Tensor, output: torch.Tensor) -> None:
         """Replace rows of the output [T, H, D], or [T, H * D], of one layer in place.

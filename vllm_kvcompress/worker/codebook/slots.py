@@ -9,7 +9,7 @@ Dimensions: n slots of n / N whole blocks, KV heads.
 
 import torch
 
-from vllm_kvcompress.kernels.coded_tokens import CodedTokens
+from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.plans import BookLengths
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 

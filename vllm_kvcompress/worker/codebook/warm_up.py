@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.codebook_build import COVER_BLOCKS
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.codebook.build import COVER_BLOCKS
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.plans import BookLengths, GroupCache, GroupLengths
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
 from vllm_kvcompress.worker.compaction.compactor import Compactor
@@ -49,7 +49,7 @@ def warm_up_books(
 def _build_books(compactor: Compactor, config: CompressionConfig) -> None:
     """Make books of zeros in every size that the kernels tell apart."""
     assert config.codebook is not None
-    build = for_device("codebook_build", compactor.device).build_codebook
+    build = backend_of(compactor.device).build_codebook
     cache = compactor.layers[0].cache()
     for size in COVER_BLOCKS:
         vectors = cache.new_zeros(1, size, cache.shape[3] // 2)

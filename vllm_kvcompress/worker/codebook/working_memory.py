@@ -1,6 +1,6 @@
 """Device memory that codebooks need while they are made; see compaction/working_memory.py."""
 
-from vllm_kvcompress.kernels.coded_tokens import MAX_GRAPH_BYTES
+from vllm_kvcompress.kernels.codebook.coded_tokens import MAX_GRAPH_BYTES
 from vllm_kvcompress.plans import GroupLengths
 from vllm_kvcompress.worker.codebook.writer import MAX_COPY_BYTES
 from vllm_kvcompress.worker.compaction.working_memory import RankShape

@@ -8,8 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from vllm_kvcompress.kernels.coded_tokens import CodedTokens, Directions, Distance, code_tokens
-from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
+from vllm_kvcompress.kernels.codebook.coded_tokens import (
+    CodedTokens,
+    Directions,
+    Distance,
+    code_tokens,
+)
+from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
 from vllm_kvcompress.plans import GroupPlan, PlanKind
 from vllm_kvcompress.worker.batch import GroupBatch
 from vllm_kvcompress.worker.codebook.slots import BookSlots

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
@@ -88,7 +88,7 @@ class Compactor:
         self.all_reduce = all_reduce
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
-        self.select_tokens = for_device("select_tokens", device).select_tokens
+        self.select_tokens = backend_of(device).select_tokens
         self.writers: dict[PlanKind, Writer] = {}
         self.extenders: dict[PlanKind, Extender] = {}
 

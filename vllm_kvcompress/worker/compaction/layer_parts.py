@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 # Angles are position * inv_freq and nothing else: no scaling of lengths, none of positions.
 _PLAIN_ROTARY = (RotaryEmbedding, Llama3RotaryEmbedding)

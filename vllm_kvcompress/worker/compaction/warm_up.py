@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupLengths, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.worker.batch import CompactionJob
@@ -70,7 +70,7 @@ def warm_up_steps(
     ring : QueryRing
         Last queries of all rows.
     physical_slots : callable
-        `kernels.step_slots.physical_slots`.
+        `kernels.cache.step_slots.physical_slots`.
     tables : BlockTables
         Of the G KV cache groups.
     slot_mappings : torch.Tensor

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.code_rows import codes_per_row
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import layer_groups, next_lengths, permanent_ranges
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.policies.layer_shape import LayerShape

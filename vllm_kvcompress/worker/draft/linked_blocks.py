@@ -46,7 +46,7 @@ class LinkedBlocks:
         scores : sequence of torch.Tensor
             R tensors [num_kv_heads, n]; all heads have the same.
         select_tokens : callable
-            `kernels.select_tokens.select_tokens`.
+            `kernels.compaction.select_tokens.select_tokens`.
         """
         plans, rows = self.group.plans, self.group.block_table
         means = torch.zeros(1, *self.forced.shape[:1], 1, self.forced.shape[1], device=rows.device)

@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_kvcompress.kernels.block_tables import BlockTables
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
 

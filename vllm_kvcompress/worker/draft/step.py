@@ -25,8 +25,8 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 from vllm.v1.worker.gpu.cudagraph_utils import AttentionState, BatchExecutionDescriptor
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from vllm_kvcompress.kernels.block_tables import BlockTables
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.cache.block_tables import BlockTables
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.worker.draft.views import DraftViews
 from vllm_kvcompress.worker.host_mirror import HostMirror
 
@@ -93,7 +93,7 @@ class DraftStep:
         self.draft_logits = draft_logits
         self._draws = state.config.draft.sample == "probabilistic"
         self._needs_confidence = state.config.draft.min_confidence > 0
-        self._physical_slots = for_device("step_slots", device).physical_slots
+        self._physical_slots = backend_of(device).physical_slots
         num_rows = vllm_config.scheduler_config.max_num_seqs
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import CacheRows, DenseRows
-from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.kernels.reference.compact_pages import gather_rows
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.cache.rows import CacheRows, DenseRows
+from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.worker.batch import GroupBatch
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.worker.layout.base import CacheLayout
 

@@ -12,7 +12,7 @@ from abc import abstractmethod
 
 import torch
 
-from vllm_kvcompress.kernels.pages import Pages
+from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.worker.layout.base import CacheLayout
 
 

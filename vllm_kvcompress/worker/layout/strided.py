@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import CacheRows
-from vllm_kvcompress.kernels.compact_pages import compact_pages
-from vllm_kvcompress.kernels.layer_caches import LayerCaches
-from vllm_kvcompress.kernels.paged_rows import PagedBatch
-from vllm_kvcompress.kernels.pages import Pages
-from vllm_kvcompress.kernels.rotary import Rotary
+from vllm_kvcompress.kernels.cache.layer_caches import LayerCaches
+from vllm_kvcompress.kernels.cache.paged_rows import PagedBatch
+from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.cache.rows import CacheRows
+from vllm_kvcompress.kernels.compaction.compact_pages import compact_pages
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.worker.batch import GroupBatch
 from vllm_kvcompress.worker.layout.base import CacheLayout
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvcompress.kernels.cache_rows import CacheRows
+from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.host_copy import overwrite
 from vllm_kvcompress.lengths.decode_queries import RingShape
 
@@ -40,8 +40,8 @@ class QueryRing:
         self._is_dirty = False
         self._places = torch.full((max_num_tokens,), -1, device=device)
         self._is_recording = False
-        self._find_places = for_device("step_slots", device).ring_slots
-        self._store = for_device("store_rows", device).store_rows
+        self._find_places = backend_of(device).ring_slots
+        self._store = backend_of(device).store_rows
         self._layers: dict[str, torch.Tensor] = {}
 
     @property

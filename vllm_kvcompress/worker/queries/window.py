@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.dispatch import for_device
+from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.host_copy import send_together
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class QueryWindow:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._store = for_device("store_rows", device).store_rows
+        self._store = backend_of(device).store_rows
         self._stashes: dict[str, _Stash] = {}
         self._captures: list[tuple[_Buffer, _Capture]] = []
 

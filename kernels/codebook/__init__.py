@@ -1,0 +1,1 @@
+"""Tokens as entries of codebooks: building books, coding tokens, attention over codes."""

@@ -1,0 +1,1 @@
+"""A compaction: which tokens survive, and their copy to other pages."""

@@ -1,0 +1,1 @@
+"""Scores of cached tokens, measured in place by Triton kernels."""

@@ -341,7 +341,7 @@ def check_window_size(window_size: int) -> None:
 
 
 _SHARED_BYTES = 160 << 10  # of the 227 KiB a program may have on Hopper
-_TILE, _WIDE_TILE, _FLOAT32_TILE = 128, 32, 16
+_TILE, _WIDE_TILE, FLOAT32_TILE = 128, 32, 16
 """Rows of queries, and tokens, of a program; fewer where head_dim is above 128, and in float32,
 which no tensor core takes: threads hold whole rows, and more would spill."""
 
@@ -356,7 +356,7 @@ def tiles(queries: torch.Tensor, pages: Pages, fit: bool = True) -> tuple[dict, 
     block_d = max(triton.next_power_of_2(pages.head_dim), 16)
     tile = _TILE if block_d <= 128 else _WIDE_TILE
     if queries.element_size() == 4:
-        tile = _FLOAT32_TILE
+        tile = FLOAT32_TILE
     while 4 * tile * block_d * queries.element_size() > _SHARED_BYTES:  # queries, 3 tiles of keys
         tile //= 2
     block_m = min(max(triton.next_power_of_2(num_rows), 16), tile) if fit else tile

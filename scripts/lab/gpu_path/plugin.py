@@ -22,6 +22,10 @@ BACKENDS = {
 }
 """`triton` has vLLM's own attention kernel in the interpreter: for very short prompts."""
 
+INTERPRETED_TILE = 128
+"""Rows and tokens of a program in float32. What a GPU takes (16) is for its registers; the
+interpreter has none, and its time goes by operations, not by their size."""
+
 
 def register(name: str | None = None) -> None:
     """Entry point: from now on CPU engines of this process take the GPU path.
@@ -46,6 +50,7 @@ def register(name: str | None = None) -> None:
         raise ValueError(f"{VARIABLE}: must be {', '.join(BACKENDS)}, got {name!r}")
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKENDS[name])
     interpret_on_cpu(True)
+    _set_tiles(INTERPRETED_TILE)
 
 
 @contextmanager
@@ -54,6 +59,7 @@ def gpu_path(name: str = "strided") -> Iterator[None]:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import _cached_get_attn_backend
 
+    tiles = _set_tiles(INTERPRETED_TILE)
     register(name)
     _cached_get_attn_backend.cache_clear()
     try:
@@ -62,6 +68,18 @@ def gpu_path(name: str = "strided") -> Iterator[None]:
         AttentionBackendEnum.CPU_ATTN.clear_override()
         _cached_get_attn_backend.cache_clear()
         interpret_on_cpu(False)
+        _set_tiles(tiles)
+
+
+def _set_tiles(size: int) -> int:
+    """Change the tiles of both kernels that have smaller ones in float32; returns the former."""
+    # Not above: the CPU's Triton must be in place before kernels are imported.
+    from vllm_kvcompress.kernels.codebook import attention
+    from vllm_kvcompress.kernels.scores import softmax_sums
+
+    former = softmax_sums.FLOAT32_TILE
+    softmax_sums.FLOAT32_TILE = attention.FLOAT32_TILE = size
+    return former
 
 
 def environment(folder: Path, name: str = "strided") -> Mapping[str, str]:

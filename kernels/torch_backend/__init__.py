@@ -1,13 +1,13 @@
 """What a CPU runs in the place of Triton kernels: the same names, signatures and answers."""
 
-from vllm_kvcompress.kernels.torch_backend.attention import codebook_attention
-from vllm_kvcompress.kernels.torch_backend.build import build_codebook
 from vllm_kvcompress.kernels.torch_backend.cache import (
     physical_seq_lens,
     physical_slots,
     ring_slots,
     store_rows,
 )
+from vllm_kvcompress.kernels.torch_backend.codebook_cover import build_codebook
+from vllm_kvcompress.kernels.torch_backend.codebook_reads import codebook_attention
 from vllm_kvcompress.kernels.torch_backend.compaction import select_tokens
 
 __all__ = [

@@ -98,7 +98,7 @@ SMALL_SERVING: Words = (
     "--prompt-lens",
     "640",
     "--output-len",
-    "4",
+    "16",
     "--requests",
     "2",
 )

@@ -15,8 +15,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-if importlib.util.find_spec("vllm_kvcompress") is None:
-    sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT))  # torch versions of some kernels are in tests/
 if importlib.util.find_spec("vllm_kvcompress.kernels") is None:
     import vllm_kvcompress
 

@@ -1,11 +1,14 @@
 """Package metadata of vllm-kvcompress; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = "0.1.0"
+# The version stands once, in the package, which must not be imported to be built.
+PACKAGE = (ROOT / "vllm_kvcompress" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)[0]
 
 setup(
     name="vllm-kvcompress",
@@ -55,6 +58,8 @@ setup(
             "ruff==0.14.5",  # lint and format
             "mypy==1.18.2",  # types
             "types-PyYAML",  # stubs for mypy
+            "mkdocs>=1.6,<2",  # the site of docs/, where a dead link is an error
+            "mkdocs-material>=9.6",  # its theme: search, diagrams
         ],
     },
     entry_points={

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and tests, all of them whatever fails. Arguments go to pytest.
+# Lint, types, the site of docs/ and tests, all of them whatever fails. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +14,10 @@ check() {
 
 check ruff check
 check ruff format --check
-check mypy vllm_kvcompress kernels
+check mypy vllm_kvcompress kernels scripts/lab
+# Into build/, which git ignores. --strict: a dead link fails.
+export NO_MKDOCS_2_WARNING=1
+check mkdocs build --strict --config-file docs/site/mkdocs.yml
 # Engines are bound by one core each. On a GPU they would compete for its memory.
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import OPTIONAL, is_missing, needed
+
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"
 
@@ -25,3 +27,28 @@ def root() -> Path:
 def probe_model() -> str:
     """Folder of the probe model."""
     return str(PROBE_MODEL)
+
+
+# --- without vLLM -------------------------------------------------------------------------
+
+left_out: list[str] = []
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what cannot be imported here: see `tests.needs`."""
+    file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    if file.suffix != ".py" or not file.exists() or not any(map(is_missing, OPTIONAL)):
+        return None
+    if not any(map(is_missing, needed(file))):
+        return None
+    left_out.append(str(collection_path))
+    return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was left out: a run that is green for want of tests must not look like one."""
+    if left_out:
+        missing = ", ".join(filter(is_missing, OPTIONAL))
+        terminalreporter.write_line(
+            f"{len(left_out)} files and folders of tests left out: not installed are {missing}"
+        )

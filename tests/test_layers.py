@@ -130,6 +130,8 @@ def test_nothing_imports_upwards(name: str, path: Path) -> None:
         where = f"{path.relative_to(ROOT)}:{line} imports {target}"
         if target.split(".")[0] == "kernels":
             pytest.fail(f"{where}: the kernels are vllm_kvcompress.kernels, once")
+        if target.split(".")[0] == "lab":
+            pytest.fail(f"{where}: scripts/lab is not installed")
         if target.split(".")[0] == "vllm":
             assert not {top, name} & PURE, f"{where}: {name} knows no vLLM"
         if not target.startswith(f"{PACKAGE}."):

@@ -120,11 +120,11 @@ def published_numbers() -> Iterator[Setting]:
         policy = pooled(width, pooling)
         yield f"snap_{mark}", policy, queries, ONE_GROUP, UNIFORM
         for beta in (20, 2):
-            budget = {"shape": "pyramid", "beta": beta}
+            budget: dict[str, Any] = {"shape": "pyramid", "beta": beta}
             yield f"pyramid{beta}_{mark}", policy, queries, PER_LAYER, budget
-    for beta in (20, 2, 1.2):
-        budget = {"shape": "pyramid", "beta": beta}
-        yield f"pyramid{beta}_16_21avg", pooled(21), 16, PER_LAYER, budget
+    for steep in (20, 2, 1.2):
+        budget = {"shape": "pyramid", "beta": steep}
+        yield f"pyramid{steep}_16_21avg", pooled(21), 16, PER_LAYER, budget
 
 
 def spindlekv_factors() -> Iterator[Setting]:

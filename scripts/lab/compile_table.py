@@ -12,7 +12,6 @@ import argparse
 import csv
 import importlib
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from tests.stand_in import Shape, StandIn  # noqa: E402
 from vllm_kvcompress.config.reading import parse_config, preset_names  # noqa: E402
+from vllm_kvcompress.evaluation.provenance import commit_of, public_words  # noqa: E402
 
 del os.environ["TRITON_INTERPRET"]
 backends.pop("cpu", None)  # the interpreter's stand-in, which compiles nothing
@@ -76,11 +76,9 @@ class Table:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
         self._file = path.open("w", encoding="utf-8", newline="")
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
-                                capture_output=True).stdout.strip()  # fmt: skip
-        self._file.write(f"# python {' '.join(sys.argv)}\n")
+        self._file.write(f"# python {' '.join(public_words(sys.argv, ROOT))}\n")
         self._file.write(
-            f"# commit {commit}, triton {triton.__version__}, torch {torch.__version__}\n"
+            f"# commit {commit_of(ROOT)}, triton {triton.__version__}, torch {torch.__version__}\n"
         )
         self._writer: Any = None
 
@@ -125,7 +123,9 @@ def compile_for(
             for setting in settings:
                 # Two layers: every layer of a model launches the same variants.
                 shape = Shape(num_layers=2, head_dim=dim, dtype=DTYPES[dtype], hidden_size=512)
-                StandIn(parse_config(setting), shape).runner.warm_up_compaction()
+                config = parse_config(setting)
+                assert config is not None
+                StandIn(config, shape).runner.warm_up_compaction()
             seconds = time.perf_counter() - start
             print(f"sm_{target} {dtype} {dim}: {len(table.rows)} rows, {seconds:.0f} s", flush=True)
 

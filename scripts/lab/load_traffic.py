@@ -195,7 +195,8 @@ def accepted_presets(
     server: CompressionConfig, vllm_config: Any
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Presets that requests to this server may name: those that read no queries, and others."""
-    without, reading = [], []
+    without: list[str] = []
+    reading: list[str] = []
     for name in preset_names():
         options = RequestOptions(preset=name)
         try:

@@ -14,10 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # as a file: Python puts this folder on its path, `lab` is one above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lab.places import ROOT
+from lab.serving.models import MODELS
 from vllm_kvcompress.cli.speed import draft_limit
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.lengths.geometry import ModelGeometry
 from vllm_kvcompress.lengths.sizing import capacity, request_usage
 from vllm_kvcompress.speed.machine import make_machine
@@ -25,7 +29,7 @@ from vllm_kvcompress.speed.paths import Path as Work
 from vllm_kvcompress.speed.plan import SpeedPlan
 from vllm_kvcompress.speed.shapes import ModelShape
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"
 MACHINE = make_machine("h200")
 MEMORY = 141e9  # of an H200, by the same data sheet
 USED = 0.9  # of it, as vLLM's --gpu-memory-utilization

@@ -20,7 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from load_checks import (
+if __name__ == "__main__":  # as a file: Python puts this folder on its path, `lab` is one above
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from lab.load_checks import (
     LoadError,
     Progress,
     check_blocks,
@@ -28,11 +31,10 @@ from load_checks import (
     num_missing,
     step_limit,
 )
-from load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, Traffic
-
+from lab.load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, Traffic
+from lab.places import PROBE_MODEL
 from vllm_kvcompress.evaluation.engine import Engine, Result
 
-MODEL = Path(__file__).parents[2] / "examples" / "probe-model"
 MAX_IN_FLIGHT = 16
 SEQS = (8, 16, 4)
 """Values of max_num_seqs; the seed picks one."""
@@ -236,7 +238,7 @@ def opened(load: Load) -> Iterator[Engine]:
     mode = MODES[load.mode]
     blocks = int(mode.num_groups * -(-MAX_MODEL_LEN // BLOCK_SIZE) * load.pool)
     engine = Engine(
-        str(MODEL),
+        str(PROBE_MODEL),
         mode.setting,
         num_blocks=1 + blocks,
         async_scheduling=load.async_scheduling,

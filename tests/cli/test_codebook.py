@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lab.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.lengths.codebook import coded_groups
 
 Run = Callable[..., tuple[int, str, str]]

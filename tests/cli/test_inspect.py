@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from lab.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation import inspection_page
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.inspected_prompt import (
     InspectedPrompt,
     Piece,
@@ -28,8 +28,8 @@ from vllm_kvcompress.evaluation.inspection import (
     inspect_prompt,
     load_replay,
 )
-from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.cli import main as cli
 from vllm_kvcompress.cli.common import PIPE_WIDTH
 from vllm_kvcompress.cli.main import main
+from vllm_kvcompress.cli.main import main as cli
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.registry import load_policy_class, policy_names
@@ -317,6 +317,16 @@ def test_plan_warns(run: Run, probe_model: str, options: list[str], words: list[
     assert err.startswith("kvcompress: warning: ") and err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def test_plan_of_drafts_promises_no_memory(run: Run, probe_model: str) -> None:
+    options = ("--kv-compression-config", '{"mode": "draft"}', "--kv-cache-memory", "1GiB")
+    status, out, err = plan(run, probe_model, *options)
+    assert status == 0 and "Nothing is evicted" in out and "view" in out
+    assert "kept" not in out and "of the cache stays" not in out and "Requests at once" not in out
+    assert "--kv-cache-memory: the mode draft evicts nothing" in err
+    found = json.loads(plan(run, probe_model, *options, "--json")[1])
+    assert found["kept_ratio"] == 1.0 and found["requests"] is None
 
 
 def test_plan_warns_of_padding(run: Run, probe_model: str, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config import reading as config_module
-from vllm_kvcompress.config import yaml_reader
-from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
+from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names, yaml_reader
+from vllm_kvcompress.config.reading import reading as config_module
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.config.yaml_reader import parse_yaml
 from vllm_kvcompress.errors import MAX_LENGTH, ConfigError

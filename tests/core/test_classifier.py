@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lab.classifier.instructions import make_prompts, styles_of
 from vllm_kvcompress.core.classifier import (
     NUM_BUCKETS,
     TASKS,
@@ -20,7 +21,6 @@ from vllm_kvcompress.core.classifier import (
     label_repeats,
     words_of,
 )
-from vllm_kvcompress.evaluation.tasks.instructions import make_prompts, styles_of
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 
 TEXTS = [

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress.cli import doctor as cli_doctor
+from vllm_kvcompress.cli.main import doctor as cli_doctor
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.config.reading import preset_names
-from vllm_kvcompress.doctor import questions as doctor
 from vllm_kvcompress.doctor.findings import Question
+from vllm_kvcompress.doctor.questions import questions as doctor
 from vllm_kvcompress.host import hooks as vllm_hooks
 from vllm_kvcompress.registry import policy_names
 

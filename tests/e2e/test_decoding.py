@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lab.scenarios import churn
 from tests.e2e.conftest import assert_idle, opened
 from tests.inside import managers, preempt
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import churn
 from vllm_kvcompress.lengths import decode_queries
 
 pytestmark = pytest.mark.engine

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from lab.scenarios import churn
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened
 from tests.inside import preempt
 from vllm_kvcompress.evaluation.engine import Engine, Result
-from vllm_kvcompress.evaluation.scenarios import churn
 from vllm_kvcompress.worker.draft.feature import DraftFeature
 
 pytestmark = pytest.mark.engine

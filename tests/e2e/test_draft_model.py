@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from lab.random_models import distinct_tokens, write_random_model
 from tests.e2e.conftest import assert_idle, opened
 from tests.inside import managers, preempt
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 
 pytestmark = pytest.mark.engine
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from lab.speculation.engines import spec_counts
 from tests.e2e.conftest import assert_idle, opened
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.evaluation.engine import Engine, Result
-from vllm_kvcompress.evaluation.speculation_engine import spec_counts
 from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
 
 pytestmark = pytest.mark.engine

@@ -1,8 +1,8 @@
 """Kept tokens and continuations against kvpress 0.5.5, method by method, through the whole engine.
 
 The reference (``tests/data/kvpress_parity.json``) was written by ``scripts/kvpress_oracle.sh
-.venv-oracle parity``; scripts/kvpress_parity.py says how. ``--log-cli-level=INFO`` shows the least
-agreement per model and method.
+.venv-oracle parity``; scripts/lab/oracle/parity.py says how. ``--log-cli-level=INFO`` shows the
+least agreement per model and method.
 """
 
 import base64
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lab.random_models import weights_digest, write_random_model
 from tests.e2e.conftest import opened
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.random_models import weights_digest, write_random_model
 
 pytestmark = pytest.mark.engine
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from lab.scenarios import churn
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 

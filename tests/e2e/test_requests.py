@@ -7,11 +7,11 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from lab.scenarios import needle_pins
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from tests.inside import managers
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.scenarios import needle_pins
 from vllm_kvcompress.evaluation.tasks.needle import is_right
 from vllm_kvcompress.lengths.budgets import compaction_lengths
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -172,3 +173,14 @@ def test_eval_asks_this_server(
     after = [server.metric("vllm:kv_compression_requests_total", policy=name) for name in names]
     assert [b - a for a, b in zip(before, after, strict=True)] == [2, 2]
     assert "served uncompressed" not in capsys.readouterr().err
+
+
+def test_the_client_example(server: Server, root: Path) -> None:
+    """examples/client.py as its first lines say; test_examples.py has the offline one."""
+    before = server.metric("vllm:kv_compression_requests_total", policy="windowkv")
+    command = [sys.executable, str(root / "examples" / "client.py"), server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "refused: kv_budget_ratio: must be greater than 0 and at most 1" in done.stdout
+    assert 'policy="keydiff"' in done.stdout
+    assert server.metric("vllm:kv_compression_requests_total", policy="windowkv") == before + 3

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lab.scenarios import churn
 from tests.e2e.conftest import FOUR_GROUPS, assert_idle, opened
 from tests.inside import managers
-from vllm_kvcompress.evaluation.scenarios import churn
 
 pytestmark = pytest.mark.engine
 

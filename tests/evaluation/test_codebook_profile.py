@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import DynamicCache
 
+from lab.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.codebook_choice import (
@@ -41,7 +42,6 @@ from vllm_kvcompress.evaluation.coded_layer import (
     relative_errors,
     slots,
 )
-from vllm_kvcompress.evaluation.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.kernels.reference.codebook_build import build_codebook
 from vllm_kvcompress.kernels.rotary import Rotary

@@ -5,7 +5,6 @@ cell: one needle in 1,500 tokens, 12 % kept, the first prompts of the held-out s
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lab.smollm2 import FetchError, fetch
 from vllm_kvcompress.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -24,14 +24,9 @@ HOLDS, FAILS = "auto", "streaming_llm"
 
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
-    sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        import smollm2 as script
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    try:
-        return script.fetch()
-    except script.FetchError as error:
+        return fetch()
+    except FetchError as error:
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 

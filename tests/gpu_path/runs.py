@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from lab.gpu_path.plugin import gpu_path
 from tests.e2e.conftest import opened
 from tests.gpu_path.scenarios import ENGINE, Prompts, Said, Scenario
 from tests.gpu_path.watch import Watch, watch_plans, watching
-from vllm_kvcompress.evaluation.gpu_path.plugin import gpu_path
 
 
 @dataclass

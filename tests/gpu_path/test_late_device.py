@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from vllm.config import VllmConfig
 
+from lab.gpu_path.plugin import gpu_path
 from tests.e2e.conftest import opened
 from tests.gpu_path.late_device import LateDevice, late_device, ready
 from tests.gpu_path.scenarios import CODES, DECODING, ENGINE, VIEWS_OF_EVICTED
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.gpu_path.plugin import gpu_path
 from vllm_kvcompress.worker import model_runner
 
 pytestmark = pytest.mark.engine

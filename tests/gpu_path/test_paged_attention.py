@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.evaluation.gpu_path.paged_attention import paged_attention, write_cache
+from lab.gpu_path.paged_attention import paged_attention, write_cache
 
 HEADS, QUERY_HEADS, DIM, BLOCK = 2, 6, 32, 16
 SCALE = 0.2

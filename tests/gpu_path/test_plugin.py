@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_kvcompress.evaluation.gpu_path.plugin import BACKENDS, environment, gpu_path, register
+from lab.gpu_path.plugin import BACKENDS, environment, gpu_path, register
 from vllm_kvcompress.kernels.dispatch import for_device
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcompress.evaluation.gpu_path.plugin import environment
+from lab.gpu_path.plugin import environment
 
 pytestmark = pytest.mark.engine
 

@@ -50,7 +50,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [tool, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    registers, stack = found.groups()
     return {"registers": int(registers), "stack": int(stack)}
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_kvcompress.evaluation.serving_models import MODELS
+from lab.serving.models import MODELS
 from vllm_kvcompress.speed.drafting import Speculation, accepted_length
 from vllm_kvcompress.speed.machine import MACHINES, Machine
 from vllm_kvcompress.speed.shapes import ModelShape

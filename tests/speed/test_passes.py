@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.serving.models import MODELS
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.kernels import window_scores as window_kernel
 from vllm_kvcompress.lengths.geometry import read_config, read_geometry
 from vllm_kvcompress.speed import kernel_bytes

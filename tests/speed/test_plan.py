@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lab.serving.models import MODELS
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.lengths.geometry import ModelGeometry
 from vllm_kvcompress.lengths.sizing import request_usage
 from vllm_kvcompress.policies.base import Policy

@@ -15,9 +15,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from lab.serving.models import MODELS
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.evaluation.serving_models import MODELS
 from vllm_kvcompress.kernels import select_tokens, step_slots
 from vllm_kvcompress.kernels.block_tables import BlockTables
 from vllm_kvcompress.kernels.rotary import Rotary

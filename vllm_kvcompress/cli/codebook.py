@@ -6,11 +6,8 @@ imports none of them.
 
 import argparse
 import json
-import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +26,7 @@ from vllm_kvcompress.config.codebook import CodebookConfig
 from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig, LayerGroupsConfig
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.provenance import command_line, versions
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
 
@@ -49,7 +47,6 @@ PROMPT_LEN, NUM_PROMPTS = 2000, 8
 SEED = 0
 SPINDLE_NAME, FITS_NAME, CHECK_NAME = "spindle.csv", "entries.csv", "decoding.csv"
 PLOT_NAME, RUN_NAME = "spindle.png", "run.json"
-_PACKAGES = ("vllm-kvcompress", "vllm", "torch", "triton", "transformers")
 _INSTALL = "pip install 'vllm-kvcompress[cpu,eval]', or [cuda,eval] for a GPU"
 
 
@@ -333,8 +330,8 @@ def _write(
     title = f"{args.model.name}: tokens that share a codebook entry, {len(run.prompts)} prompts"
     report.plot(args.out / PLOT_NAME, spindle, title)
     about = {
-        "command": " ".join(["kvcompress", *sys.argv[1:]]),
-        "versions": _versions(),
+        "command": command_line(),
+        "versions": versions(),
         "model": asdict(run.geometry),
         "options": {key: value for key, value in vars(args).items() if key not in ("run", "out")},
         "setting": run.config.to_dict(),
@@ -344,13 +341,3 @@ def _write(
     }
     text = json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n"
     (args.out / RUN_NAME).write_text(text, encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.cli.common import at_least, complain, make_console, say, share
-from vllm_kvcompress.cli.measuring import command_line, list_of, names, prompter_of, versions
+from vllm_kvcompress.cli.measuring import list_of, names, prompter_of
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.provenance import command_line, versions
 from vllm_kvcompress.lengths.sizing import parse_size
 
 PROTOCOLS = ("visible", "hidden")

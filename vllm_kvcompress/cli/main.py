@@ -193,11 +193,16 @@ def _run_plan(args: argparse.Namespace) -> int:
     sizes = (args.prompt_len, args.output_len, args.block_size, args.tensor_parallel_size)
     usages = {task: request_usage(geometry, each, *sizes) for task, each in variants.items()}
     task, usage = max(usages.items(), key=lambda item: item[1].blocks_decoding)
-    fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory else None
+    evicts = config.mode != "draft"
+    fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory and evicts else None
     plan = _Plan(args, variants[task], geometry, usage, fit)
     speed = plan_speed(args, plan.config, geometry, usage)
     for warning in [*_warnings(plan), *(speed_warnings(args, speed) if speed else ())]:
         complain("warning", warning)
+    if args.kv_cache_memory and not evicts:
+        complain(
+            "warning", "--kv-cache-memory: the mode draft evicts nothing, so as many requests fit."
+        )
     if len(set(usages.values())) > 1:
         complain("warning", f"requests of the task {task} keep most and are shown.")
     if args.json:
@@ -245,7 +250,7 @@ def _plan_json(plan: _Plan) -> dict[str, Any]:
         "setting": config.to_dict(),
         **{name: getattr(args, name) for name in asked},
         **asdict(usage),
-        "kept_ratio": usage.blocks_after / usage.blocks_before,
+        "kept_ratio": 1.0 if config.mode == "draft" else usage.blocks_after / usage.blocks_before,
         "requests": asdict(fit) if fit else None,
     }
 
@@ -259,7 +264,9 @@ def _print_plan(plan: _Plan) -> None:
         f"{args.block_size} tokens per block\n"
         f"{args.kv_compression}: policy {config.policy.name}, prompt of {args.prompt_len:,} tokens"
     )
-    titles = ("layer group", "layers", "tokens", "kept", "blocks", "kept", "memory", "kept")
+    drafts = config.mode == "draft"
+    part = "view" if drafts else "kept"
+    titles = ("layer group", "layers", "tokens", part, "blocks", part, "memory", part)
     table = make_table(*titles, right=range(2, 8))
 
     def sizes(before: int, after: int) -> list[str]:
@@ -274,7 +281,12 @@ def _print_plan(plan: _Plan) -> None:
     table.add_section()
     table.add_row("total", "", "", "", *sizes(usage.blocks_before, usage.blocks_after))
     show(table)
-    if usage.compacted_at is not None:
+    if drafts:
+        say(
+            "Nothing is evicted: the view is held beside the cache while memory lasts, and takes "
+            "none where\nit has whole blocks of the cache."
+        )
+    elif usage.compacted_at is not None:
         later = usage.compacted_at - args.prompt_len
         say(
             f"{usage.blocks_after / usage.blocks_before:.1%} of the cache stays, from "

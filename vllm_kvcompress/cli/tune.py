@@ -4,7 +4,6 @@ torch, transformers and vLLM are imported when the command runs, not with this f
 """
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -22,8 +21,9 @@ from vllm_kvcompress.cli.common import (
     share,
     show,
 )
-from vllm_kvcompress.cli.measuring import command_line, list_of, names, prompter_of, versions
+from vllm_kvcompress.cli.measuring import list_of, names, prompter_of
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.provenance import command_line, today, versions
 
 NONE_QUALIFIES = 3
 """Status of the command where no setting keeps the target."""
@@ -257,7 +257,7 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
         **_asked(args),
         "prompts": args.prompts.name,
         "seed": args.seed,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": today(),
         "command": command_line(),
         "measured_with": versions(),
     }

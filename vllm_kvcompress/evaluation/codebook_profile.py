@@ -21,7 +21,6 @@ import torch
 
 from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.coded_layer import (
     CodedLayer,
     Options,
@@ -31,6 +30,7 @@ from vllm_kvcompress.evaluation.coded_layer import (
 )
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.kernels.codebook_build import Codebook
 
 NUM_QUERIES = 8

@@ -18,10 +18,10 @@ from transformers.utils import logging
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.checks import has_plain_rotary
 from vllm_kvcompress.kernels.code_rows import codes_per_row
 from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups, score_leaders

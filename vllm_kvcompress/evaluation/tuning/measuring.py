@@ -19,13 +19,13 @@ import torch
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.evaluation.acceptance import prompt_seed
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.replay_runner import BATCH_TOKENS, ReplayRunner
 from vllm_kvcompress.evaluation.quality.variants import kept_share
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
+from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
 from vllm_kvcompress.evaluation.tuning.preferences import layer_shares

@@ -1,0 +1,1 @@
+"""Training of WindowKV's task classifier: its prompts, their texts, its weights."""

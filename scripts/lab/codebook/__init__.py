@@ -1,0 +1,1 @@
+"""Eviction and codebooks at equal bytes, and the time of a decode step with one."""

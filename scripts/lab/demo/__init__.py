@@ -1,0 +1,1 @@
+"""The demo: a server, questions, a table."""

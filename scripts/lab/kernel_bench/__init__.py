@@ -1,0 +1,1 @@
+"""Time, bytes and bandwidth of the kernels."""

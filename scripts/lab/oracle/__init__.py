@@ -1,0 +1,1 @@
+"""kvpress's answers, as reference data of the tests."""

@@ -1,0 +1,1 @@
+"""Stock vLLM against the plugin, as servers."""

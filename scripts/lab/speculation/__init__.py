@@ -1,0 +1,1 @@
+"""Drafts over a compressed view: speed, and how many are accepted."""

@@ -1,0 +1,92 @@
+"""Random models are the same everywhere and good for comparisons."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lab.places import importable
+from lab.random_models import (
+    MODELS,
+    VOCAB_SIZE,
+    distinct_tokens,
+    weights_digest,
+    write_random_model,
+)
+
+# Stored results hold for these weights only: a new digest means new stored results.
+DIGESTS = {
+    "llama": "2b362b015027c1ceb7dc968dc5a9f19a803a291b75f92015cfe411a4a4d5e62d",
+    "qwen3": "c45ebfc0d1f459264d451a321ccbc2b9eec9e172bfd6cf58fc40b96335d172d8",
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_the_same_on_every_machine(name: str, tmp_path: Path, root: Path) -> None:
+    assert weights_digest(write_random_model(tmp_path, name)) == DIGESTS[name]
+    reference = json.loads((root / "tests" / "data" / "kvpress_parity.json").read_text())
+    assert reference["models"][name]["weights_sha256"] == DIGESTS[name]
+
+
+def test_another_seed_gives_another_model(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "made" / "here", "llama", seed=1)
+    assert weights_digest(folder) != DIGESTS["llama"]
+
+
+def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no random model 'gpt'; allowed are llama, qwen3"):
+        write_random_model(tmp_path, "gpt")
+
+
+def test_prompts_have_distinct_tokens() -> None:
+    prompt = distinct_tokens(1280, seed=1)
+    assert len(set(prompt)) == 1280
+    assert min(prompt) >= 2 and max(prompt) < VOCAB_SIZE
+    assert prompt[:640] == distinct_tokens(640, seed=1)
+    assert prompt[:640] != distinct_tokens(640, seed=2)
+    assert len(distinct_tokens(VOCAB_SIZE - 2)) == VOCAB_SIZE - 2
+
+
+@pytest.mark.parametrize("num_tokens", [0, VOCAB_SIZE - 1])
+def test_impossible_prompts_are_refused(num_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"num_tokens must be in .*, got {num_tokens}"):
+        distinct_tokens(num_tokens)
+
+
+def test_no_framework_is_imported(root: Path) -> None:
+    """Other engines' environments import the module too."""
+    code = (
+        "import sys, lab.random_models\n"
+        "print(sorted({'torch', 'transformers', 'vllm'} & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **importable()},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("name", "kv_heads"), [("llama", 2), ("qwen3", 4)])
+def test_attention_is_peaked_and_logits_are_clear(name: str, kv_heads: int, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    write_random_model(tmp_path, name)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.inference_mode():
+        output = model(torch.tensor([distinct_tokens(256)]), output_attentions=True)
+    assert output.past_key_values.layers[0].keys.shape[1] == kv_heads
+    for weights in output.attentions:  # [1, num_heads, n, n]; the first rows see few keys
+        assert weights[0, :, 64:].amax(dim=-1).mean() > 0.15
+    first, second = output.logits[0].topk(2).values.unbind(dim=-1)
+    assert (first - second).median() > 1

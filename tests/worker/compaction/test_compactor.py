@@ -312,7 +312,7 @@ def test_more_tokens_than_fit_at_once_are_compacted_in_turns(monkeypatch) -> Non
 def test_one_launch_scores_all_requests_and_one_copies_all_layers(monkeypatch) -> None:
     """Launches do not multiply with requests: 2 groups copy, 4 layers score, for 3 requests."""
     from vllm_kvcompress.kernels import paged_rows
-    from vllm_kvcompress.worker.layout.base import strided as layout
+    from vllm_kvcompress.worker.layout import strided as layout
 
     counts = {"score": [], "copy": []}
     score, copy = paged_rows.token_scores, layout.compact_pages

@@ -169,6 +169,9 @@ def test_files_stay_small() -> None:
     for name, path in modules():
         count = len(path.read_text(encoding="utf-8").splitlines())
         assert count <= (150 if name.startswith("policies.") else 400), f"{path}: {count} lines"
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        count = len(path.read_text(encoding="utf-8").splitlines())
+        assert count <= 400, f"{path}: {count} lines"
 
 
 HOT = [

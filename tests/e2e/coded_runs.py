@@ -223,3 +223,29 @@ def rush(engine: Engine, prompts: list[list[int]]) -> None:
     assert stats.deferrals > deferrals and engine.num_preemptions > preemptions
     assert [engine.results[name].finished for name in names] == [True, True, False, True]
     assert_idle(engine)
+
+
+def count_by_hand(
+    done: Run, prefilled: dict[str, Prefilled], model: str
+) -> tuple[dict[str, float], dict[str, int]]:
+    """What the metrics of a run should be, and vectors so near a threshold that rounding decides.
+
+    Books are decoded as they are at the end: what is coded once stays.
+    """
+    counted = dict.fromkeys(done.codebooks, 0.0)
+    unsure = {"key": 0, "value": 0}
+    for name, seen in done.snapshots.items():
+        for layer, (_, coded) in seen[-1].books.items():
+            keys, values = vectors_of(prefilled[name], seen, layer, coded)
+            found = rotated(coded.keys.read(), coded.positions, model)
+            for kind, own, new, true, theta in (
+                ("key", coded.keys, found, keys, 0.98),
+                ("value", coded.values, coded.values.read(), values, 0.95),
+            ):
+                cos = cosines(new, true)
+                unsure[kind] += int((abs(cos - theta) < 1e-5).sum())
+                counted[f"{kind}/vectors"] += cos.size
+                counted[f"{kind}/entries"] += sum(len(np.unique(row)) for row in own.index)
+                counted[f"{kind}/forced"] += int((cos <= theta).sum())
+                counted[f"{kind}/forced_distance"] += float((1 - cos)[cos <= theta].sum())
+    return counted, unsure

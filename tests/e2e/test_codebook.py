@@ -27,11 +27,11 @@ from tests.e2e.coded_runs import (
     Snapshot,
     add,
     check_vectors,
+    count_by_hand,
     every_kind,
     run_all,
     rush,
     snapshot,
-    vectors_of,
 )
 from tests.e2e.codes_by_hand import cosines, rotated
 from tests.e2e.conftest import assert_idle, feature_of, opened, serving
@@ -246,22 +246,7 @@ def test_metrics_count_what_the_cache_shows(lossy, roomy, prefilled, probe_model
     Books are decoded as they are at the end: what is coded once stays.
     """
     for done in (lossy, roomy):
-        counted = dict.fromkeys(done.codebooks, 0.0)
-        unsure = {"key": 0, "value": 0}  # so near the threshold that rounding decides
-        for name, seen in done.snapshots.items():
-            for layer, (_, coded) in seen[-1].books.items():
-                keys, values = vectors_of(prefilled[name], seen, layer, coded)
-                found = rotated(coded.keys.read(), coded.positions, probe_model)
-                for kind, own, new, true, theta in (
-                    ("key", coded.keys, found, keys, 0.98),
-                    ("value", coded.values, coded.values.read(), values, 0.95),
-                ):
-                    cos = cosines(new, true)
-                    unsure[kind] += int((abs(cos - theta) < 1e-5).sum())
-                    counted[f"{kind}/vectors"] += cos.size
-                    counted[f"{kind}/entries"] += sum(len(np.unique(row)) for row in own.index)
-                    counted[f"{kind}/forced"] += int((cos <= theta).sum())
-                    counted[f"{kind}/forced_distance"] += float((1 - cos)[cos <= theta].sum())
+        counted, unsure = count_by_hand(done, prefilled, probe_model)
         for kind, count in unsure.items():
             found = {what: done.codebooks[f"{kind}/{what}"] for what in CODEBOOK_MEASURES}
             by_hand = {what: counted[f"{kind}/{what}"] for what in CODEBOOK_MEASURES}

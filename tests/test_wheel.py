@@ -42,7 +42,7 @@ def test_the_package_alone_is_in_the_wheel(wheel: dict[str, bytes]) -> None:
     inside = [name for name in wheel if name.startswith("vllm_kvcompress/")]
     assert {Path(name).suffix for name in inside} == {".py", ".yaml", ".npz"}
     assert not [name for name in inside if "/lab/" in name]
-    for needed in ("plugin.py", "task_classifier.npz", "configs/auto.yaml", "kernels/__init__.py"):
+    for needed in ("plugin.py", "core/classifier.npz", "configs/auto.yaml", "kernels/__init__.py"):
         assert any(name.endswith(needed) for name in inside), needed
 
 

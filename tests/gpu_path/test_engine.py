@@ -96,7 +96,7 @@ def test_requests_launch_nothing_that_the_warm_up_has_not(evict: Pair) -> None:
 
 def test_every_kernel_of_ours_ran(root: Path, evict: Pair, draft: Pair) -> None:
     jitted = set()
-    for path in (root / "kernels").glob("*.py"):
+    for path in (root / "kernels").rglob("*.py"):
         jitted |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE))
     launched = {
         name for _, runs in (evict, draft) for run in runs.values() for name in run.launches

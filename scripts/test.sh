@@ -29,7 +29,8 @@ trap 'rm -rf "$tree"' EXIT
 cp -r vllm_kvcompress "$tree"
 cp -r kernels "$tree/vllm_kvcompress/kernels"
 check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
-check pytest tests --numprocesses "$workers" --dist loadfile "$@"
+# Without a path in the arguments pytest takes tests/ (pyproject.toml).
+check pytest --numprocesses "$workers" --dist loadfile "$@"
 
 echo
 if [ -n "$failed" ]; then

@@ -129,3 +129,35 @@ def test_setup_names_the_missing_python(tmp_path):
     assert done.stderr == (
         "setup: no Python 3.11 or 3.12 on the PATH: install one of them and run this again.\n"
     )
+
+
+@pytest.mark.parametrize(("arguments", "paths"), [([], []), (["tests/core", "-q"], ["tests/core"])])
+@pytest.mark.parametrize("failing", [None, "mypy"])
+def test_test_sh_runs_every_check_and_the_tests_that_are_named(
+    tmp_path: Path, arguments: list[str], paths: list[str], failing: str | None
+) -> None:
+    for folder in ("scripts", ".venv/bin", "vllm_kvcompress", "kernels"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "test.sh", tmp_path / "scripts")
+    tools = {
+        name: tmp_path / ".venv" / "bin" / name for name in ("ruff", "mypy", "mkdocs", "pytest")
+    }
+    for name, path in {"setup": tmp_path / "scripts" / "setup.sh", **tools}.items():
+        status = 1 if name == failing else 0
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >> "{tmp_path}/log"\nexit {status}\n')
+        path.chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "scripts" / "test.sh", *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (1 if failing else 0), done.stderr
+    ran = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert [words[0] for words in ran] == [
+        "setup",
+        "ruff",
+        "ruff",
+        "mypy",
+        "mkdocs",
+        "mypy",
+        "pytest",
+    ]
+    assert [word for word in ran[-1] if word.startswith("tests")] == paths

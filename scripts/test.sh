@@ -18,6 +18,10 @@ check mypy vllm_kvcompress kernels scripts/lab
 # Into build/, which git ignores. --strict: a dead link fails.
 export NO_MKDOCS_2_WARNING=1
 check mkdocs build --strict --config-file docs/site/mkdocs.yml
+# A vLLM that is only read (about 5 s the first time); without it its tests are skipped.
+if [ -z "${KVCOMPRESS_VLLM_SOURCES:-}" ] && sources="$(.venv/bin/python scripts/vllm_sources.py)"; then
+    export KVCOMPRESS_VLLM_SOURCES="$sources"
+fi
 # Engines are bound by one core each. On a GPU they would compete for its memory.
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi

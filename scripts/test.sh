@@ -34,6 +34,10 @@ cp -r vllm_kvcompress "$tree"
 cp -r kernels "$tree/vllm_kvcompress/kernels"
 check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
 check pytest tests --numprocesses "$workers" --dist loadfile "$@"
+# The scheduler's side once more over the Python files of that vLLM, which need no compiled parts.
+if [ "$workers" -gt 0 ] && [ "$#" -eq 0 ] && [ -n "${KVCOMPRESS_VLLM_SOURCES:-}" ]; then
+    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest tests/core
+fi
 
 echo
 if [ -n "$failed" ]; then

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -16,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tests.inside import scheduler_of
+from tests.planning import get_kv_cache_groups
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager

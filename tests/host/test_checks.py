@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.host.checks import check_config, check_layer, check_setting
+from vllm_kvcompress.host.checks import READ_VLLM, check_config, check_layer, check_setting
 from vllm_kvcompress.host.hooks import install_hooks
 
 SNAPKV = {"kv_compression": "snapkv"}
@@ -220,6 +220,13 @@ def test_an_untested_vllm_is_refused(config, monkeypatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.33.1")
     with pytest.raises(UnsupportedModelError, match=r"0\.33\.1.*install vllm==0\.32\.0"):
         check_config(config)
+
+
+def test_a_vllm_that_was_only_read_is_refused_and_says_so(config, monkeypatch) -> None:
+    for version in READ_VLLM:
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        with pytest.raises(UnsupportedModelError, match="only the sources were read: install"):
+            check_config(config)
 
 
 def layer(backend: str = "FLASH_ATTN", sharing: str | None = None, **impl: Any) -> SimpleNamespace:

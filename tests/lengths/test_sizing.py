@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 
+from tests.planning import groups_of_one_page_size
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
@@ -173,7 +173,7 @@ def test_block_tables_are_vllms(num_layers: int, groups: dict[str, int]) -> None
         for layer, group in enumerate(group_of_layer)
     }
     tables, width = block_tables(group_of_layer)
-    theirs = _get_kv_cache_groups_uniform_page_size(specs)
+    theirs = groups_of_one_page_size(specs)
     owners = [each.kv_cache_spec.layer_group for each in theirs]
     assert tables == [owners.count(group) for group in range(max(group_of_layer) + 1)]
     assert width == max(len(each.layer_names) for each in theirs)

@@ -39,6 +39,9 @@ def test_kernels_are_compiled_after_the_graphs_and_before_vllm_watches(
     worker._maybe_activate_jit_monitor = lambda: (
         CompressedGPUWorker._maybe_activate_jit_monitor(worker)
     )
+    # Where vLLM 0.33 has it in two methods, the inner one.
+    inner = getattr(gpu_worker.Worker, "_compile_or_warm_up_model", None)
+    worker._compile_or_warm_up_model = lambda: inner and inner(worker)
     runner = worker.model_runner
     runner.capture_model.side_effect = lambda: order.append("graphs") or 0
     runner.warm_up_compaction.side_effect = lambda: order.append("ours")

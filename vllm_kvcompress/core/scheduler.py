@@ -173,8 +173,11 @@ class CompressionMixin(Scheduler):
             num_unverified(request),
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
-        blocks, num_hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[Any, int, int, bool]:
+        found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
+        blocks, num_hit, boundary, diverged = found
         limit = self.planner.max_cached_tokens(request.request_id)
         if limit is not None and num_hit > limit:
             num_hit = max(limit, 0) // self.block_size * self.block_size

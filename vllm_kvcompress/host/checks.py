@@ -15,6 +15,9 @@ from vllm_kvcompress.lengths.codebook import coded_groups
 TESTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions the host contract was tested with."""
 
+READ_VLLM = ("0.33.0",)
+"""Versions of which only the sources were held against the contract; nothing has run on them."""
+
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 Check = Callable[[Any], str | None]
@@ -30,9 +33,10 @@ def _vllm_version(config: Any) -> str | None:
             continue
         if found.startswith(TESTED_VLLM):
             return None
+        read = ", of which only the sources were read" if found in READ_VLLM else ""
         return (
-            f"this release was tested with vLLM {TESTED_VLLM[0]}x only, and {found} is installed: "
-            f"install vllm=={TESTED_VLLM[0]}0"
+            f"this release was tested with vLLM {TESTED_VLLM[0]}x only, and {found} is installed"
+            f"{read}: install vllm=={TESTED_VLLM[0]}0"
         )
     return "no installed vLLM was found: install vllm==0.32.0"
 

@@ -76,6 +76,8 @@ def sampler_of(params: list[SamplingParams], vocab: int, rule: tuple = (0.09, 0.
         num_speculative_tokens=NUM_STEPS,
         enable_adaptive_verification=False,
         rejection_sample_method="standard",
+        fly_entropy_threshold=0.3,  # read by vLLM 0.33, with any method
+        fly_entropy_top_k=3,
     )
     return TypicalAcceptanceSampler(stub, config, torch.device(DEVICE), *rule)  # type: ignore[arg-type]
 

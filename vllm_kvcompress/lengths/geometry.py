@@ -17,7 +17,7 @@ class ModelGeometry:
     Attributes
     ----------
     num_layers, num_kv_heads, head_dim : int
-        Of the whole model.
+        Of the whole model; `num_layers` are those whose cache can be compacted.
     dtype : str
         Of the cache: a key of `DTYPE_BYTES`.
     max_positions : int or None

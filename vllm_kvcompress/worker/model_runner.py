@@ -4,7 +4,8 @@ Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import fields
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -28,6 +34,7 @@ from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.lengths.layer_kinds import full_layers
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
@@ -89,7 +96,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             feature.after_load()
         self._timer = CompactionTimer(self.device)
         for name, layer in self._attention_layers().items():
-            check_layer(name, layer)
+            check_layer(name, layer)  # of those that are compacted; windowed ones are vLLM's
             state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
             state.taps.watch(name, layer.impl)
             for feature in self.features:
@@ -98,27 +105,65 @@ class CompressionRunnerMixin(GPUModelRunner):
             logger.info("KV compression: %s", state.ring)
 
     def _attention_layers(self) -> dict[str, Attention]:
-        """The target's; a draft model's are left as they are."""
+        """The target's that attend to everything; all others are left as they are."""
         layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        return {name: layer for name, layer in layers.items() if not layer.is_draft_layer}
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if not layer.is_draft_layer and extract_layer_index(name) in self.layer_places
+        }
+
+    @cached_property
+    def layer_places(self) -> dict[int, int]:
+        """Of each layer that can be compacted, by its number in the model, the place among them.
+
+        Layer groups, budgets and shared rankings count these layers only.
+        """
+        model = self.model_config
+        numbers = full_layers(model.hf_text_config, model.max_model_len)
+        return {number: place for place, number in enumerate(numbers)}
 
     def _num_layers(self) -> int:
-        return self.model_config.hf_text_config.num_hidden_layers
+        return len(self.layer_places)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Give every layer the spec of its layer group; a draft model's layers have none."""
+        """Give every layer that can be compacted the spec of its layer group.
+
+        A draft model's layers have the spec, and no group. Windowed layers keep vLLM's.
+        """
         groups = layer_groups(self._num_layers(), self.model_state.config.layer_groups)
         layers = self.vllm_config.compilation_config.static_forward_context
         specs: dict[str, KVCacheSpec] = {}
         for name, spec in super().get_kv_cache_spec().items():
-            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+            is_draft = getattr(layers[name], "is_draft_layer", False)
+            place = None if is_draft else self.layer_places.get(extract_layer_index(name))
+            if place is None and not is_draft and isinstance(spec, SlidingWindowSpec):
+                specs[name] = spec
+                continue
+            whole = self._attending_to_all(spec)
+            if whole is None or (place is None and not is_draft):
                 raise UnsupportedModelError(
-                    f"KV compression supports full-attention layers only; {name} has a "
-                    f"{type(spec).__name__}. Start without --kv-compression."
+                    f"--kv-compression: {name} has a {type(spec).__name__}, which does not go with "
+                    "what the model's configuration says of its layers: choose another model, or "
+                    "drop --kv-compression."
                 )
-            group = None if layers[name].is_draft_layer else groups[extract_layer_index(name)]
-            specs[name] = CompressedAttentionSpec.from_full(spec, group)
+            specs[name] = CompressedAttentionSpec.from_full(
+                whole, None if place is None else groups[place]
+            )
         return specs
+
+    def _attending_to_all(self, spec: KVCacheSpec) -> FullAttentionSpec | None:
+        """The spec of a layer that attends to everything; None for another layer's.
+
+        A window that no sequence outgrows is none.
+        """
+        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+            return spec
+        if type(spec) is SlidingWindowSpec and spec.sliding_window >= self.max_model_len:
+            shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}
+            values = {each.name: getattr(spec, each.name) for each in fields(spec)}
+            return FullAttentionSpec(**{k: v for k, v in values.items() if k in shared})
+        return None
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
@@ -156,7 +201,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         return [
             LayerCache(
                 name=name,
-                index=extract_layer_index(name),
+                index=self.layer_places[extract_layer_index(name)],
                 group=group,
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),

@@ -32,7 +32,7 @@ def rank_shape(runner: Any) -> RankShape:
     first = next(iter(layers.values()))
     return RankShape(
         num_layers=runner._num_layers(),
-        own_layers=sorted(extract_layer_index(name) for name in layers),
+        own_layers=sorted(runner.layer_places[extract_layer_index(name)] for name in layers),
         num_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,

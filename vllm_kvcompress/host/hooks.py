@@ -1,7 +1,9 @@
-"""The only file that wraps functions of the host. Each wrap has a reason and a checked signature.
+"""Wraps functions of the host. Each wrap has a reason and a checked signature.
 
-Everything else hooks in by subclass or registered entry point: the scheduler, the worker, the
-model runner, the model state, the block manager, the KV cache spec.
+The implementation objects of attention layers are wrapped elsewhere, one by one
+(worker/queries/taps.py, worker/codebook/reader.py). Everything else hooks in by subclass or
+registered entry point: the scheduler, the worker, the model runner, the model state, the block
+manager, the KV cache spec.
 """
 
 import functools

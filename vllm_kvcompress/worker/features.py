@@ -6,12 +6,15 @@ setting asks for.
 
 The hooks in the order of a worker's life:
 
-    before_load, after_load, watch_layer    once
-    bind                                    whenever the KV cache is made
-    warm_up                                 once, before the first request
-    begin_step, blocks_full_graph, begin_batch, end_batch, compact, after_compaction, report
-                                            in every step; the last three behind the forward pass
-    reset_row                               whenever a request comes or goes
+    before_load, after_load, watch_layer     once
+    num_block_tables, writing_bytes          while the KV cache is sized
+    bind                                     whenever the KV cache is made
+    warm_up                                  once, before the first request
+    begin_step, blocks_full_graph, begin_batch, end_batch, report
+                                             in every step; the last two behind the forward pass
+    compact, after_compaction                between these two, in steps that compact
+    trim_drafts                              where the scheduler waits for draft tokens
+    reset_row                                whenever a request comes or goes
 """
 
 from collections.abc import Mapping, Sequence

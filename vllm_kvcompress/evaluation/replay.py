@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.cache.rows import DenseRows
+from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
@@ -30,8 +30,6 @@ from vllm_kvcompress.lengths.budgets import (
 )
 from vllm_kvcompress.lengths.layer_kinds import FULL, full_layers
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
 from vllm_kvcompress.worker.codebook.slots import BookSlots
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
@@ -40,7 +38,6 @@ from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 ATTENTION = "kvcompress_replay"
-CHUNK = 1024
 _numbers = itertools.count()
 
 
@@ -324,8 +321,8 @@ class Replay:
             layers=[self._layer_cache(place, layouts[place]) for place in range(num_layers)],
             num_layers=num_layers,
             sources=QuerySources(
-                window=_Window(prompt, config.observation_window),  # type: ignore[arg-type]
-                prompt=_Summaries(prompt, config, self),  # type: ignore[arg-type]
+                window=WindowQueries(prompt, config.observation_window),  # type: ignore[arg-type]
+                prompt=PromptSummaries(prompt, config, self),  # type: ignore[arg-type]
                 ring=None,  # type: ignore[arg-type]
             ),
             device=self.device,
@@ -367,47 +364,3 @@ def _inv_freq(rotary: Any) -> torch.Tensor:
     """Frequencies of the layers that can be compacted; other kinds may have their own."""
     own = getattr(rotary, f"{FULL}_inv_freq", None)
     return rotary.inv_freq if own is None else own
-
-
-class _Window:
-    """Queries of a prompt that are all at hand."""
-
-    def __init__(self, prompt: Prefilled, size: int) -> None:
-        self.prompt, self.size = prompt, size
-
-    def take(self, request_id: str, layer_name: str) -> torch.Tensor:
-        """The observation window's queries."""
-        return self.prompt.queries[int(layer_name)][:, -self.size :]
-
-
-class _Summaries:
-    """`Policy.accumulate` over a prompt, once per policy."""
-
-    def __init__(self, prompt: Prefilled, config: CompressionConfig, replay: Replay) -> None:
-        self.prompt, self.config, self.replay = prompt, config, replay
-
-    def take(self, request_id: str, layer_name: str) -> Any:
-        """A layer's summary."""
-        policy: Policy = self.config.build_policy()
-        place = (repr(policy), layer_name)
-        if place not in self.prompt.summaries:
-            self.prompt.summaries[place] = self._fold(policy, int(layer_name))
-        return self.prompt.summaries[place]
-
-    def _fold(self, policy: Policy, layer: int) -> Any:
-        queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
-        values, scale = self.prompt.values[layer], self.replay.layers[layer].self_attn.scaling
-        summary, length = None, queries.shape[1]
-        for start in range(0, length, CHUNK):
-            end = min(start + CHUNK, length)
-            summary = policy.accumulate(
-                summary,
-                ChunkInputs(
-                    rows=DenseRows(keys[:, :end], values[:, :end], queries[:, start:end], scale),
-                    start=start,
-                    prompt_len=length,
-                    num_sink_tokens=self.config.num_sink_tokens,
-                    rotary=self.replay.rotary if policy.needs_rotary else None,
-                ),
-            )
-        return summary

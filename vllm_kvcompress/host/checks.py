@@ -90,9 +90,9 @@ def _layer_types(config: Any) -> str | None:
         )
     if FULL not in types:
         return (
-            f"all layers of {model.model} attend to a window of "
-            f"{model.hf_text_config.sliding_window} tokens, which bounds their cache already: "
-            "choose a model with layers that attend to everything"
+            f"all layers of {model.model} are sliding-window layers of "
+            f"{model.hf_text_config.sliding_window} tokens, whose cache is bounded already: choose "
+            "a model with layers that attend to everything"
         )
     return None
 

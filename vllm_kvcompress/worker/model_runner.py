@@ -4,22 +4,17 @@ Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
-    SlidingWindowSpec,
 )
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
@@ -33,11 +28,8 @@ from vllm_kvcompress.host.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
-from vllm_kvcompress.lengths.budgets import layer_groups
-from vllm_kvcompress.lengths.layer_kinds import full_layers
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
-from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
@@ -46,6 +38,7 @@ from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
 from vllm_kvcompress.worker.group_metadata import without_schedule
 from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
+from vllm_kvcompress.worker.layer_specs import CompactedLayers
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.packed import cpu_layout
@@ -95,8 +88,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         for feature in self.features:
             feature.after_load()
         self._timer = CompactionTimer(self.device)
-        for name, layer in self._attention_layers().items():
-            check_layer(name, layer)  # of those that are compacted; windowed ones are vLLM's
+        for name, layer in self.compacted_layers.by_name().items():
+            check_layer(name, layer)
             state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
             state.taps.watch(name, layer.impl)
             for feature in self.features:
@@ -104,66 +97,15 @@ class CompressionRunnerMixin(GPUModelRunner):
         if state.ring.num_bytes:
             logger.info("KV compression: %s", state.ring)
 
-    def _attention_layers(self) -> dict[str, Attention]:
-        """The target's that attend to everything; all others are left as they are."""
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        return {
-            name: layer
-            for name, layer in layers.items()
-            if not layer.is_draft_layer and extract_layer_index(name) in self.layer_places
-        }
-
     @cached_property
-    def layer_places(self) -> dict[int, int]:
-        """Of each layer that can be compacted, by its number in the model, the place among them.
-
-        Layer groups, budgets and shared rankings count these layers only.
-        """
-        model = self.model_config
-        numbers = full_layers(model.hf_text_config, model.max_model_len)
-        return {number: place for place, number in enumerate(numbers)}
-
-    def _num_layers(self) -> int:
-        return len(self.layer_places)
+    def compacted_layers(self) -> CompactedLayers:
+        """The layers that plans are about."""
+        return CompactedLayers(self.vllm_config)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Give every layer that can be compacted the spec of its layer group.
-
-        A draft model's layers have the spec, and no group. Windowed layers keep vLLM's.
-        """
-        groups = layer_groups(self._num_layers(), self.model_state.config.layer_groups)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        specs: dict[str, KVCacheSpec] = {}
-        for name, spec in super().get_kv_cache_spec().items():
-            is_draft = getattr(layers[name], "is_draft_layer", False)
-            place = None if is_draft else self.layer_places.get(extract_layer_index(name))
-            if place is None and not is_draft and isinstance(spec, SlidingWindowSpec):
-                specs[name] = spec
-                continue
-            whole = self._attending_to_all(spec)
-            if whole is None or (place is None and not is_draft):
-                raise UnsupportedModelError(
-                    f"--kv-compression: {name} has a {type(spec).__name__}, which does not go with "
-                    "what the model's configuration says of its layers: choose another model, or "
-                    "drop --kv-compression."
-                )
-            specs[name] = CompressedAttentionSpec.from_full(
-                whole, None if place is None else groups[place]
-            )
-        return specs
-
-    def _attending_to_all(self, spec: KVCacheSpec) -> FullAttentionSpec | None:
-        """The spec of a layer that attends to everything; None for another layer's.
-
-        A window that no sequence outgrows is none.
-        """
-        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
-            return spec
-        if type(spec) is SlidingWindowSpec and spec.sliding_window >= self.max_model_len:
-            shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}
-            values = {each.name: getattr(spec, each.name) for each in fields(spec)}
-            return FullAttentionSpec(**{k: v for k, v in values.items() if k in shared})
-        return None
+        """Give every layer that is compacted the spec of its layer group."""
+        config = self.model_state.config.layer_groups
+        return self.compacted_layers.specs(super().get_kv_cache_spec(), config)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
@@ -185,7 +127,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         num_kv_heads = self.model_config.get_total_num_kv_heads()
         self.compactor = Compactor(
             layers=sorted(caches, key=lambda cache: cache.index),
-            num_layers=self._num_layers(),
+            num_layers=len(self.compacted_layers),
             sources=QuerySources(state.window, state.prompt_queries, state.ring),
             device=self.device,
             all_reduce=tp_group.all_reduce,
@@ -197,11 +139,11 @@ class CompressionRunnerMixin(GPUModelRunner):
             feature.bind(kv_cache_config)
 
     def _layer_caches(self) -> list[LayerCache]:
-        layers = self._attention_layers()
+        layers = self.compacted_layers.by_name()
         return [
             LayerCache(
                 name=name,
-                index=self.layer_places[extract_layer_index(name)],
+                index=self.compacted_layers.place(name),
                 group=group,
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
@@ -242,7 +184,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         """Launch once what only compressed requests launch; their rows here are dummies."""
         samples = {
             name: torch.zeros(1, layer.num_heads, layer.head_size, dtype=self.dtype).to(self.device)
-            for name, layer in self._attention_layers().items()
+            for name, layer in self.compacted_layers.by_name().items()
         }
         for sample in samples.values():
             self.model_state.window.warm_up(sample)

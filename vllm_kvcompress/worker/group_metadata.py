@@ -106,17 +106,17 @@ class Families:
         Further groups whose layers differ from the first's in their layer group alone.
     rest : tuple[int, ...]
         All other groups that have layers and may be compacted.
-    whole : frozenset[int]
-        Groups that are never compacted: of a draft model, or of windowed layers.
     alike_layers : tuple of sequences of str
         The layers of each group of `alike`.
+    whole : frozenset[int]
+        Groups that are never compacted: of a draft model, or of windowed layers.
     """
 
     first: int
     alike: tuple[int, ...]
     rest: tuple[int, ...]
-    whole: frozenset[int] = frozenset()
     alike_layers: tuple[Sequence[str], ...] = ()
+    whole: frozenset[int] = frozenset()
     _views: _Views = field(default_factory=_Views, repr=False, compare=False)
 
     @classmethod
@@ -134,7 +134,7 @@ class Families:
         )
         layers = tuple(attn_groups[each][0].layer_names for each in alike)
         rest = tuple(each for each in others if each not in alike)
-        return cls(first, alike, rest, whole, layers)
+        return cls(first, alike, rest, layers, whole)
 
     def derive(
         self,

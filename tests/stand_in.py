@@ -183,7 +183,9 @@ class StandIn:
                 config=self.config, window=self.window, ring=self.ring, lengths=self.lengths,
             ),
             "tables": BlockTables.of(self.tables, [shape.block_size] * self.num_groups),
-            "_attention_layers": lambda: {layer.name: attention for layer in self.layers},
+            "compacted_layers": SimpleNamespace(
+                by_name=lambda: {layer.name: attention for layer in self.layers}
+            ),
             "_physical_slots": dispatch.backend_of(META).physical_slots,
             "block_tables": SimpleNamespace(
                 slot_mappings=slots, block_sizes=[shape.block_size] * self.num_groups

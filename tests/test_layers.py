@@ -80,7 +80,7 @@ ALLOWED = {
     "core.scheduler": 4,
     "core.tracked_request": 1,
     "doctor.savings": 2,
-    "host.checks": 23,
+    "host.checks": 26,
     "host.cli_options": 7,
     "host.hooks": 11,
     "host.prometheus": 12,
@@ -98,7 +98,8 @@ ALLOWED = {
     "worker.compaction.compactor": 1,
     "worker.compaction.working_memory": 1,
     "worker.features": 2,
-    "worker.model_runner": 8,
+    "worker.layer_specs": 2,
+    "worker.model_runner": 7,
     "worker.modes": 3,
 }
 

@@ -57,7 +57,8 @@ class GroupMap:
     Attributes
     ----------
     layer_groups : tuple[int or None, ...]
-        Layer group of every KV cache group; None for one that is never compacted.
+        Layer group of every KV cache group; None for one that is never compacted: of a draft
+        model, or of layers that vLLM serves as ever because they attend to a window.
     num_layer_groups : int
         Layer groups that are compacted.
     block_size : int
@@ -76,8 +77,12 @@ class GroupMap:
         """Read the specs of all KV cache groups, in order."""
         # Where pages differ in size, vLLM may wrap a group's specs into one.
         layers = [next(iter(iter_layer_specs(spec))) for spec in specs]
-        numbers = tuple(layer.layer_group for layer in layers)
-        compacted = [layer for layer in layers if layer.layer_group is not None]
+        numbers = tuple(getattr(layer, "layer_group", None) for layer in layers)
+        compacted = [
+            layer
+            for layer in layers
+            if isinstance(layer, CompressedAttentionSpec) and layer.layer_group is not None
+        ]
         sizes = {layer.block_size for layer in compacted}
         assert len(sizes) == 1, f"layer groups with blocks of {sorted(sizes)} tokens"
         codes = {codes_per_row(each.head_size * each.dtype.itemsize) for each in compacted}

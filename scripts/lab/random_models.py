@@ -60,6 +60,21 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "use_sliding_window": False,
     },
+    "gemma3": {
+        **_COMMON,
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": HEAD_DIM,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 96,
+        "tie_word_embeddings": True,
+    },
 }
 MODELS = tuple(_CONFIGS)
 
@@ -76,9 +91,10 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
     ----------
     folder : str or Path
         Where to; made if it is missing.
-    name : {"llama", "qwen3"}
+    name : {"llama", "qwen3", "gemma3"}
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
-        keys whose weights are not trivial, two query heads per KV head.
+        keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
+        other layer with a window of 96 tokens, four query heads per KV head.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -163,10 +179,16 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return (normal(name, num_out, num_in) * (gain / math.sqrt(num_in))).astype(np.float32)
 
     def norm(name: str, size: int, mean: float = 1.0) -> np.ndarray:
-        return (mean * (1 + 0.3 * normal(name, size))).astype(np.float32)
+        weight = mean * (1 + 0.3 * normal(name, size))
+        return (weight - is_gemma).astype(np.float32)  # Gemma's are added to one
+
+    is_gemma = config["model_type"].startswith("gemma")
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
-        return normal(name, num_tokens, size).astype(np.float32)
+        # Gemma enlarges embeddings by the root of their size, and they are its output layer, too:
+        # layers must outweigh them, or every token would be followed by itself.
+        scale = 0.25 / math.sqrt(size) if is_gemma else 1.0
+        return (scale * normal(name, num_tokens, size)).astype(np.float32)
 
     weights: dict[str, np.ndarray] = {}
 
@@ -182,7 +204,10 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         put(linear, f"{layer}.self_attn.k_proj", kv_size, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.v_proj", kv_size, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * HEAD_DIM)
-        if config["model_type"] == "qwen3":
+        if is_gemma:
+            put(norm, f"{layer}.pre_feedforward_layernorm", HIDDEN_SIZE)
+            put(norm, f"{layer}.post_feedforward_layernorm", HIDDEN_SIZE)
+        if is_gemma or config["model_type"] == "qwen3":
             # The norms undo the gains of the projections and have to bring them themselves.
             put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
             put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
@@ -190,8 +215,11 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
-    put(norm, "model.norm", HIDDEN_SIZE)
-    put(linear, "lm_head", VOCAB_SIZE, HIDDEN_SIZE)
+    if config["tie_word_embeddings"]:
+        put(norm, "model.norm", HIDDEN_SIZE, 4 * _GAINS["lm_head"])  # clear winners
+    else:
+        put(norm, "model.norm", HIDDEN_SIZE)
+        put(linear, "lm_head", VOCAB_SIZE, HIDDEN_SIZE)
     return weights
 
 

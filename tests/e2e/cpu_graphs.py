@@ -98,7 +98,7 @@ def taped_graphs(runner: Any, sizes: list[int]) -> Iterator[TapeManager]:
     from vllm_kvcompress.worker.draft import speculator as view_speculator
 
     compilation = runner.compilation_config
-    layers = runner._attention_layers().values()
+    layers = runner.compacted_layers.by_name().values()
     speculator, sample = runner.speculator, draft_step.gumbel_sample
 
     def taped_sample(*args: Any, **kwargs: Any) -> torch.Tensor:

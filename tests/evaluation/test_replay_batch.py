@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lab.random_models import write_random_model
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
@@ -12,10 +13,15 @@ PRESETS = ("snapkv", "pyramidkv", "windowkv", "streaming_llm")
 NUM_TOKENS = 12
 
 
-@pytest.fixture(scope="module")
-def replay(probe_model: str) -> Replay:
+@pytest.fixture(scope="module", params=["probe", "gemma3"])
+def replay(
+    request: pytest.FixtureRequest, probe_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Replay:
+    """Full layers alone, and windowed ones between them."""
     torch.set_num_threads(1)
-    return Replay(probe_model, 32)
+    if request.param == "probe":
+        return Replay(probe_model, 32)
+    return Replay(str(write_random_model(tmp_path_factory.mktemp("model"), request.param)), 32)
 
 
 @pytest.fixture(scope="module")

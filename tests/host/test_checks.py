@@ -56,6 +56,7 @@ def test_wrong_settings_are_refused_by_the_library_too(probe_model: str) -> None
 
 
 MODEL = "model_config"
+WINDOWED = SimpleNamespace(num_hidden_layers=2, sliding_window=512)
 REFUSALS = [
     (MODEL, {"runner_type": "pooling"}, ["--runner pooling"]),
     (MODEL, {"enable_sleep_mode": True}, ["--enable-sleep-mode"]),
@@ -65,11 +66,19 @@ REFUSALS = [
     (MODEL, {"is_attention_free": True}, ["attention-free"]),
     (MODEL, {"is_multimodal_model": True}, ["multimodal"]),
     (MODEL, {"is_diffusion": True}, ["diffusion"]),
-    (MODEL, {"hf_text_config": SimpleNamespace(sliding_window=512)}, ["sliding-window"]),
     (
         MODEL,
-        {"hf_text_config": SimpleNamespace(layer_types=["full_attention", "sliding_attention"])},
-        ["sliding-window"],
+        {"hf_text_config": SimpleNamespace(num_hidden_layers=2, sliding_window=512)},
+        ["all layers", "sliding-window", "512"],
+    ),
+    (
+        MODEL,
+        {
+            "hf_text_config": SimpleNamespace(
+                num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"]
+            )
+        },
+        ["chunked_attention"],
     ),
     ("parallel_config", {"decode_context_parallel_size": 2}, ["--decode-context-parallel-size 2"]),
     ("parallel_config", {"prefill_context_parallel_size": 2}, ["--prefill-context-parallel-size"]),
@@ -155,7 +164,11 @@ def test_a_draft_model_is_welcome(with_draft_model) -> None:
         ({"draft_model_config": {"is_hybrid": True}}, ["the draft model", "hybrid"]),
         ({"draft_model_config": {"use_mla": True}}, ["the draft model", "MLA"]),
         (
-            {"draft_model_config": {"hf_text_config": SimpleNamespace(sliding_window=512)}},
+            {
+                "draft_model_config": {
+                    "hf_text_config": SimpleNamespace(num_hidden_layers=2, sliding_window=512)
+                }
+            },
             ["the draft model", "sliding-window"],
         ),
         ({"kv_cache_dtype": "fp8"}, ["(fp8)", "remove kv_cache_dtype"]),

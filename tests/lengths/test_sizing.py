@@ -133,7 +133,7 @@ def test_missing_and_broken_files_are_one_sentence(tmp_path: Path) -> None:
     [
         ({"kv_lora_rank": 512}, "MLA"),
         ({"sliding_window": 4096}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"vision_config": {}}, "multimodal"),
     ],
@@ -150,6 +150,12 @@ def test_a_window_that_is_not_used_is_no_reason(tmp_path: Path) -> None:
         {"sliding_window": 4096, "layer_types": ["full_attention"] * 32},
     ):
         assert geometry_of(tmp_path, PLAIN | change).num_layers == 32
+
+
+def test_windowed_layers_are_left_alone(tmp_path: Path) -> None:
+    change = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"] * 16}
+    found = geometry_of(tmp_path, PLAIN | change)
+    assert (found.num_layers, found.num_windowed, found.window) == (16, 16, 512)
 
 
 def test_heads_are_divided_among_workers_and_repeated() -> None:

@@ -81,7 +81,7 @@ def test_a_further_mode_sees_every_hook_in_order(engine: Engine) -> None:
     assert isinstance(noted, Noted) and not any(isinstance(each, Noted) for each in others)
     calls = noted.take()
     watched = [each for name, each in calls if name == "watch_layer"]
-    assert watched == list(engine.runner._attention_layers())
+    assert watched == list(engine.runner.compacted_layers.by_name())
     assert names(calls) == ["before_load", "after_load", *["watch_layer"] * len(watched), "bind"]
 
     engine.add("a", list(range(3, 103)), 3, ignore_eos=True)

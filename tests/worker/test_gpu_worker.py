@@ -80,8 +80,11 @@ def test_the_cache_leaves_room_for_compactions(monkeypatch: pytest.MonkeyPatch) 
     layer = SimpleNamespace(
         num_heads=32, num_kv_heads=8, head_size=128, kv_cache_torch_dtype=torch.bfloat16
     )
-    runner._attention_layers.return_value = {f"model.layers.{n}.attn": layer for n in range(32)}
-    runner._num_layers.return_value = 32
+    layers = {f"model.layers.{n}.attn": layer for n in range(32)}
+    runner.compacted_layers = MagicMock(
+        **{"by_name.return_value": layers, "__len__.return_value": 32}
+    )
+    runner.compacted_layers.place.side_effect = list(layers).index
     runner.model_config.get_hidden_size.return_value = 4096
     runner.cache_config.block_size, runner.max_model_len, runner.max_num_reqs = 16, 131072, 1024
     runner.model_state.config = config = parse_config({"preset": "snapkv"})

@@ -121,6 +121,9 @@ class CompressedAttentionManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(source))
         return True
 
+    def forget(self, request_id: str) -> None:
+        """Nothing: a request's books go with its blocks."""
+
     def mark_lossy(self, request_id: str) -> None:
         """Hash no more blocks of a request: some group of layers has lost tokens."""
         self.lossy.add(request_id)

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.v1.request import Request
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.tracked_request import TrackedRequest
@@ -33,7 +34,7 @@ class Compactions:
     ----------
     planner : Planner
         States of all requests.
-    managers : sequence of CompressedAttentionManager
+    managers : sequence of (CompressedAttentionManager or HostGroup)
         One per KV cache group.
     layer_group_of : sequence of (int or None)
         Layer group of every KV cache group; None for one that is never compacted.
@@ -53,7 +54,7 @@ class Compactions:
     def __init__(
         self,
         planner: Planner,
-        managers: Sequence[CompressedAttentionManager],
+        managers: Sequence[CompressedAttentionManager | HostGroup],
         layer_group_of: Sequence[int | None],
         pool: Any,
         max_model_len: int,
@@ -133,6 +134,7 @@ class Compactions:
             if number is None or each is None:
                 groups.append(None)
                 continue
+            assert isinstance(manager, CompressedAttentionManager)
             cache = caches[number]
             what = (request.request_id, each, cache, forced_ranges(cache, window))
             groups.append(manager.plan(purpose, *what))
@@ -175,11 +177,10 @@ class Compactions:
 
     def _commit_eviction(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
         before = self.room.num_free
-        for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+        for manager in self.managers:
             manager.commit(request_id)
-            if number is not None:
-                # Layers that kept everything read what layers below computed, too.
-                manager.mark_lossy(request_id)
+            # Layers that kept everything read what layers below computed, too.
+            manager.mark_lossy(request_id)
         self.room.note_change()
         evicted = sum(each.evicted for each in lengths if each)
         held = sum(cache.num_tokens for cache in tracked.compaction.caches_at(tracked.position))
@@ -192,6 +193,12 @@ class Compactions:
             blocks_returned=self.room.num_free - before,
             first=not tracked.counted,
         )
+
+    def forget(self, request_id: str) -> None:
+        """The request has lost its blocks: it ended or was preempted."""
+        for manager in self.managers:
+            manager.forget(request_id)
+        self.room.note_change(request_id)
 
     # --- views ----------------------------------------------------------------------------
 

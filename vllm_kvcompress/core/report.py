@@ -1,7 +1,7 @@
 """The line at start-up that says what compression will do."""
 
 from vllm.utils.mem_utils import format_gib
-from vllm.v1.kv_cache_interface import KVCacheConfig, iter_layer_specs
+from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
 
 from vllm_kvcompress.config.reading import CompressionConfig
 from vllm_kvcompress.core.draft.report import views_alone, views_beside
@@ -22,16 +22,20 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     lengths = compaction_lengths(
         max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
     )
-    full = saved = full_bytes = saved_bytes = 0
+    full = saved = full_bytes = saved_bytes = num_windowed = 0
     for group, number in zip(groups, group_map.layer_groups, strict=True):
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
         page = spec.page_size_bytes * len(group.layer_names)
-        num_blocks = -(-max_model_len // spec.block_size)
+        num_held = max_model_len
+        if isinstance(spec, SlidingWindowSpec):
+            num_windowed += 1
+            num_held = min(max_model_len, spec.sliding_window + spec.block_size)
+        num_blocks = -(-num_held // spec.block_size)
         plan = None if number is None else lengths[number]
         num_saved = plan.evicted // block_size if plan else 0
         full, saved = full + num_blocks, saved + num_saved
         full_bytes, saved_bytes = full_bytes + num_blocks * page, saved_bytes + num_saved * page
-    num_whole = group_map.layer_groups.count(None)
+    num_whole = group_map.layer_groups.count(None) - num_windowed
     budget = (
         f"{config.budget.ratio:.0%} of the prompt"
         if config.budget.ratio is not None
@@ -41,8 +45,10 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         f"KV compression: policy {config.policy.name}, budget {budget} "
         f"({budget_tokens(max_model_len, config)} of {max_model_len} tokens, "
         f"{config.layer_budget.shape} over layers), {num_layer_groups} layer group(s) in "
-        f"{len(groups) - num_whole} block table(s), block size {block_size}"
+        f"{len(groups) - num_whole - num_windowed} block table(s), block size {block_size}"
     )
+    if num_windowed:
+        what += f", windowed layers left to vLLM in {num_windowed} more"
     if num_whole:
         what += f", the draft model's cache kept whole in {num_whole} more"
     coded = coded_groups(config.codebook, num_layer_groups)

@@ -19,6 +19,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
 
@@ -34,7 +35,7 @@ class Room:
 
     Attributes
     ----------
-    managers : sequence of CompressedAttentionManager
+    managers : sequence of (CompressedAttentionManager or HostGroup)
         One per KV cache group.
     layer_group_of : sequence of (int or None)
         Layer group of every KV cache group; None for one that is never compacted.
@@ -48,7 +49,7 @@ class Room:
         Blocks that waiting requests must leave free.
     """
 
-    managers: Sequence[CompressedAttentionManager]
+    managers: Sequence[CompressedAttentionManager | HostGroup]
     layer_group_of: Sequence[int | None]
     pool: Any
     max_model_len: int
@@ -58,7 +59,10 @@ class Room:
     _changes: int = 0
 
     def __post_init__(self) -> None:
-        self._spare = SpareSlots(self.managers, self.pool, self.max_model_len)
+        own = [each for each in self.managers if isinstance(each, CompressedAttentionManager)]
+        # Windowed layers give blocks back in steps that need none: vLLM must be asked always.
+        is_alone = len(own) == len(self.managers)
+        self._spare = SpareSlots(own, self.pool, self.max_model_len) if is_alone else None
 
     @property
     def num_free(self) -> int:
@@ -70,7 +74,7 @@ class Room:
         found = []
         for manager, number in zip(self.managers, self.layer_group_of, strict=True):
             each = None if number is None else lengths[number]
-            if each is not None:
+            if each is not None and isinstance(manager, CompressedAttentionManager):
                 found.append((manager, each))
         return found
 
@@ -98,7 +102,8 @@ class Room:
         self._changes += 1
         if request_id is not None:
             self._declined.pop(request_id, None)
-            self._spare.forget(request_id)
+            if self._spare is not None:
+                self._spare.forget(request_id)
 
     def _sources(self, request_id: str, lengths: Lengths) -> list[KVCacheBlock]:
         return [
@@ -156,7 +161,11 @@ class Room:
         """
         self.num_reserved = 0
         for request_id, lengths, num_waited in waiting:
-            held = sum(len(manager.req_to_blocks.get(request_id, ())) for manager in self.managers)
+            held = sum(
+                not block.is_null
+                for manager in self.managers
+                for block in manager.req_to_blocks.get(request_id, ())
+            )
             needed = self.num_needed(lengths)
             is_turn = num_waited // RESERVED_STEPS % 2 == 0
             if is_turn and needed + held < self.pool.num_gpu_blocks:
@@ -176,9 +185,10 @@ class Room:
         Its caller relies on None leaving everything as it was, and on blocks for the tokens
         otherwise; a running request that gets None is preempted, or another one for it.
         """
-        given = self._spare.take(request, num_new_tokens, options)
-        if given is not None:
-            return given
+        if self._spare is not None:
+            given = self._spare.take(request, num_new_tokens, options)
+            if given is not None:
+                return given
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_tokens += options.get("num_new_computed_tokens", 0)
         if options.get("full_sequence_must_fit"):
@@ -198,7 +208,7 @@ class Room:
         blocks = allocate_slots(request, num_new_tokens, **options)
         while blocks is None and self._give_way(num_missing()):
             blocks = allocate_slots(request, num_new_tokens, **options)
-        if blocks is not None and request.status == RequestStatus.RUNNING:
+        if blocks is not None and self._spare and request.status == RequestStatus.RUNNING:
             self._spare.note(request, num_new_tokens)
         return blocks
 

@@ -20,6 +20,7 @@ from vllm_kvcompress.core.admission import Admission
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.draft.scheduling import DraftMixin
+from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
@@ -62,7 +63,7 @@ class CompressionMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         register_manager()
         super().__init__(*args, **kwargs)
-        self._managers = self._own_managers()
+        self._managers = self._groups()
         group_map = GroupMap.of(manager.kv_cache_spec for manager in self._managers)
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
         assert config is not None, "the scheduler is installed only when compression is on"
@@ -88,14 +89,11 @@ class CompressionMixin(Scheduler):
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, self.compactions.room)
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
-    def _own_managers(self) -> list[CompressedAttentionManager]:
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        for manager in managers:
-            assert isinstance(manager, CompressedAttentionManager), (
-                f"KV cache group {manager.kv_cache_group_id} is managed by "
-                f"{type(manager).__name__}; the start-up checks should have refused this model"
-            )
-        return list(managers)
+    def _groups(self) -> list[CompressedAttentionManager | HostGroup]:
+        return [
+            each if isinstance(each, CompressedAttentionManager) else HostGroup(each)
+            for each in self.kv_cache_manager.coordinator.single_type_managers
+        ]
 
     # --- one step -------------------------------------------------------------------------
 
@@ -147,14 +145,14 @@ class CompressionMixin(Scheduler):
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
         freed = super()._free_request(request, *args, **kwargs)
-        self.compactions.room.note_change(request.request_id)
+        self.compactions.forget(request.request_id)
         return freed
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.query_slots.release(request.request_id)
         self.planner.restart(request.request_id)
-        self.compactions.room.note_change(request.request_id)
+        self.compactions.forget(request.request_id)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -180,8 +178,13 @@ class CompressionMixin(Scheduler):
         blocks, num_hit, boundary, diverged = found
         limit = self.planner.max_cached_tokens(request.request_id)
         if limit is not None and num_hit > limit:
-            num_hit = max(limit, 0) // self.block_size * self.block_size
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_hit)
+            # Not cut: a group of windowed layers has no blocks below the window of the longer hit.
+            manager = self.kv_cache_manager
+            hits, num_hit, num_uncached = manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, max(limit, 0)
+            )
+            blocks = manager.create_kv_cache_blocks(hits)
+            boundary = num_hit + num_uncached if num_uncached else 0
         return blocks, num_hit, boundary, diverged
 
     def update_from_output(

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.kernels.cache.rows import DenseRows
+from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
@@ -28,9 +28,8 @@ from vllm_kvcompress.lengths.budgets import (
     layer_groups,
     permanent_ranges,
 )
+from vllm_kvcompress.lengths.layer_kinds import FULL, full_layers
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.policies.inputs import ChunkInputs
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
 from vllm_kvcompress.worker.codebook.slots import BookSlots
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
@@ -39,7 +38,6 @@ from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 ATTENTION = "kvcompress_replay"
-CHUNK = 1024
 _numbers = itertools.count()
 
 
@@ -103,7 +101,8 @@ class Prefilled:
     first_token : int
         What the model says next, from the whole cache.
     keys, values, queries : list[torch.Tensor]
-        Per layer [KV, n, D], [KV, n, D] and [H, n, D]; keys and queries after RoPE.
+        Per layer [KV, n, D], [KV, n, D] and [H, n, D]; keys and queries after RoPE. Of a windowed
+        layer the cache holds the last tokens only.
     """
 
     token_ids: list[int]
@@ -163,7 +162,9 @@ class Replay:
         self.model = model.to(self.device).eval()
         self.block_size = block_size
         self.layers = self.model.model.layers
-        self.rotary = Rotary(self.model.model.rotary_emb.inv_freq, is_neox=True)
+        config = self.model.config
+        self.full_layers = full_layers(config, config.max_position_embeddings)
+        self.rotary = Rotary(_inv_freq(self.model.model.rotary_emb), is_neox=True)
         self._queries: list[torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
 
@@ -273,8 +274,9 @@ class Replay:
         rows = list(zip(prompt.keys, prompt.values, strict=True))
         if config is None:
             return rows, [None] * len(rows)
-        found = self._compact(prompt, config, seed)
-        for layer, (layout, region) in enumerate(found):
+        num_entries: list[torch.Tensor | None] = [None] * len(rows)
+        for layer, (layout, region) in self._compact(prompt, config, seed).items():
+            num_entries[layer] = layout.num_entries
             if region is not None:
                 assert layout.kept is not None
                 keys, values = (
@@ -282,7 +284,7 @@ class Replay:
                     for kept, row in zip(layout.kept, rows[layer], strict=True)
                 )
                 rows[layer] = keys, values
-        return rows, [layout.num_entries for layout, _ in found]
+        return rows, num_entries
 
     @torch.inference_mode()
     def survivors(
@@ -293,34 +295,34 @@ class Replay:
         Those of the region, in the order in which they are written, then what lies behind it.
         """
         everything = torch.arange(len(prompt.token_ids), device=self.device)
-        heads = [len(keys) for keys in prompt.keys]
+        found = [everything[-keys.shape[1] :].expand(len(keys), -1) for keys in prompt.keys]
         if config is None:
-            return [everything.expand(count, -1) for count in heads]
-        return [
-            everything.expand(count, -1)
-            if region is None or layout.positions is None
-            else torch.cat([layout.positions, everything[region:].expand(count, -1)], dim=1)
-            for (layout, region), count in zip(
-                self._compact(prompt, config, seed), heads, strict=True
-            )
-        ]
+            return found
+        for layer, (layout, region) in self._compact(prompt, config, seed).items():
+            if region is not None and layout.positions is not None:
+                behind = everything[region:].expand(len(found[layer]), -1)
+                found[layer] = torch.cat([layout.positions, behind], dim=1)
+        return found
 
     def _compact(
         self, prompt: Prefilled, config: CompressionConfig, seed: int
-    ) -> list[tuple[_Rows, int | None]]:
-        """Of every layer, what was written, and the region's length; None: it is left alone."""
-        num_layers, length = len(self.layers), len(prompt.token_ids)
+    ) -> dict[int, tuple[_Rows, int | None]]:
+        """By layer, what was written, and the region's length; None: it is left alone.
+
+        Windowed layers are not among them.
+        """
+        num_layers, length = len(self.full_layers), len(prompt.token_ids)
         group_of = layer_groups(num_layers, config.layer_groups)
         codes = codes_per_row(prompt.keys[0].shape[-1] * prompt.keys[0].element_size())
         by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size, codes)
         lengths = [by_group[group] for group in group_of]
-        layouts = [_Rows(prompt, layer) for layer in range(num_layers)]
+        layouts = [_Rows(prompt, layer) for layer in self.full_layers]
         compactor = Compactor(
-            layers=[self._layer_cache(index, layouts[index]) for index in range(num_layers)],
+            layers=[self._layer_cache(place, layouts[place]) for place in range(num_layers)],
             num_layers=num_layers,
             sources=QuerySources(
-                window=_Window(prompt, config.observation_window),  # type: ignore[arg-type]
-                prompt=_Summaries(prompt, config, self),  # type: ignore[arg-type]
+                window=WindowQueries(prompt, config.observation_window),  # type: ignore[arg-type]
+                prompt=PromptSummaries(prompt, config, self),  # type: ignore[arg-type]
                 ring=None,  # type: ignore[arg-type]
             ),
             device=self.device,
@@ -335,19 +337,21 @@ class Replay:
         plan = CompactionPlan("replay", length, False, seed, groups)
         compactor.run([CompactionJob(plan, config, 0)])
         regions = [each.region_len if each else None for each in lengths]
-        return list(zip(layouts, regions, strict=True))
+        return dict(zip(self.full_layers, zip(layouts, regions, strict=True), strict=True))
 
-    def _layer_cache(self, index: int, layout: CacheLayout) -> LayerCache:
-        attention = self.layers[index].self_attn
+    def _layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
+        """The layer at `place` among those that can be compacted."""
+        number = self.full_layers[place]
+        attention = self.layers[number].self_attn
         weight = attention.o_proj.weight.detach()
         heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
         shape, dtype = (0, heads, self.block_size, width), self.model.dtype
         no_blocks = torch.empty(shape, dtype=dtype, device=self.device)
         projection = weight.unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
         return LayerCache(
-            name=str(index),
-            index=index,
-            group=index,
+            name=str(number),
+            index=place,
+            group=place,
             scale=attention.scaling,
             layout=layout,
             cache=lambda: no_blocks,
@@ -356,45 +360,7 @@ class Replay:
         )
 
 
-class _Window:
-    """Queries of a prompt that are all at hand."""
-
-    def __init__(self, prompt: Prefilled, size: int) -> None:
-        self.prompt, self.size = prompt, size
-
-    def take(self, request_id: str, layer_name: str) -> torch.Tensor:
-        """The observation window's queries."""
-        return self.prompt.queries[int(layer_name)][:, -self.size :]
-
-
-class _Summaries:
-    """`Policy.accumulate` over a prompt, once per policy."""
-
-    def __init__(self, prompt: Prefilled, config: CompressionConfig, replay: Replay) -> None:
-        self.prompt, self.config, self.replay = prompt, config, replay
-
-    def take(self, request_id: str, layer_name: str) -> Any:
-        """A layer's summary."""
-        policy: Policy = self.config.build_policy()
-        place = (repr(policy), layer_name)
-        if place not in self.prompt.summaries:
-            self.prompt.summaries[place] = self._fold(policy, int(layer_name))
-        return self.prompt.summaries[place]
-
-    def _fold(self, policy: Policy, layer: int) -> Any:
-        queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
-        values, scale = self.prompt.values[layer], self.replay.layers[layer].self_attn.scaling
-        summary, length = None, queries.shape[1]
-        for start in range(0, length, CHUNK):
-            end = min(start + CHUNK, length)
-            summary = policy.accumulate(
-                summary,
-                ChunkInputs(
-                    rows=DenseRows(keys[:, :end], values[:, :end], queries[:, start:end], scale),
-                    start=start,
-                    prompt_len=length,
-                    num_sink_tokens=self.config.num_sink_tokens,
-                    rotary=self.replay.rotary if policy.needs_rotary else None,
-                ),
-            )
-        return summary
+def _inv_freq(rotary: Any) -> torch.Tensor:
+    """Frequencies of the layers that can be compacted; other kinds may have their own."""
+    own = getattr(rotary, f"{FULL}_inv_freq", None)
+    return rotary.inv_freq if own is None else own

@@ -32,7 +32,12 @@ class ReplayBatch:
 
     def __init__(self, replay: Replay, caches: Sequence[Rows], length: int) -> None:
         self.replay, self.length, self.size = replay, length, len(caches)
-        self.cache = DynamicCache(config=replay.model.config)
+        # Without the model's configuration, by which windowed layers would forget tokens: masks say
+        # what they see.
+        self.cache = DynamicCache()
+        window = getattr(replay.model.config, "sliding_window", None)
+        full = set(replay.full_layers)
+        self.windows = [None if each in full else window for each in range(len(replay.layers))]
         self.masks: list[torch.Tensor] = []
         for layer in range(len(replay.layers)):
             rows = [cache[layer] for cache in caches]
@@ -54,7 +59,13 @@ class ReplayBatch:
         for layer, mask in enumerate(self.masks):
             new = causal.expand(self.size, 1, count, count)
             old = mask[:, None, None, :].expand(self.size, 1, count, mask.shape[1])
-            masks.append(torch.cat([old, new], dim=-1))
+            seen = torch.cat([old, new], dim=-1)
+            if (window := self.windows[layer]) is not None:
+                # Rows of a windowed layer are the last ones, without gaps.
+                behind = torch.arange(count, device=tokens.device)[:, None] + mask.shape[1]
+                places = torch.arange(seen.shape[-1], device=tokens.device)
+                seen = seen & (behind - places < window)
+            masks.append(seen)
             self.masks[layer] = torch.cat([mask, mask.new_ones(self.size, count)], dim=-1)
         positions = torch.arange(self.length, self.length + count, device=tokens.device)
         with self.replay.masked(masks):

@@ -11,6 +11,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
+from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 TESTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions the host contract was tested with."""
@@ -83,19 +84,36 @@ def _unsupported_kind(model: Any) -> str | None:
 
 
 def _layer_types(config: Any) -> str | None:
-    return _partial_attention(config.model_config)
+    """Windowed layers beside full ones are left to vLLM; without full ones there is no work."""
+    model = config.model_config
+    types = set(layer_types(model.hf_text_config, model.max_model_len))
+    if strange := types - {FULL, WINDOWED}:
+        return (
+            f"{model.model} has layers of the kind {sorted(strange)[0]}: choose a model whose "
+            "layers attend to everything or to a window"
+        )
+    if FULL not in types:
+        return (
+            f"all layers of {model.model} are sliding-window layers of "
+            f"{model.hf_text_config.sliding_window} tokens, whose cache is bounded already: choose "
+            "a model with layers that attend to everything"
+        )
+    return None
 
 
 def _partial_attention(model: Any) -> str | None:
-    text = model.hf_text_config
-    types = set(getattr(text, "layer_types", None) or ())
-    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
-    if (window and not types) or types - {"full_attention"}:
+    """For a draft model, whose layers must be alike."""
+    if set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
         return (
             f"{model.model} has sliding-window or other partial-attention layers: "
             "choose a model whose layers all attend to everything"
         )
     return None
+
+
+def num_full_layers(model: Any) -> int:
+    """Layers of a model configuration that can be compacted."""
+    return len(full_layers(model.hf_text_config, model.max_model_len))
 
 
 def _parallelism(config: Any) -> str | None:
@@ -245,8 +263,12 @@ def check_config(config: Any) -> None:
 
 
 def has_plain_rotary(model_config: Any) -> bool:
-    """Whether angles are position times frequency in all layers, by the model's configuration."""
+    """Whether angles are position times frequency in the layers that attend to everything.
+
+    By the model's configuration.
+    """
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    rope = rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
     return rope.get("rope_type", "other") in ("default", "llama3")
 
 
@@ -259,7 +281,12 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         With the first reason found.
     """
     model = vllm_config.model_config
-    num_layers = model.hf_text_config.num_hidden_layers
+    num_layers = num_full_layers(model)
+    if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:
+        raise ConfigError(
+            f"mode: {model.model} has windowed layers, over which drafts have not been tried; "
+            "leave out draft mode and draft.budget."
+        )
     for variant in (setting, *setting.by_task.values()):
         policy = variant.build_policy()
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm_kvcompress.config.reading import CONFIG_KEY, NONE, parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
-from vllm_kvcompress.host.checks import check_config, check_setting
+from vllm_kvcompress.host.checks import check_config, check_setting, num_full_layers
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
 from vllm_kvcompress.lengths.budgets import layer_groups
@@ -281,7 +281,7 @@ def _init_stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
             return
         setting = _server_setting(json.dumps(additional[CONFIG_KEY]))
         model = vllm_config.model_config
-        groups = layer_groups(model.hf_text_config.num_hidden_layers, setting.layer_groups)
+        groups = layer_groups(num_full_layers(model), setting.layer_groups)
         recorder = PrometheusRecorder(
             model.served_model_name,
             self.engine_indexes,

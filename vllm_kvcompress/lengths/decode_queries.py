@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.lengths.layer_kinds import full_layers
 
 RING_BYTES = 2**30
 """What the ring of one rank may take, unless `MIN_SLOTS` of it take more."""
@@ -74,9 +75,9 @@ def ring_shape(vllm_config: Any, config: CompressionConfig) -> RingShape:
 
 
 def query_bytes(vllm_config: Any) -> int:
-    """Queries of one token in all layers of a rank, in bytes."""
+    """Queries of one token in all layers that can be compacted, in bytes per rank."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    num_layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+    num_layers = len(full_layers(model.hf_text_config, model.max_model_len))
     per_layer = model.get_num_attention_heads(parallel) * model.get_head_size()
     return num_layers * per_layer * model.dtype.itemsize
 

@@ -3,9 +3,11 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, layer_types
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -17,11 +19,15 @@ class ModelGeometry:
     Attributes
     ----------
     num_layers, num_kv_heads, head_dim : int
-        Of the whole model.
+        Of the whole model; `num_layers` are those whose cache can be compacted.
     dtype : str
         Of the cache: a key of `DTYPE_BYTES`.
     max_positions : int or None
         Longest sequence the model was made for, where the configuration says so.
+    num_windowed : int
+        Further layers, whose cache is bounded by a window and left alone.
+    window : int or None
+        Tokens of that window.
     """
 
     num_layers: int
@@ -29,6 +35,8 @@ class ModelGeometry:
     head_dim: int
     dtype: str
     max_positions: int | None = None
+    num_windowed: int = 0
+    window: int | None = None
 
     def kv_heads_per_worker(self, tensor_parallel_size: int) -> int:
         """KV heads of one rank; vLLM repeats them where there are more ranks than heads."""
@@ -135,14 +143,44 @@ def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
     kv_heads = num_heads
     if text.get("num_key_value_heads") is not None:
         kv_heads = config.whole_number("num_key_value_heads")
-    positions = text.get("max_position_embeddings")
+    count, positions = config.whole_number("num_hidden_layers"), _positions(text)
+    types = _layer_types(count, text, positions, folder)
+    num_full = types.count(FULL)
     return ModelGeometry(
-        num_layers=config.whole_number("num_hidden_layers"),
+        num_layers=num_full,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=_cache_dtype(dtype, config.data, text, config.path),
-        max_positions=positions if isinstance(positions, int) else None,
+        max_positions=positions,
+        num_windowed=count - num_full,
+        window=text["sliding_window"] if num_full < count else None,
     )
+
+
+def _positions(text: dict[str, Any]) -> int | None:
+    positions = text.get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
+
+
+def _layer_types(
+    count: int, text: dict[str, Any], positions: int | None, folder: Path
+) -> tuple[str, ...]:
+    """What each layer attends to.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no layer attends to everything, or one attends to something else than a window.
+    """
+    types = layer_types(SimpleNamespace(**{**text, "num_hidden_layers": count}), positions)
+    strange = sorted(set(types) - {FULL, WINDOWED})
+    if strange or FULL not in types:
+        kind = f"layers of the kind {strange[0]}" if strange else "sliding-window layers only"
+        raise UnsupportedModelError(
+            f"--model: {folder} has {kind}, and the server would refuse to compress it: choose a "
+            "decoder-only text model with layers that attend to everything."
+        )
+    return types
 
 
 def _cache_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: Path) -> str:
@@ -159,18 +197,14 @@ def _cache_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: 
 
 def _check_supported(data: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
     """Refuse what ``host.checks`` refuses at start-up, as far as config.json tells."""
-    types = set(text.get("layer_types") or ())
-    window = text.get("sliding_window") and text.get("use_sliding_window", True)
     kinds = {
         "is an encoder-decoder model": data.get("is_encoder_decoder"),
         "has multi-head latent attention (MLA)": text.get("kv_lora_rank"),
         "is a multimodal model": any(f"{k}_config" in data for k in ("vision", "audio")),
-        "has sliding-window or other partial-attention layers": (window and not types)
-        or types - {"full_attention"},
     }
     for kind, applies in kinds.items():
         if applies:
             raise UnsupportedModelError(
                 f"--model: {folder} {kind}, and the server would refuse to compress it: choose a "
-                "decoder-only text model whose layers all attend to everything."
+                "decoder-only text model."
             )

@@ -96,36 +96,45 @@ _MAX_VIEWS = 64
 
 @dataclass(frozen=True)
 class Families:
-    """KV cache groups of a runner: those like the first, and the rest.
+    """KV cache groups of a runner: those like the first, the rest, and those that stay whole.
 
     Attributes
     ----------
     first : int
-        The first group that has layers.
+        The first group that has layers and may be compacted.
     alike : tuple[int, ...]
         Further groups whose layers differ from the first's in their layer group alone.
     rest : tuple[int, ...]
-        All other groups that have layers: of a draft model, say.
+        All other groups that have layers and may be compacted.
     alike_layers : tuple of sequences of str
         The layers of each group of `alike`.
+    whole : frozenset[int]
+        Groups that are never compacted: of a draft model, or of windowed layers.
     """
 
     first: int
     alike: tuple[int, ...]
     rest: tuple[int, ...]
     alike_layers: tuple[Sequence[str], ...] = ()
+    whole: frozenset[int] = frozenset()
     _views: _Views = field(default_factory=_Views, repr=False, compare=False)
 
     @classmethod
-    def of(cls, attn_groups: Sequence[Sequence[Any]]) -> "Families":
-        """Compare backends, specs and builders of all groups; at least one has layers."""
-        first, *others = (number for number, groups in enumerate(attn_groups) if groups)
+    def of(
+        cls, attn_groups: Sequence[Sequence[Any]], whole: frozenset[int] = frozenset()
+    ) -> "Families":
+        """Compare backends, specs and builders of all groups but `whole`; one has layers."""
+        compacted = (
+            number for number, groups in enumerate(attn_groups) if groups and number not in whole
+        )
+        first, *others = compacted
         traits = _traits(attn_groups[first])
         alike = tuple(
             each for each in others if traits is not None and _traits(attn_groups[each]) == traits
         )
         layers = tuple(attn_groups[each][0].layer_names for each in alike)
-        return cls(first, alike, tuple(each for each in others if each not in alike), layers)
+        rest = tuple(each for each in others if each not in alike)
+        return cls(first, alike, rest, layers, whole)
 
     def derive(
         self,

@@ -4,17 +4,18 @@ Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheSpec,
+)
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -27,10 +28,8 @@ from vllm_kvcompress.host.checks import check_layer, has_plain_rotary
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
-from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
-from vllm_kvcompress.spec import CompressedAttentionSpec
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
@@ -39,6 +38,7 @@ from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
 from vllm_kvcompress.worker.group_metadata import without_schedule
 from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
+from vllm_kvcompress.worker.layer_specs import CompactedLayers
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.packed import cpu_layout
@@ -88,7 +88,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         for feature in self.features:
             feature.after_load()
         self._timer = CompactionTimer(self.device)
-        for name, layer in self._attention_layers().items():
+        for name, layer in self.compacted_layers.by_name().items():
             check_layer(name, layer)
             state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
             state.taps.watch(name, layer.impl)
@@ -97,28 +97,15 @@ class CompressionRunnerMixin(GPUModelRunner):
         if state.ring.num_bytes:
             logger.info("KV compression: %s", state.ring)
 
-    def _attention_layers(self) -> dict[str, Attention]:
-        """The target's; a draft model's are left as they are."""
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-        return {name: layer for name, layer in layers.items() if not layer.is_draft_layer}
-
-    def _num_layers(self) -> int:
-        return self.model_config.hf_text_config.num_hidden_layers
+    @cached_property
+    def compacted_layers(self) -> CompactedLayers:
+        """The layers that plans are about."""
+        return CompactedLayers(self.vllm_config)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """Give every layer the spec of its layer group; a draft model's layers have none."""
-        groups = layer_groups(self._num_layers(), self.model_state.config.layer_groups)
-        layers = self.vllm_config.compilation_config.static_forward_context
-        specs: dict[str, KVCacheSpec] = {}
-        for name, spec in super().get_kv_cache_spec().items():
-            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-                raise UnsupportedModelError(
-                    f"KV compression supports full-attention layers only; {name} has a "
-                    f"{type(spec).__name__}. Start without --kv-compression."
-                )
-            group = None if layers[name].is_draft_layer else groups[extract_layer_index(name)]
-            specs[name] = CompressedAttentionSpec.from_full(spec, group)
-        return specs
+        """Give every layer that is compacted the spec of its layer group."""
+        config = self.model_state.config.layer_groups
+        return self.compacted_layers.specs(super().get_kv_cache_spec(), config)
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
@@ -140,7 +127,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         num_kv_heads = self.model_config.get_total_num_kv_heads()
         self.compactor = Compactor(
             layers=sorted(caches, key=lambda cache: cache.index),
-            num_layers=self._num_layers(),
+            num_layers=len(self.compacted_layers),
             sources=QuerySources(state.window, state.prompt_queries, state.ring),
             device=self.device,
             all_reduce=tp_group.all_reduce,
@@ -152,11 +139,11 @@ class CompressionRunnerMixin(GPUModelRunner):
             feature.bind(kv_cache_config)
 
     def _layer_caches(self) -> list[LayerCache]:
-        layers = self._attention_layers()
+        layers = self.compacted_layers.by_name()
         return [
             LayerCache(
                 name=name,
-                index=extract_layer_index(name),
+                index=self.compacted_layers.place(name),
                 group=group,
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
@@ -197,7 +184,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         """Launch once what only compressed requests launch; their rows here are dummies."""
         samples = {
             name: torch.zeros(1, layer.num_heads, layer.head_size, dtype=self.dtype).to(self.device)
-            for name, layer in self._attention_layers().items()
+            for name, layer in self.compacted_layers.by_name().items()
         }
         for sample in samples.values():
             self.model_state.window.warm_up(sample)

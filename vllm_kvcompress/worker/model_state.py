@@ -4,7 +4,7 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -177,19 +177,22 @@ class CompressedModelState(DefaultModelState):
         """Build attention metadata of every KV cache group with the group's own lengths.
 
         One build for all groups that are alike, where the backend's metadata allows it; one per
-        group for others and for captures, in which a builder may write to what it is given.
+        group for others and for captures, in which a builder may write to what it is given. Groups
+        that are never compacted are built as in stock vLLM, all at once.
         """
         assert self.lengths is not None
         seq_lens = self.lengths.group_seq_lens(input_batch)
         groups = self._families_of(attn_groups)
 
-        def build(group: int) -> dict[str, Any]:
-            own = self._seen_by(group, input_batch, seq_lens)
-            only = [layers if other == group else [] for other, layers in enumerate(attn_groups)]
+        def build_of(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
+            only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
             return super(CompressedModelState, self).prepare_attn(
-                own, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
+                batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
+
+        def build(group: int) -> dict[str, Any]:
+            return build_of((group,), self._seen_by(group, input_batch, seq_lens))
 
         metadata = build(groups.first)
         built = groups.alike + groups.rest
@@ -200,6 +203,8 @@ class CompressedModelState(DefaultModelState):
             metadata |= groups.derive(first, seq_lens, longest, block_tables, slot_mappings)
         for each in built:
             metadata |= build(each)
+        if groups.whole:
+            metadata |= build_of(groups.whole, input_batch)
         return metadata
 
     def _seen_by(self, group: int, batch: InputBatch, seq_lens: torch.Tensor) -> InputBatch:
@@ -215,5 +220,7 @@ class CompressedModelState(DefaultModelState):
         # Groups and their builders are made anew when the cache is; the list is held, so that no
         # other one can be at its address.
         if self._families is None or self._families[0] is not attn_groups:
-            self._families = (attn_groups, Families.of(attn_groups))
+            numbers = enumerate(self._groups.layer_groups)
+            whole = frozenset(group for group, number in numbers if number is None)
+            self._families = (attn_groups, Families.of(attn_groups, whole))
         return self._families[1]

@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     )  # fmt: skip
     rows = []
     try:
-        timer = AttentionTimer(engine.runner._attention_layers())
+        timer = AttentionTimer(engine.runner.compacted_layers.by_name())
         samples = make_samples(max(args.batch), args.prompt_tokens, engine.tokenize, seed=args.seed)
         prompts = [engine.tokenize(sample.prompt) for sample in samples]
         for batch in args.batch:

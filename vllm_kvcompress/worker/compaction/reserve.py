@@ -6,8 +6,6 @@ cache group, come later; without a reserve they could find no memory, which ends
 
 from typing import Any
 
-from vllm.model_executor.models.utils import extract_layer_index
-
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
@@ -28,11 +26,11 @@ def table_bytes(config: CompressionConfig, shape: RankShape, num_further: int = 
 
 def rank_shape(runner: Any) -> RankShape:
     """What a model runner runs, before it has a cache. All layers of a model have one shape."""
-    layers = runner._attention_layers()
+    layers = runner.compacted_layers.by_name()
     first = next(iter(layers.values()))
     return RankShape(
-        num_layers=runner._num_layers(),
-        own_layers=sorted(extract_layer_index(name) for name in layers),
+        num_layers=len(runner.compacted_layers),
+        own_layers=sorted(map(runner.compacted_layers.place, layers)),
         num_heads=first.num_heads,
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,

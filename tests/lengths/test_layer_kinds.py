@@ -1,0 +1,37 @@
+"""Which layers attend to everything, by what configurations say."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress.lengths.layer_kinds import full_layers
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def layers(max_len: int | None = None, **fields: Any) -> tuple[int, ...]:
+    return full_layers(SimpleNamespace(num_hidden_layers=6, **fields), max_len)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (0, 1, 2, 3, 4, 5)),
+        ({"sliding_window": None}, (0, 1, 2, 3, 4, 5)),
+        ({"sliding_window": 512}, ()),
+        ({"sliding_window": 512, "use_sliding_window": False}, (0, 1, 2, 3, 4, 5)),
+        ({"sliding_window": 512, "layer_types": [SLIDING, FULL] * 3}, (1, 3, 5)),
+        ({"sliding_window": 512, "sliding_window_pattern": 3}, (2, 5)),
+        ({"sliding_window": 512, "_sliding_window_pattern": 6}, (5,)),
+        ({"layer_types": ["linear_attention", FULL] * 3}, (1, 3, 5)),
+        ({"layer_types": [FULL] * 6, "sliding_window": 512}, (0, 1, 2, 3, 4, 5)),
+    ],
+)
+def test_full_layers(fields: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert layers(**fields) == expected
+
+
+@pytest.mark.parametrize(("max_len", "count"), [(511, 6), (512, 6), (513, 0), (None, 0)])
+def test_a_window_that_no_sequence_outgrows_is_none(max_len: int | None, count: int) -> None:
+    assert len(layers(max_len, sliding_window=512)) == count

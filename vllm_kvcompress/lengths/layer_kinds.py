@@ -1,0 +1,53 @@
+"""Which layers of a model can be compacted: those that attend to everything."""
+
+from typing import Any
+
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""What a configuration's ``layer_types`` may say of a layer that we know how to serve."""
+
+
+def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
+    """What each layer attends to, by the configuration of a language model.
+
+    Parameters
+    ----------
+    text : object
+        Hugging Face configuration of the text model; attributes that are missing say nothing.
+    max_len : int or None
+        Tokens of the longest sequence. A window that no sequence outgrows is none.
+
+    Returns
+    -------
+    tuple[str, ...]
+        One word per layer: `FULL`, `WINDOWED`, or another that the configuration has.
+    """
+    count = text.num_hidden_layers
+    window = getattr(text, "sliding_window", None)
+    if window is not None and not getattr(text, "use_sliding_window", True):
+        window = None
+    named = getattr(text, "layer_types", None)
+    if named:
+        found = tuple(named)
+    elif pattern := _pattern(text, window):
+        # One layer in so many attends to everything, the last of them.
+        found = tuple(FULL if (i + 1) % pattern == 0 else WINDOWED for i in range(count))
+    else:
+        found = (WINDOWED if window else FULL,) * count
+    if window and max_len is not None and window >= max_len:
+        return tuple(FULL if each == WINDOWED else each for each in found)
+    return found
+
+
+def _pattern(text: Any, window: int | None) -> int | None:
+    """Older configurations have a number in the place of a word per layer."""
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        value = getattr(text, name, None)
+        if window and isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def full_layers(text: Any, max_len: int | None = None) -> tuple[int, ...]:
+    """Numbers of the layers that attend to everything, from 0; see `layer_types`."""
+    types = layer_types(text, max_len)
+    return tuple(number for number, kind in enumerate(types) if kind == FULL)

@@ -1,0 +1,100 @@
+"""Which of a model's attention layers are compacted, and the cache specs that say so to vLLM."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+
+from vllm_kvcompress.config.settings import LayerGroupsConfig
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.lengths.layer_kinds import full_layers
+from vllm_kvcompress.spec import CompressedAttentionSpec
+
+
+class CompactedLayers:
+    """The target's layers that attend to everything. All others are left to vLLM.
+
+    Layer groups, budgets and shared rankings count these layers only.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+        vLLM's; its layers exist once the model is loaded.
+
+    Attributes
+    ----------
+    places : dict[int, int]
+        Of each layer, by its number in the model, the place among them.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config, model = vllm_config, vllm_config.model_config
+        self.max_len = model.max_model_len
+        numbers = full_layers(model.hf_text_config, self.max_len)
+        self.places = {number: place for place, number in enumerate(numbers)}
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def place(self, name: str) -> int:
+        """Place of the layer that vLLM calls `name`."""
+        return self.places[extract_layer_index(name)]
+
+    def by_name(self) -> dict[str, Attention]:
+        """The layers, by vLLM's names."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        return {
+            name: layer
+            for name, layer in layers.items()
+            if not layer.is_draft_layer and extract_layer_index(name) in self.places
+        }
+
+    def specs(
+        self, host_specs: Mapping[str, KVCacheSpec], config: LayerGroupsConfig
+    ) -> dict[str, KVCacheSpec]:
+        """Specs of all layers: of those that are compacted with the number of their layer group.
+
+        A draft model's layers have the spec and no number. Windowed layers keep vLLM's own.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If a layer is of another kind than the model's configuration says.
+        """
+        groups = layer_groups(len(self), config)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        found: dict[str, KVCacheSpec] = {}
+        for name, spec in host_specs.items():
+            is_other = getattr(layers[name], "is_draft_layer", False)
+            place = None if is_other else self.places.get(extract_layer_index(name))
+            whole = self._attending_to_all(spec)
+            if whole is not None and (place is not None or is_other):
+                number = None if place is None else groups[place]
+                found[name] = CompressedAttentionSpec.from_full(whole, number)
+            elif place is None and not is_other and type(spec) is SlidingWindowSpec:
+                found[name] = spec
+            else:
+                raise UnsupportedModelError(
+                    f"--kv-compression: {name} has a {type(spec).__name__}, which does not go with "
+                    "what the model's configuration says of its layers: choose another model, or "
+                    "drop --kv-compression."
+                )
+        return found
+
+    def _attending_to_all(self, spec: KVCacheSpec) -> FullAttentionSpec | None:
+        """The spec of a layer that attends to everything; None for another layer's.
+
+        A window that no sequence outgrows is none.
+        """
+        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+            return spec
+        if type(spec) is SlidingWindowSpec and spec.sliding_window >= self.max_len:
+            shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}
+            own = {each.name: getattr(spec, each.name) for each in fields(spec)}
+            return FullAttentionSpec(**{k: v for k, v in own.items() if k in shared})
+        return None

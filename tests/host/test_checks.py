@@ -11,8 +11,9 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.host.checks import READ_VLLM, check_config, check_layer, check_setting
+from vllm_kvcompress.host.checks import READ_VLLM, check_config, check_setting
 from vllm_kvcompress.host.hooks import install_hooks
+from vllm_kvcompress.host.model_checks import check_layer
 
 SNAPKV = {"kv_compression": "snapkv"}
 

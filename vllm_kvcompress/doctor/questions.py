@@ -16,7 +16,8 @@ from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config, parse_json
 from vllm_kvcompress.doctor.findings import Check, Finding, Question
 from vllm_kvcompress.doctor.savings import find_savings
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.host.checks import SUPPORTED_BACKENDS, TESTED_VLLM
+from vllm_kvcompress.host.checks import TESTED_VLLM
+from vllm_kvcompress.host.model_checks import SUPPORTED_BACKENDS
 from vllm_kvcompress.lengths.geometry import read_geometry
 from vllm_kvcompress.registry import policy_names
 

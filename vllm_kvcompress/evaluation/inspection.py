@@ -22,7 +22,7 @@ from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.seeds import prompt_seed
-from vllm_kvcompress.host.checks import has_plain_rotary
+from vllm_kvcompress.host.model_checks import has_plain_rotary
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups, score_leaders
 from vllm_kvcompress.lengths.codebook import coded_groups

@@ -9,17 +9,22 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.model_checks import (
+    has_plain_rotary,
+    layer_kinds,
+    model_kind,
+    num_full_layers,
+    partial_attention,
+    unsupported_kind,
+)
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
-from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 TESTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions the host contract was tested with."""
 
 READ_VLLM = ("0.33.0",)
 """Versions of which only the sources were held against the contract; nothing has run on them."""
-
-SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 Check = Callable[[Any], str | None]
 
@@ -65,57 +70,6 @@ def _runner_type(config: Any) -> str | None:
     return "only text generation has a cache to compress: remove --runner pooling"
 
 
-def _model_kind(config: Any) -> str | None:
-    return _unsupported_kind(config.model_config)
-
-
-def _unsupported_kind(model: Any) -> str | None:
-    kinds = {
-        "an encoder-decoder model": model.is_encoder_decoder,
-        "a model with multi-head latent attention (MLA)": model.use_mla,
-        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
-        "a multimodal model": model.is_multimodal_model,
-        "a diffusion model": model.is_diffusion,
-    }
-    for kind, applies in kinds.items():
-        if applies:
-            return f"{model.model} is {kind}: choose a decoder-only text model"
-    return None
-
-
-def _layer_types(config: Any) -> str | None:
-    """Windowed layers beside full ones are left to vLLM; without full ones there is no work."""
-    model = config.model_config
-    types = set(layer_types(model.hf_text_config, model.max_model_len))
-    if strange := types - {FULL, WINDOWED}:
-        return (
-            f"{model.model} has layers of the kind {sorted(strange)[0]}: choose a model whose "
-            "layers attend to everything or to a window"
-        )
-    if FULL not in types:
-        return (
-            f"all layers of {model.model} are sliding-window layers of "
-            f"{model.hf_text_config.sliding_window} tokens, whose cache is bounded already: choose "
-            "a model with layers that attend to everything"
-        )
-    return None
-
-
-def _partial_attention(model: Any) -> str | None:
-    """For a draft model, whose layers must be alike."""
-    if set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
-        return (
-            f"{model.model} has sliding-window or other partial-attention layers: "
-            "choose a model whose layers all attend to everything"
-        )
-    return None
-
-
-def num_full_layers(model: Any) -> int:
-    """Layers of a model configuration that can be compacted."""
-    return len(full_layers(model.hf_text_config, model.max_model_len))
-
-
 def _parallelism(config: Any) -> str | None:
     parallel = config.parallel_config
     options = {
@@ -155,7 +109,7 @@ def _speculation(config: Any) -> str | None:
 def _draft_model(config: Any, speculative: Any) -> str | None:
     """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
     model = speculative.draft_model_config
-    reason = _unsupported_kind(model) or _partial_attention(model)
+    reason = unsupported_kind(model) or partial_attention(model)
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype
@@ -234,8 +188,8 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _vllm_version,
     _platform,
     _runner_type,
-    _model_kind,
-    _layer_types,
+    model_kind,
+    layer_kinds,
     _model_runner,
     _parallelism,
     _connectors,
@@ -260,16 +214,6 @@ def check_config(config: Any) -> None:
         reason = check(config)
         if reason is not None:
             raise UnsupportedModelError(f"--kv-compression: {reason}, or drop --kv-compression.")
-
-
-def has_plain_rotary(model_config: Any) -> bool:
-    """Whether angles are position times frequency in the layers that attend to everything.
-
-    By the model's configuration.
-    """
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    rope = rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
-    return rope.get("rope_type", "other") in ("default", "llama3")
 
 
 def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
@@ -316,32 +260,4 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         raise ConfigError(
             "draft.acceptance: tokens that typical acceptance samples carry no watermark; set "
             "rejection, or remove --watermark-config."
-        )
-
-
-def check_layer(name: str, layer: Any) -> None:
-    """Refuse an attention layer that compaction would break; called once the model is built.
-
-    Raises
-    ------
-    UnsupportedModelError
-        With the reason.
-    """
-    impl = layer.impl
-    backend = layer.get_attn_backend().get_name()
-    reason = None
-    if getattr(layer, "kv_sharing_target_layer_name", None):
-        reason = "shares the KV cache of another layer: choose a model without KV sharing"
-    elif getattr(impl, "alibi_slopes", None) is not None:
-        reason = "uses ALiBi, which needs every key at its own index: choose a model with RoPE"
-    elif getattr(impl, "logits_soft_cap", None):
-        reason = "caps its logits, which scoring does not know: choose a model without a soft cap"
-    elif getattr(impl, "sinks", None) is not None:
-        reason = "has learned attention sinks, which scoring does not know: choose another model"
-    elif backend not in SUPPORTED_BACKENDS:
-        allowed = ", ".join(SUPPORTED_BACKENDS)
-        reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"--kv-compression: layer {name} {reason}, or drop --kv-compression."
         )

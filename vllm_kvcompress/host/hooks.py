@@ -19,8 +19,9 @@ from vllm.logger import init_logger
 from vllm_kvcompress.config.reading import CONFIG_KEY, NONE, parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
-from vllm_kvcompress.host.checks import check_config, check_setting, num_full_layers
+from vllm_kvcompress.host.checks import check_config, check_setting
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
+from vllm_kvcompress.host.model_checks import num_full_layers
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, take_counts

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.checks import check_layer, has_plain_rotary
+from vllm_kvcompress.host.model_checks import check_layer, has_plain_rotary
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of

@@ -30,7 +30,7 @@ from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
 from vllm_kvcompress.evaluation.tuning.preferences import layer_shares
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
-from vllm_kvcompress.host.checks import has_plain_rotary
+from vllm_kvcompress.host.model_checks import has_plain_rotary
 
 AGREEMENT, ANSWERS = "agreement", "answers"
 MEASURES = (AGREEMENT, ANSWERS)

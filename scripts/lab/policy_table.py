@@ -5,7 +5,7 @@
     python scripts/policy_table.py run --table windowkv --out docs/benchmarks/windowkv_cpu.csv
 
 `run` appends: cells that are in the file already are not measured again. `show` prints the table of
-docs/policies.md. The probe model on CPU in float32, one layer group per layer; prompts are
+docs/benchmarks/policies.md. Probe model on CPU in float32, one layer group per layer; prompts are
 prefilled and decoded by Hugging Face transformers, compressed in between by the worker's own code
 (`vllm_kvcompress.evaluation.replay`, held against the engine by tests/e2e/test_replay.py). One
 thread: with few cores, threads wait for each other longer than they compute.

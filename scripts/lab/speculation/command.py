@@ -7,9 +7,9 @@
 Each variant is an engine in a process of its own: stock vLLM, stock vLLM with its ngram
 speculation, the plugin in draft mode. Greedy, fixed output length. Prompts are prefilled
 beforehand, so that all requests of a batch decode together. Writes a CSV, a JSON and a plot;
-docs/benchmarks/README.md explains every column, docs/speculation.md the model of what it should be
-worth. Models by name have dummy weights: their times are right and their acceptance means nothing
-(`--accepted`).
+docs/benchmarks/README.md explains every column, docs/benchmarks/speculation.md the model of what
+it should be worth. Models by name have dummy weights: their times are right and their acceptance
+means nothing (`--accepted`).
 """
 
 import argparse

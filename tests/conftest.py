@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
 from tests.needs import OPTIONAL, is_missing, needed
+
+__all__ = ["modules_stay_apart", "nobody_else_sets_apart", "pytest_collection_finish"]
 
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"

@@ -46,7 +46,8 @@ OWN = {name for name in LAYERS if "." in name}
 # These run without vLLM. `host.cpu_triton` is loaded while vLLM looks for its platform.
 PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "messages"}
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
-PURE |= {"host.interpreter_speed", "doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
+PURE |= {"host.interpreter_speed"}  # called by host.cpu_triton
+PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
 PURE |= {"core.query_slots", "core.draft.history", "core.draft.views", "core.draft.report"}
 PURE_COMPACTIONS = {
     "worker.batch", "worker.codebook.slots", "worker.codebook.warm_up",

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
 from tests.needs import OPTIONAL, is_missing, needed
+from tests.order import pytest_collection_modifyitems
+
+__all__ = [
+    "modules_stay_apart",
+    "nobody_else_sets_apart",
+    "pytest_collection_finish",
+    "pytest_collection_modifyitems",
+]
 
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"

@@ -46,6 +46,7 @@ OWN = {name for name in LAYERS if "." in name}
 # These run without vLLM. `host.cpu_triton` is loaded while vLLM looks for its platform.
 PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "messages"}
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
+PURE |= {"host.interpreter_speed"}  # called by host.cpu_triton
 PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
 PURE |= {"core.query_slots", "core.draft.history", "core.draft.views", "core.draft.report"}
 PURE_COMPACTIONS = {

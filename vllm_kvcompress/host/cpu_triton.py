@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from vllm_kvcompress.host.interpreter_speed import speed_up
+
 
 class _InterpreterDriver:
     """Stand-in driver: says that it is active, compiles nothing."""
@@ -160,3 +162,4 @@ def register() -> None:
     _allow_nan(interpreter.ReduceOps)
     _type_loop_indices(interpreter)
     _add_log1p()
+    speed_up(interpreter)

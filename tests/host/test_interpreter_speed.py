@@ -1,0 +1,150 @@
+"""Kernels give the same bits in Triton's interpreter and in ours, which spares work."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.interpreter import mended_interpreter
+
+# isort: split
+import triton
+import triton.language as tl
+
+from vllm_kvcompress.host.interpreter_speed import speed_up
+
+__all__ = ["mended_interpreter"]
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="kernels are compiled here"
+)
+
+
+def copy_of_the_interpreter() -> Any:
+    """Triton's module, loaded again: with none of what this package does to the one in use."""
+    from triton.runtime import interpreter
+
+    name = "triton.runtime.copied_interpreter"
+    spec = importlib.util.spec_from_file_location(name, interpreter.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]
+    return module
+
+
+@pytest.fixture(autouse=True)
+def language_of_its_own() -> Iterator[None]:
+    """Triton leaves tl.core as the last device function needed it: with another copy's parts."""
+    before = dict(vars(tl.core))
+    yield
+    vars(tl.core).update(before)
+
+
+@pytest.fixture
+def plain() -> Any:
+    return copy_of_the_interpreter()
+
+
+@pytest.fixture
+def fast() -> Any:
+    module = copy_of_the_interpreter()
+    speed_up(module)
+    return module
+
+
+def _everything_kernel(x, y, z, halves, flags, count, N: tl.constexpr):
+    """Integers of all signs, floats, bfloat16, masks, pointers, a loop and reductions."""
+    row = tl.program_id(0)
+    offset = row * N + tl.arange(0, N)
+    number = tl.load(x + offset, mask=offset < count, other=-7)
+    for step in range(3):
+        number = number * 5 - step
+    small = (number % 200 - 100).to(tl.int8)
+    half = tl.load(halves + offset).to(tl.float32) * 1.5 + small
+    tl.store(halves + offset, half.to(tl.bfloat16))
+    total = tl.sum(number, axis=0) + tl.max(number.to(tl.int64), axis=0)
+    tl.store(y + offset, number.to(tl.int64) << 3)
+    tl.store(z + row, total)
+    tl.store(flags + offset, (half > 0) & (number != 3))
+
+
+def results(interpreter: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-999, 999, (64,), dtype=torch.int32, generator=generator)
+    halves = torch.randn(64, generator=generator).bfloat16()
+    y, z = torch.zeros(64, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    flags = torch.zeros(64, dtype=torch.bool)
+    kernel = interpreter.InterpretedFunction(_everything_kernel)
+    kernel.run(x, y, z, halves, flags, 60, N=16, grid=(4,), warmup=False)
+    assert y.any() and z.any() and flags.any() and not flags.all()
+    return [x, y, z, halves, flags]
+
+
+def test_the_same_bits(plain: Any, fast: Any) -> None:
+    # The second launch is the one that finds what the first has remembered.
+    for expected, found in zip(2 * results(plain), results(fast) + results(fast), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_the_language_is_restored(fast: Any) -> None:
+    names = ("load", "store", "arange", "range", "program_id")
+    before = [getattr(tl, name) for name in names]
+    results(fast)
+    assert [getattr(tl, name) for name in names] == before
+
+
+def launch_work(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Members looked up and types of numpy tables built in a second launch."""
+    results(interpreter)
+    counts = [0, 0]
+    getmembers, table = interpreter.inspect.getmembers, interpreter.np.dtype
+
+    def counted(number: int, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            counts[number] += 1
+            return function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter.inspect, "getmembers", counted(0, getmembers))
+        patch.setattr(interpreter.np, "dtype", counted(1, table))
+        results(interpreter)
+    return counts[0], counts[1]
+
+
+def test_a_second_launch_looks_nothing_up(
+    plain: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert min(launch_work(plain, monkeypatch)) > 3
+    assert launch_work(fast, monkeypatch) == (0, 0)
+
+
+def _overflow_kernel(x, y):
+    tl.store(y, tl.load(x) * 2)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_overflow_is_found_where_triton_would_say_so(debug: bool) -> None:
+    """Without debugging Triton computes whether it is there, and says nothing."""
+    x, y = torch.tensor([2**30], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for change in (lambda module: None, speed_up):
+        module = copy_of_the_interpreter()
+        builder = module.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, debug=debug)
+        change(module)
+        kernel = module.InterpretedFunction(_overflow_kernel)
+        if debug:
+            with pytest.raises(module.InterpreterError, match="int32 overflow detected"):
+                kernel.run(x, y, grid=(1,), warmup=False)
+        else:
+            kernel.run(x, y, grid=(1,), warmup=False)
+            assert y.item() == -(2**31)

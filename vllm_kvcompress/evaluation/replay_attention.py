@@ -10,7 +10,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.kernels.formulas.softmax_terms import SoftmaxTerms
-from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, layer_types
+from vllm_kvcompress.lengths.layer_kinds import FULL, UNTURNED, WINDOWED, layer_types
 
 
 def softmax_terms(attention: Any) -> SoftmaxTerms:
@@ -55,10 +55,6 @@ def find_rotary(model: Any) -> Rotary:
     embedding, config = model.model.rotary_emb, model.config
     own = getattr(embedding, f"{FULL}_inv_freq", None)
     inv_freq = embedding.inv_freq if own is None else own
-    if config.model_type in _UNTURNED and WINDOWED in layer_types(config):
+    if config.model_type in UNTURNED and WINDOWED in layer_types(config):
         inv_freq = torch.zeros_like(inv_freq)
     return Rotary(inv_freq, is_neox=True)
-
-
-_UNTURNED = ("cohere2", "exaone4")
-"""Models whose windowed layers alone turn queries and keys."""

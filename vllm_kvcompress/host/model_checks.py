@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
+from vllm_kvcompress.lengths.layer_kinds import FULL, UNTURNED, WINDOWED, full_layers, layer_types
 from vllm_kvcompress.lengths.windowed_tables import groups_warning
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -62,6 +62,20 @@ def partial_attention(model: Any) -> str | None:
 def num_full_layers(model: Any) -> int:
     """Layers of a model configuration that can be compacted."""
     return len(full_layers(model.hf_text_config, model.max_model_len))
+
+
+def turns_layers_alike(model: Any) -> bool:
+    """Whether the layers that can be compacted have one rotary embedding, where they have any.
+
+    Where a window is above the longest sequence, layers of both kinds are compacted.
+    """
+    text = model.hf_text_config
+    kinds, rope = set(layer_types(text)), getattr(text, "rope_parameters", None) or {}
+    if WINDOWED not in kinds or WINDOWED in layer_types(text, model.max_model_len):
+        return True
+    own = rope.get(FULL), rope.get(WINDOWED)
+    is_mixed = FULL in kinds and getattr(text, "model_type", None) in UNTURNED
+    return own[0] == own[1] and not is_mixed
 
 
 def layer_groups_warning(setting: CompressionConfig, model: Any) -> str | None:

@@ -49,6 +49,10 @@ PATTERNS = {
 """By model type, where a file says nothing: one layer in so many attends to everything."""
 
 
+UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+"""Model types whose windowed layers alone turn queries and keys, if they have any."""
+
+
 def _pattern(text: Any, window: int | None) -> int | None:
     """Older configurations have a number in the place of a word per layer, or nothing at all."""
     if not window:

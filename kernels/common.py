@@ -34,6 +34,18 @@ def load_channels(rows, stride, channels, valid, limit):
     return tl.load(at, mask=valid[:, None] & (channels < limit)[None, :], other=0.0)
 
 
+@triton.jit
+def capped(logits, CAP: tl.constexpr):
+    """CAP * tanh(logits / CAP) of float32 logits and a cap of base 2; as they are if CAP is 0."""
+    if CAP > 0:
+        x = logits / CAP
+        far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+        square = x * x  # near 0 the difference above has few digits left
+        near = x - x * square * (1 / 3 - square * (2 / 15 - square * (17 / 315)))
+        logits = CAP * tl.where(square < 0.0625, near, far)
+    return logits
+
+
 def split_length(num_tokens: int, num_programs: int, tile: int) -> int:
     """Tokens one program takes, a multiple of `tile`, so that a launch fills the device.
 

@@ -11,6 +11,7 @@ import torch
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.codebook.book import Codebook
 from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 
 
 class Backend(Protocol):
@@ -77,6 +78,7 @@ class Backend(Protocol):
         is_neox: bool,
         scale: float,
         tail: TailPages | None = None,
+        terms: SoftmaxTerms = PLAIN,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend to tokens that are stored as codes: `codebook.attention`."""
 

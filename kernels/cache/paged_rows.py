@@ -11,6 +11,7 @@ import torch
 
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.cache.rows import CacheRows, window_means
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.scores.heads import head_scores
 from vllm_kvcompress.kernels.scores.keys import key_similarity, lag_scores
 from vllm_kvcompress.kernels.scores.prompt import prompt_attention_sums
@@ -32,12 +33,15 @@ class PagedBatch:
         [R, w, H, D] after RoPE, of each request's last w tokens.
     scale : float
         Softmax scale of the layer.
+    terms : SoftmaxTerms
+        Its soft cap and sinks.
     """
 
     pages: Pages
     lengths: list[int]
     queries: torch.Tensor | None
     scale: float
+    terms: SoftmaxTerms = PLAIN
     _done: dict[tuple, torch.Tensor] = field(default_factory=dict)
 
     def rows(self) -> list["PagedRows"]:
@@ -48,14 +52,16 @@ class PagedBatch:
         """[R, KV, max_tokens]: see `CacheRows.attention`."""
         last = self._last(num_queries)
         return self._once(
-            ("attention", num_queries), lambda: token_scores(last, self.pages, self.scale)
+            ("attention", num_queries),
+            lambda: token_scores(last, self.pages, self.scale, self.terms),
         )
 
     def head_attention(self, num_queries: int) -> torch.Tensor:
         """[R, H, max_tokens]: see `CacheRows.head_attention`."""
         last = self._last(num_queries)
         return self._once(
-            ("head_attention", num_queries), lambda: head_scores(last, self.pages, self.scale)
+            ("head_attention", num_queries),
+            lambda: head_scores(last, self.pages, self.scale, self.terms),
         )
 
     def attention_sums(self) -> torch.Tensor:
@@ -63,7 +69,8 @@ class PagedBatch:
         assert self.queries is not None
         queries = self.queries
         return self._once(
-            ("attention_sums",), lambda: prompt_attention_sums(queries, self.pages, self.scale)
+            ("attention_sums",),
+            lambda: prompt_attention_sums(queries, self.pages, self.scale, self.terms),
         )
 
     def window_attention(self, window_size: int) -> torch.Tensor:
@@ -72,7 +79,7 @@ class PagedBatch:
         queries = self.queries
         return self._once(
             ("window_attention", window_size),
-            lambda: window_scores(queries, self.pages, self.scale, window_size),
+            lambda: window_scores(queries, self.pages, self.scale, window_size, self.terms),
         )
 
     def key_similarity(self) -> torch.Tensor:
@@ -116,6 +123,7 @@ class PagedRows(CacheRows):
     def __init__(self, batch: PagedBatch, request: int) -> None:
         self.batch, self.request = batch, request
         self.length, self.scale = batch.lengths[request], batch.scale
+        self.terms = batch.terms
         queries = batch.queries
         self.queries = None if queries is None else queries[request].transpose(0, 1)
         self._keys: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from vllm_kvcompress.kernels.formulas import key_similarity, lag_contrast
 from vllm_kvcompress.kernels.formulas.key_redundancy import dense_redundancy
 from vllm_kvcompress.kernels.formulas.prompt_attention import dense_attention_sums
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.formulas.window_attention import (
     window_attention_scores,
     window_head_scores,
@@ -31,12 +32,15 @@ class CacheRows(ABC):
         [H, w, D] after RoPE, of the last w tokens; None where nobody asked for queries.
     scale : float
         Softmax scale of the layer.
+    terms : SoftmaxTerms
+        Its soft cap and sinks, which whatever is called attention here knows.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor | None
     scale: float
+    terms: SoftmaxTerms = PLAIN
 
     @property
     @abstractmethod
@@ -111,6 +115,7 @@ class DenseRows(CacheRows):
     values: torch.Tensor
     queries: torch.Tensor | None
     scale: float
+    terms: SoftmaxTerms = PLAIN
 
     @property
     def num_kv_heads(self) -> int:
@@ -125,10 +130,10 @@ class DenseRows(CacheRows):
         return self.keys.device
 
     def attention(self, num_queries: int) -> torch.Tensor:
-        return window_attention_scores(self._last(num_queries), self.keys, self.scale)
+        return window_attention_scores(self._last(num_queries), self.keys, self.scale, self.terms)
 
     def head_attention(self, num_queries: int) -> torch.Tensor:
-        return window_head_scores(self._last(num_queries), self.keys, self.scale)
+        return window_head_scores(self._last(num_queries), self.keys, self.scale, self.terms)
 
     def _last(self, num_queries: int) -> torch.Tensor:
         assert self.queries is not None
@@ -136,7 +141,7 @@ class DenseRows(CacheRows):
 
     def attention_sums(self) -> torch.Tensor:
         assert self.queries is not None
-        return dense_attention_sums(self.queries, self.keys, self.scale)
+        return dense_attention_sums(self.queries, self.keys, self.scale, self.terms)
 
     def window_attention(self, window_size: int) -> torch.Tensor:
         assert self.queries is not None

@@ -4,6 +4,8 @@
     L[h, t] = q[h] . K[t] * scale
     out[h] = sum_t softmax_t(L[h, t]) V[t],   lse[h] = log sum_t exp L[h, t]
 
+A layer's soft cap bounds L, and its learned sinks are in the sums (`formulas.softmax_terms`).
+
 Entries are unit vectors, i and j entry numbers, a and b lengths; keys are turned by RoPE at the
 token's own position, as the paper reconstructs them (SpindleKV, arXiv 2507.06517), here in the
 registers of the program that reads them: K and V are never written. Requests may have a *tail* of
@@ -39,10 +41,12 @@ from vllm_kvcompress.kernels.codebook.split_merge import (
 from vllm_kvcompress.kernels.codebook.tail import attend_tail, tail_splits
 from vllm_kvcompress.kernels.common import (
     LOG2E,
+    capped,
     load_channels,
     split_length,
     token_slots,
 )
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 
 
 @triton.jit
@@ -108,6 +112,7 @@ def _split_kernel(
     T: tl.constexpr,
     HALF: tl.constexpr,  # pairs of channels that RoPE turns
     NEOX: tl.constexpr,
+    CAP: tl.constexpr,  # of logits in base 2; 0: none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -177,7 +182,7 @@ def _split_kernel(
             logits = tl.dot(
                 query_rest, tl.trans(still.to(query_a.dtype)), logits, input_precision="ieee"
             )
-        logits = logits * (key_length * scale_log2)[None, :]
+        logits = capped(logits * (key_length * scale_log2)[None, :], CAP)
         logits = tl.where(valid[None, :], logits, float("-inf"))
 
         weights, shrink, highest, total = softmax_step(logits, highest, total)
@@ -198,6 +203,7 @@ def codebook_attention(
     is_neox: bool,
     scale: float,
     tail: TailPages | None = None,
+    terms: SoftmaxTerms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend from one query per request to its tokens that are stored as codes, and to its tail.
 
@@ -218,6 +224,8 @@ def codebook_attention(
         Softmax scale of the layer, usually D ** -0.5.
     tail : TailPages, optional
         Where the R requests' ordinary tokens (keys after RoPE) are; a request may have none.
+    terms : SoftmaxTerms, optional
+        Soft cap and sinks of the layer.
 
     Returns
     -------
@@ -244,10 +252,11 @@ def codebook_attention(
     part_lse = queries.new_empty(num_requests, num_heads, num_splits, dtype=torch.float32)
     part = part_lse.new_empty(*part_lse.shape, dim)
     if code_splits:
-        _attend_codes(queries, book, inv_freq, is_neox, scale, part, part_lse, split_len)
+        cap = terms.soft_cap * LOG2E
+        _attend_codes(queries, book, inv_freq, is_neox, scale, cap, part, part_lse, split_len)
     if tail is not None:
-        attend_tail(queries, tail, scale, part, part_lse, code_splits)
-    return merge_splits(part, part_lse, queries.dtype)
+        attend_tail(queries, tail, scale, part, part_lse, code_splits, terms.soft_cap)
+    return merge_splits(part, part_lse, queries.dtype, terms.sinks)
 
 
 def _attend_codes(
@@ -256,6 +265,7 @@ def _attend_codes(
     inv_freq: torch.Tensor,
     is_neox: bool,
     scale: float,
+    cap: float,
     part: torch.Tensor,
     part_lse: torch.Tensor,
     split_len: int,
@@ -274,6 +284,7 @@ def _attend_codes(
         *book.codes.stride(), entries.block_table.stride(0), book.code_table.stride(0),
         split_len, part.shape[2],
         G=group, N=entries.block_size, T=book.codes_per_row, HALF=half, NEOX=is_neox,
+        CAP=cap,
         BLOCK_M=max(triton.next_power_of_2(group), 16),
         BLOCK_N=FLOAT32_TILE if wide else TILE,
         BLOCK_D=max(triton.next_power_of_2(dim), 16),

@@ -65,7 +65,9 @@ def _merge_kernel(
     lse_ptr,  # [R, H, S] float32, log2; -inf: the split has no tokens
     out_ptr,  # [R, H, D]
     out_lse_ptr,  # [R, H] float32, natural logarithm
-    num_splits, D,
+    sink_ptr,  # [H] natural logits (SINKS)
+    num_splits, num_heads, D,
+    SINKS: tl.constexpr,
     BLOCK: tl.constexpr,  # splits at a time
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -79,6 +81,9 @@ def _merge_kernel(
         lse = tl.load(lse_row + splits, mask=splits < num_splits, other=float("-inf"))
         highest = tl.maximum(highest, lse)
     top = tl.max(highest, 0)
+    if SINKS:
+        sink = tl.load(sink_ptr + place % num_heads).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
     weight_sums = tl.zeros([BLOCK], tl.float32)
     out = tl.zeros([BLOCK_D], tl.float32)
@@ -94,6 +99,8 @@ def _merge_kernel(
         weight_sums += weights
         out += tl.sum(weights[:, None] * parts, 0)
     total = tl.sum(weight_sums, 0)
+    if SINKS:  # a weight without a value
+        total += tl.exp2(sink - base)
     divisor = tl.where(total > 0, total, 1.0)
     out = (out / divisor).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place * D + dims, out, mask=dims < D)
@@ -102,7 +109,10 @@ def _merge_kernel(
 
 
 def merge_splits(
-    part: torch.Tensor, part_lse: torch.Tensor, dtype: torch.dtype
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    dtype: torch.dtype,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add up the splits of every request and query head.
 
@@ -115,19 +125,21 @@ def merge_splits(
         -inf for a split without tokens.
     dtype : torch.dtype
         Of the outputs.
+    sinks : torch.Tensor, optional
+        [H] learned logits, any float dtype: one more in each head's denominator.
 
     Returns
     -------
     tuple
         Outputs [R, H, D], and [R, H] float32 natural logarithms of the softmax's denominators.
-        Zeros and -inf where no split has tokens.
+        Zeros and -inf (or the sink) where no split has tokens.
     """
     num_requests, num_heads, num_splits, dim = part.shape
     out = torch.empty(num_requests, num_heads, dim, dtype=dtype, device=part.device)
     lse = torch.empty(num_requests, num_heads, dtype=torch.float32, device=part.device)
     block_d = max(triton.next_power_of_2(dim), 16)
     _merge_kernel[(num_requests * num_heads,)](
-        part, part_lse, out, lse, num_splits, dim,
-        BLOCK=16, BLOCK_D=block_d, num_warps=max(block_d // 128, 1),
+        part, part_lse, out, lse, lse if sinks is None else sinks, num_splits, num_heads, dim,
+        SINKS=sinks is not None, BLOCK=16, BLOCK_D=block_d, num_warps=max(block_d // 128, 1),
     )  # fmt: skip
     return out, lse

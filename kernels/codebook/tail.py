@@ -23,7 +23,7 @@ from vllm_kvcompress.kernels.codebook.split_merge import (
     softmax_step,
     store_split,
 )
-from vllm_kvcompress.kernels.common import LOG2E, load_channels, split_length, token_slots
+from vllm_kvcompress.kernels.common import LOG2E, capped, load_channels, split_length, token_slots
 
 
 @triton.jit(
@@ -46,6 +46,7 @@ def _tail_kernel(
     stride_table, split_len, first_split, num_splits,
     G: tl.constexpr,
     N: tl.constexpr,
+    CAP: tl.constexpr,  # of logits in base 2; 0: none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -77,6 +78,7 @@ def _tail_kernel(
         rows = key_head + blocks * stride_kb + offsets * stride_kn
         keys = load_channels(rows, stride_kd, dims, valid, D).to(query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2
+        logits = capped(logits, CAP)
         logits = tl.where(valid[None, :], logits, float("-inf"))
         weights, shrink, highest, total = softmax_step(logits, highest, total)
         rows = value_head + blocks * stride_vb + offsets * stride_vn
@@ -110,6 +112,7 @@ def attend_tail(
     part: torch.Tensor,
     part_lse: torch.Tensor,
     first_split: int,
+    soft_cap: float = 0.0,
 ) -> None:
     """Write parts and lse of a tail's splits behind those of other tokens.
 
@@ -126,6 +129,8 @@ def attend_tail(
         on are written.
     first_split : int
         Number of the tail's first split.
+    soft_cap : float, default 0
+        Of the layer's logits; 0: none.
     """
     pages = tail.pages
     num_splits, length = tail_splits(tail, queries.dtype)
@@ -138,7 +143,8 @@ def attend_tail(
         part, part_lse, scale * pages.key_scale * LOG2E, pages.value_scale, num_heads, dim,
         *queries.stride()[:2], *pages.keys.stride(), *pages.values.stride(),
         pages.block_table.stride(0), length, first_split, part.shape[2],
-        G=group, N=pages.block_size, BLOCK_M=max(triton.next_power_of_2(group), 16),
+        G=group, N=pages.block_size, CAP=soft_cap * LOG2E,
+        BLOCK_M=max(triton.next_power_of_2(group), 16),
         BLOCK_N=_tile(queries.dtype), BLOCK_D=max(triton.next_power_of_2(dim), 16),
         num_warps=8 if queries.dtype == torch.float32 else 4,
     )  # fmt: skip

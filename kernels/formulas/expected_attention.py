@@ -5,15 +5,30 @@ For q ~ N(mean, cov), E[exp(q . k * scale)] = exp(mean . k * scale + k^T cov k *
     score[kv, j] = mean over the query heads h of kv of
                    softmax_j(mean[h] . k[kv, j] * scale + k[kv, j]^T cov[h] k[kv, j] * scale^2 / 2)
 
-(Expected Attention, arXiv 2510.00636.)
+(Expected Attention, arXiv 2510.00636.) The denominator has a layer's sink (`softmax_terms`). Under
+a soft cap the expectation has no closed form: with x = q . k * scale of mean m and variance v,
+
+    E[exp(cap * tanh(x / cap))] = sum over nodes u of weight * exp(cap * tanh((m + u sqrt v) / cap))
+
+by Gauss-Hermite quadrature for the standard normal density, of `NUM_NODES` nodes.
 Dimensions: H query heads, KV key-value heads, g = H / KV, n tokens, D head_dim.
 """
 
+import numpy as np
 import torch
+
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
+
+NUM_NODES = 32
+"""Of the quadrature: 0.01 in the logarithm where the deviation is half the cap, far less below."""
 
 
 def expected_attention_scores(
-    mean: torch.Tensor, covariance: torch.Tensor | None, keys: torch.Tensor, scale: float
+    mean: torch.Tensor,
+    covariance: torch.Tensor | None,
+    keys: torch.Tensor,
+    scale: float,
+    terms: SoftmaxTerms = PLAIN,
 ) -> torch.Tensor:
     """Expected attention per key, one query head at a time so that [H, n, D] never exists.
 
@@ -27,11 +42,13 @@ def expected_attention_scores(
         [KV, n, D], any float dtype, after RoPE.
     scale : float
         Softmax scale of the layer, usually D ** -0.5.
+    terms : SoftmaxTerms, optional
+        The layer's soft cap and sinks.
 
     Returns
     -------
     torch.Tensor
-        [KV, n] float32; each row adds up to 1.
+        [KV, n] float32; each row adds up to 1, less what sinks take.
 
     Raises
     ------
@@ -49,6 +66,22 @@ def expected_attention_scores(
             logits = head_keys @ mean[head] * scale  # [n]
             if covariance is not None:
                 spread = (head_keys @ covariance[head] * head_keys).sum(dim=-1)
-                logits = logits + spread * (scale**2 / 2)
-            scores[kv_head] += logits.softmax(dim=-1) / group
+                if terms.soft_cap:
+                    logits = _capped(logits, spread * scale**2, terms)
+                else:
+                    logits = logits + spread * (scale**2 / 2)
+            else:
+                logits = terms.cap_(logits)
+            attention = terms.of_heads(head, head + 1).attention(logits[None])[0]
+            scores[kv_head] += attention / group
     return scores
+
+
+def _capped(mean: torch.Tensor, variance: torch.Tensor, terms: SoftmaxTerms) -> torch.Tensor:
+    """[n] logarithm of the expectation of exp of a capped normal variable [n]."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NUM_NODES)
+    deviation = variance.clamp(min=0).sqrt()
+    total = torch.full_like(mean, float("-inf"))
+    for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+        total = torch.logaddexp(total, terms.cap_(mean + node * deviation) + float(np.log(weight)))
+    return total

@@ -9,11 +9,17 @@ H is large where attention is spread out, V where it moves from query to query.
 
 import torch
 
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.formulas.window_attention import window_attention
 
 
 def layer_preference(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, tau1: float = 1.0, tau2: float = 1.0
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    tau1: float = 1.0,
+    tau2: float = 1.0,
+    terms: SoftmaxTerms = PLAIN,
 ) -> torch.Tensor:
     """Preference of one layer.
 
@@ -27,6 +33,8 @@ def layer_preference(
         Softmax scale of the layer.
     tau1, tau2 : float, default 1
         Temperatures of the two factors; the paper tunes them per model.
+    terms : SoftmaxTerms, optional
+        The layer's soft cap and sinks.
 
     Returns
     -------
@@ -34,7 +42,7 @@ def layer_preference(
         Scalar float32.
     """
     entropies, variances = [], []
-    for attention in window_attention(queries, keys, scale):  # [g, w, n], one KV head at a time
+    for attention in window_attention(queries, keys, scale, terms):  # [g, w, n] by KV head
         entropies.append(-torch.special.xlogy(attention, attention).sum(dim=-1).mean(dim=-1))
         variances.append(attention.var(dim=1).sum(dim=-1))
     entropy, variance = torch.cat(entropies).mean(), torch.cat(variances).mean()

@@ -15,21 +15,25 @@ import torch
 
 from vllm_kvcompress.kernels.cache.checks import check_window
 from vllm_kvcompress.kernels.cache.pages import Pages
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.scores.window import token_scores
 
 
-def head_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def head_scores(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """Mean attention per query head and token, for a ragged batch of requests.
 
     Parameters
     ----------
-    queries, pages, scale
+    queries, pages, scale, terms
         As for `scores.window.token_scores`.
 
     Returns
     -------
     torch.Tensor
-        [R, H, max_tokens] float32; zero from a request's length on, else each row adds up to 1.
+        [R, H, max_tokens] float32; zero from a request's length on, else each row adds up to 1,
+        less what sinks take.
 
     Raises
     ------
@@ -45,5 +49,8 @@ def head_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tens
         block_table=pages.block_table.repeat_interleave(group, dim=0),
         num_tokens=pages.num_tokens.repeat_interleave(group),
     )
-    scores = token_scores(alone, repeated, scale).unflatten(0, (-1, group))  # [R, g, KV, n]
+    if terms.sinks is not None:
+        own = terms.sinks.view(pages.num_kv_heads, group).T  # [g, KV]
+        terms = replace(terms, sinks=own.repeat(pages.num_requests, 1))
+    scores = token_scores(alone, repeated, scale, terms).unflatten(0, (-1, group))  # [R, g, KV, n]
     return scores.transpose(1, 2).flatten(1, 2)

@@ -25,9 +25,11 @@ import triton
 import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import load_rows
+from vllm_kvcompress.kernels.common import capped, load_rows
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.scores.softmax_sums import (
     NUM_WARPS,
+    cap_of,
     first_pass,
     load_queries,
     scalars,
@@ -49,6 +51,7 @@ def _key_sum_kernel(
     stride_table, max_tokens,
     G: tl.constexpr,
     N: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,13 +77,16 @@ def _key_sum_kernel(
         queries = load_queries(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
         lse = tl.load(lse_ptr + place * M + rows, mask=rows < M, other=float("inf"))
         logits = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale_log2
+        logits = capped(logits, CAP)
         seen = tokens[:, None] <= (num_tokens - W + rows // G)[None, :]
         total += tl.sum(tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0), 1)
     out = tl.where(tokens < num_tokens, total / G, 0.0)
     tl.store(out_ptr + place * max_tokens + tokens, out, mask=tokens < max_tokens)
 
 
-def prompt_attention_sums(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def prompt_attention_sums(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """Sum of the attention each key receives, for a ragged batch of requests.
 
     Parameters
@@ -92,24 +98,27 @@ def prompt_attention_sums(queries: torch.Tensor, pages: Pages, scale: float) -> 
         Where the R requests' keys are, those of the chunk among them; each has at least w tokens.
     scale : float
         Softmax scale of the layer, usually D ** -0.5.
+    terms : SoftmaxTerms, optional
+        Its soft cap and sinks.
 
     Returns
     -------
     torch.Tensor
-        [R, KV, max_tokens] float32; zero from a request's length on, else each row adds up to w.
+        [R, KV, max_tokens] float32; zero from a request's length on, else each row adds up to w,
+        less what sinks take.
 
     Raises
     ------
     ValueError
         If queries and pages do not fit.
     """
-    lse, _ = first_pass(queries, pages, scale, fit=False)
+    lse, _ = first_pass(queries, pages, scale, terms, fit=False)
     shape, _, _ = tiles(queries, pages, fit=False)
     out = lse.new_empty(pages.num_requests, pages.num_kv_heads, pages.max_tokens)
     num_tiles = triton.cdiv(pages.max_tokens, shape["BLOCK_N"])
     _key_sum_kernel[(num_tiles, pages.num_kv_heads, pages.num_requests)](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, out,
         *scalars(queries, pages, scale), pages.max_tokens,
-        N=pages.block_size, **shape, num_warps=NUM_WARPS,
+        N=pages.block_size, **cap_of(terms), **shape, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

@@ -3,6 +3,8 @@
     L[h, i, j] = q[h, i] . k[h // g, j] * scale,  j <= n - w + i
     lse[h, i]  = log2 of the sum over j of 2^(L[h, i, j] log2 e)
 
+where a layer may cap L and add a sink to the sum (`formulas.softmax_terms`).
+
 The sequence is split over programs. Each leaves the logarithm of its split's sum, and a small
 launch adds up the splits. The same pass can leave the sums over units of a few tokens, for windows.
 
@@ -17,7 +19,8 @@ import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.checks import check_window
 from vllm_kvcompress.kernels.cache.pages import Pages
-from vllm_kvcompress.kernels.common import LOG2E, load_rows, split_length
+from vllm_kvcompress.kernels.common import LOG2E, capped, load_rows, split_length
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 
 
 @triton.jit
@@ -28,12 +31,13 @@ def load_queries(query_row, rows, stride_w, stride_h, D, G: tl.constexpr, dims, 
 
 
 @triton.jit
-def row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G: tl.constexpr, M):
+def row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G: tl.constexpr, M,
+               CAP: tl.constexpr):  # fmt: skip
     """[BLOCK_M, BLOCK_N] logits in base 2; -inf behind a row's query and in rows from M on."""
     logits = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee")
     last = num_tokens - W + rows // G  # the query's own token
     seen = (tokens[None, :] <= last[:, None]) & (rows < M)[:, None]
-    return tl.where(seen, logits * scale_log2, float("-inf"))
+    return tl.where(seen, capped(logits * scale_log2, CAP), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["W", "M", "stride_table", "num_splits", "num_units"])
@@ -51,6 +55,7 @@ def _stats_kernel(
     G: tl.constexpr,
     N: tl.constexpr,
     UNIT: tl.constexpr,  # tokens per sum, divides BLOCK_N; 0: no sums
+    CAP: tl.constexpr,  # of logits in base 2; 0: none
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,7 +84,7 @@ def _stats_kernel(
         keys = load_rows(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
         )
-        logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M)
+        logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M, CAP)
         top = tl.maximum(highest, tl.max(logits, 1))
         # A row that has seen no key yet has the maximum -inf, and -inf - -inf is not a number.
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -170,10 +175,23 @@ def scalars(queries: torch.Tensor, pages: Pages, scale: float) -> tuple:
     )  # fmt: skip
 
 
+def cap_of(terms: SoftmaxTerms) -> dict[str, float]:
+    """The soft cap as kernels are compiled with it; 0 leaves nothing of it in them."""
+    return {"CAP": terms.soft_cap * LOG2E}
+
+
 def first_pass(
-    queries: torch.Tensor, pages: Pages, scale: float, unit: int = 0, fit: bool = True
+    queries: torch.Tensor,
+    pages: Pages,
+    scale: float,
+    terms: SoftmaxTerms = PLAIN,
+    unit: int = 0,
+    fit: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log2 of each row's sum of exponentials [R, KV, M], and of unit sums [R, KV, M, units]."""
+    """log2 of each row's sum of exponentials [R, KV, M], and of unit sums [R, KV, M, units].
+
+    Sinks, [H] or one row for each request [R, H], are in the former.
+    """
     check_window(queries, pages.num_requests, pages.num_kv_heads, pages.head_dim)
     if queries.stride(3) != 1:
         raise ValueError("elements of a query must be neighbours in memory")
@@ -185,10 +203,14 @@ def first_pass(
     _stats_kernel[grid](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, sums,
         *scalars(queries, pages, scale), split_len, grid[0], num_units,
-        N=pages.block_size, UNIT=unit, **shape, num_warps=NUM_WARPS,
+        N=pages.block_size, UNIT=unit, **cap_of(terms), **shape, num_warps=NUM_WARPS,
     )  # fmt: skip
     total = lse.new_empty(*rows)
     _combine_kernel[(triton.cdiv(total.numel(), 32),)](
         lse, total, total.numel(), grid[0], BLOCK=32, BLOCK_S=32
     )
+    if terms.sinks is not None:
+        sinks = terms.sinks.float().reshape(-1, rows[1], 1, shape["G"]) * LOG2E
+        by_query = total.view(*rows[:2], -1, shape["G"])
+        torch.logaddexp2(by_query, sinks, out=by_query)  # row m is of query head m % g
     return total, sums

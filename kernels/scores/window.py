@@ -1,7 +1,7 @@
 """Attention that the last tokens of each request pay to all of it, read from the paged cache.
 
     L[h, i, j] = q[h, i] . k[h // g, j] * scale,  j <= n - w + i
-    A[h, i, j] = softmax_j L[h, i, j]
+    A[h, i, j] = softmax_j L[h, i, j]   (soft caps and learned sinks: `formulas.softmax_terms`)
     token_scores[kv, j]  = mean over the g query heads of kv and the w queries of A
     window_scores[kv, b] = mean of token_scores[kv, j] over the tokens j of window b,
                            j < n - w: windows of `window_size` tokens, cut from token 0
@@ -29,8 +29,10 @@ import triton.language as tl
 
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.common import load_rows
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.scores.softmax_sums import (
     NUM_WARPS,
+    cap_of,
     first_pass,
     load_queries,
     row_logits,
@@ -54,6 +56,7 @@ def _token_kernel(
     G: tl.constexpr,
     N: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    CAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -79,7 +82,7 @@ def _token_kernel(
         keys = load_rows(
             key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
         )
-        logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M)
+        logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M, CAP)
         scores = tl.sum(tl.exp2(logits - lse[:, None]), 0)
         if ROW_TILES > 1:  # a loop in here would keep the loop around it from being pipelined
             for tile in range(1, ROW_TILES):
@@ -87,7 +90,7 @@ def _token_kernel(
                 queries_more = load_queries(query_row, more, stride_qw, stride_qh, D, G, dims, M)
                 lse_more = tl.load(lse_ptr + place * M + more, mask=more < M, other=float("inf"))
                 logits = row_logits(
-                    queries_more, keys, more, tokens, num_tokens, scale_log2, W, G, M
+                    queries_more, keys, more, tokens, num_tokens, scale_log2, W, G, M, CAP
                 )
                 scores += tl.sum(tl.exp2(logits - lse_more[:, None]), 0)
         tl.store(out_row + tokens, scores / M, mask=tokens < max_tokens)
@@ -133,7 +136,9 @@ def _window_kernel(
     tl.store(out_ptr + place * num_windows + windows, mean, mask=windows < num_windows)
 
 
-def token_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def token_scores(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """Mean attention per token, for a ragged batch of requests.
 
     Parameters
@@ -145,37 +150,45 @@ def token_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Ten
         Where the R requests' keys are; each has at least w tokens.
     scale : float
         Softmax scale of the layer, usually D ** -0.5.
+    terms : SoftmaxTerms, optional
+        Its soft cap and sinks, [H] or one row for each request [R, H].
 
     Returns
     -------
     torch.Tensor
-        [R, KV, max_tokens] float32; zero from a request's length on, else each row adds up to 1.
+        [R, KV, max_tokens] float32; zero from a request's length on, else each row adds up to 1,
+        less what sinks take.
 
     Raises
     ------
     ValueError
         If queries and pages do not fit.
     """
-    lse, _ = first_pass(queries, pages, scale)
+    lse, _ = first_pass(queries, pages, scale, terms)
     shape, grid, split_len = tiles(queries, pages)
     num_kv_heads, max_tokens = pages.num_kv_heads, pages.max_tokens
     out = lse.new_empty(pages.num_requests, num_kv_heads, max_tokens)
     _token_kernel[(grid[0], num_kv_heads, grid[2])](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, out,
         *scalars(queries, pages, scale), split_len, max_tokens,
-        N=pages.block_size, ROW_TILES=grid[1] // num_kv_heads, **shape, num_warps=NUM_WARPS,
+        N=pages.block_size, ROW_TILES=grid[1] // num_kv_heads, **cap_of(terms), **shape,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
 def window_scores(
-    queries: torch.Tensor, pages: Pages, scale: float, window_size: int
+    queries: torch.Tensor,
+    pages: Pages,
+    scale: float,
+    window_size: int,
+    terms: SoftmaxTerms = PLAIN,
 ) -> torch.Tensor:
     """Mean attention per window, for a ragged batch of requests, in one pass over the keys.
 
     Parameters
     ----------
-    queries, pages, scale
+    queries, pages, scale, terms
         As for `token_scores`.
     window_size : int
         Tokens per window, a power of two of at least `SMALLEST_WINDOW`.
@@ -193,7 +206,7 @@ def window_scores(
     """
     check_window_size(window_size)
     unit = min(window_size, tiles(queries, pages)[0]["BLOCK_N"])
-    lse, sums = first_pass(queries, pages, scale, unit)
+    lse, sums = first_pass(queries, pages, scale, terms, unit)
     num_kv_heads, num_units = sums.shape[1], sums.shape[3]
     num_windows = triton.cdiv(pages.max_tokens, window_size)
     out = lse.new_empty(pages.num_requests, num_kv_heads, num_windows)

@@ -10,6 +10,7 @@ import torch
 from vllm_kvcompress.kernels.codebook.packing import unpack_codes
 from vllm_kvcompress.kernels.codebook.pages import CodebookPages, TailPages, check_codebook
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 
 
 def codebook_attention(
@@ -19,6 +20,7 @@ def codebook_attention(
     is_neox: bool,
     scale: float,
     tail: TailPages | None = None,
+    terms: SoftmaxTerms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `codebook.attention.codebook_attention`."""
     check_codebook(queries, book, inv_freq, tail)
@@ -37,9 +39,12 @@ def codebook_attention(
             continue
         keys, values = (torch.cat(parts, dim=1) for parts in zip(*stretches, strict=True))
         grouped = queries[request].float().unflatten(0, (len(keys), -1))  # [KV, g, D]
-        logits = grouped @ keys.transpose(1, 2) * scale
+        logits = terms.cap_(grouped @ keys.transpose(1, 2) * scale)
+        attention = terms.attention(logits.flatten(0, 1)).view_as(logits)
         lse[request] = logits.logsumexp(dim=2).flatten()
-        out[request] = (logits.softmax(dim=2) @ values).flatten(0, 1).to(out.dtype)
+        out[request] = (attention @ values).flatten(0, 1).to(out.dtype)
+    if terms.sinks is not None:
+        lse = lse.logaddexp(terms.sinks.float())
     return out, lse
 
 

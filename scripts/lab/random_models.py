@@ -75,6 +75,59 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 96,
         "tie_word_embeddings": True,
     },
+    "gemma2": {
+        **_COMMON,
+        "architectures": ["Gemma2ForCausalLM"],
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "gemma2",
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": HEAD_DIM,
+        "sliding_window": 96,
+        "tie_word_embeddings": True,
+    },
+    "gpt_oss": {
+        **_COMMON,
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "gpt_oss",
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 512,
+            "rope_theta": 150000.0,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "sliding_window": 96,
+    },
+    "exaone4": {
+        **_COMMON,
+        "architectures": ["Exaone4ForCausalLM"],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "exaone4",
+        "num_key_value_heads": 2,
+        "sliding_window": 96,
+        "sliding_window_pattern": None,
+    },
+    "cohere2": {
+        **_COMMON,
+        "architectures": ["Cohere2ForCausalLM"],
+        "layer_norm_eps": 1e-5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "logit_scale": 1.0,
+        "model_type": "cohere2",
+        "num_key_value_heads": 2,
+        "sliding_window": 96,
+        "tie_word_embeddings": True,
+    },
 }
 MODELS = tuple(_CONFIGS)
 
@@ -91,10 +144,12 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
     ----------
     folder : str or Path
         Where to; made if it is missing.
-    name : {"llama", "qwen3", "gemma3"}
+    name : str
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
-        other layer with a window of 96 tokens, four query heads per KV head.
+        other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma2"
+        (with a soft cap), "gpt_oss" (learned sinks, YaRN, four experts), "exaone4" and "cohere2"
+        (whose full layers have no rotary embedding).
     seed : int, default=0
         Another seed gives other weights.
 
@@ -182,12 +237,13 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         weight = mean * (1 + 0.3 * normal(name, size))
         return (weight - is_gemma).astype(np.float32)  # Gemma's are added to one
 
-    is_gemma = config["model_type"].startswith("gemma")
+    kind = config["model_type"]
+    is_gemma = kind.startswith("gemma")
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
         # Gemma enlarges embeddings by the root of their size, and they are its output layer, too:
         # layers must outweigh them, or every token would be followed by itself.
-        scale = 0.25 / math.sqrt(size) if is_gemma else 1.0
+        scale = 0.25 / math.sqrt(size) if is_gemma else 0.25 if kind == "cohere2" else 1.0
         return (scale * normal(name, num_tokens, size)).astype(np.float32)
 
     weights: dict[str, np.ndarray] = {}
@@ -199,28 +255,63 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     kv_size = config["num_key_value_heads"] * HEAD_DIM
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
+        if kind != "exaone4":
+            put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.k_proj", kv_size, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.v_proj", kv_size, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * HEAD_DIM)
         if is_gemma:
             put(norm, f"{layer}.pre_feedforward_layernorm", HIDDEN_SIZE)
+        if is_gemma or kind == "exaone4":
             put(norm, f"{layer}.post_feedforward_layernorm", HIDDEN_SIZE)
-        if is_gemma or config["model_type"] == "qwen3":
+        if kind in ("gemma3_text", "qwen3", "exaone4"):
             # The norms undo the gains of the projections and have to bring them themselves.
             put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
             put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
-        put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
+        if kind != "cohere2":
+            put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
+        if kind == "gpt_oss":
+            weights |= _sinks_and_experts(layer, config["num_local_experts"], kv_size, normal)
+            continue
         put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
     if config["tie_word_embeddings"]:
-        put(norm, "model.norm", HIDDEN_SIZE, 4 * _GAINS["lm_head"])  # clear winners
+        gain = 4 * _GAINS["lm_head"] / (1.0 if is_gemma else math.sqrt(HIDDEN_SIZE))
+        put(norm, "model.norm", HIDDEN_SIZE, gain)  # clear winners
     else:
         put(norm, "model.norm", HIDDEN_SIZE)
         put(linear, "lm_head", VOCAB_SIZE, HIDDEN_SIZE)
     return weights
+
+
+def _sinks_and_experts(
+    layer: str, num_experts: int, kv_size: int, normal: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What gpt-oss has in the place of a plain MLP, and beside its attention."""
+    attention, experts = f"{layer}.self_attn", f"{layer}.mlp.experts"
+    down = (num_experts, INTERMEDIATE_SIZE, HIDDEN_SIZE)
+    shapes = {
+        f"{attention}.sinks": ((NUM_HEADS,), 2.0),
+        f"{attention}.q_proj.bias": ((NUM_HEADS * HEAD_DIM,), 0.1),
+        f"{attention}.k_proj.bias": ((kv_size,), 0.1),
+        f"{attention}.v_proj.bias": ((kv_size,), 0.1),
+        f"{attention}.o_proj.bias": ((HIDDEN_SIZE,), 0.1),
+        f"{layer}.mlp.router.weight": ((num_experts, HIDDEN_SIZE), 1 / math.sqrt(HIDDEN_SIZE)),
+        f"{layer}.mlp.router.bias": ((num_experts,), 0.1),
+        f"{experts}.gate_up_proj": (
+            (num_experts, HIDDEN_SIZE, 2 * INTERMEDIATE_SIZE),
+            1 / math.sqrt(HIDDEN_SIZE),
+        ),
+        f"{experts}.gate_up_proj_bias": ((num_experts, 2 * INTERMEDIATE_SIZE), 0.1),
+        f"{experts}.down_proj": (down, 1 / math.sqrt(INTERMEDIATE_SIZE)),
+        f"{experts}.down_proj_bias": ((num_experts, HIDDEN_SIZE), 0.1),
+    }
+    return {
+        name: (scale * normal(name, *shape)).astype(np.float32)
+        for name, (shape, scale) in shapes.items()
+    }
 
 
 def _normal(seed: list[int], shape: tuple[int, ...]) -> np.ndarray:

@@ -212,7 +212,8 @@ def test_whatever_happens_no_window_is_read_that_was_not_recorded(
 def vllm_config(max_num_seqs: int, num_drafts: int = 0) -> SimpleNamespace:
     """Llama-3-8B on one rank."""
     model = SimpleNamespace(
-        get_total_num_hidden_layers=lambda: 32,
+        hf_text_config=SimpleNamespace(num_hidden_layers=32),
+        max_model_len=131072,
         get_num_attention_heads=lambda parallel: 32,
         get_head_size=lambda: 128,
         dtype=torch.bfloat16,

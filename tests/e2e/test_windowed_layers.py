@@ -28,6 +28,7 @@ SETTING: dict[str, Any] = {
     "min_prompt_len": 64,
 }
 TWO_GROUPS = {**SETTING, "preset": "pyramidkv", "layer_groups": {"count": 2}}
+DECODING = {**TWO_GROUPS, "trigger": "both", "interval": 32}
 ENGINE: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "max_model_len": 1024,
@@ -160,16 +161,14 @@ def test_preempted_and_compacted_again(engine: Engine, prompt: list[int]) -> Non
 
 
 def test_two_layer_groups_and_decoding(model: str, prompt: list[int], replay: Replay) -> None:
-    with opened(model, TWO_GROUPS, **ENGINE) as engine:
+    with opened(model, DECODING, **ENGINE) as engine:
         own = [each for each in managers(engine) if isinstance(each, CompressedAttentionManager)]
         assert len(own) == 2
         engine.add("two", prompt, NUM_TOKENS, ignore_eos=True)
         engine.drain()
         expected = replay.generate(replay.prefill(prompt), parse_config(TWO_GROUPS), NUM_TOKENS)
         assert engine.results["two"].token_ids == expected
-        setting = {**TWO_GROUPS, "trigger": "both", "interval": 32}
-        with serving(engine, setting):
-            engine.add("long", prompt, 100, ignore_eos=True)
-            engine.drain()
+        engine.add("long", prompt, 100, ignore_eos=True)
+        engine.drain()
         assert engine.scheduler.stats.compactions["snapkv/decode"] >= 2
         assert_idle(engine)

@@ -15,6 +15,7 @@ from vllm_kvcompress.kernels.formulas.key_redundancy import dense_redundancy
 from vllm_kvcompress.kernels.formulas.lag_contrast import check_lag, lag_contrast
 from vllm_kvcompress.kernels.formulas.prompt_attention import dense_attention_sums
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.kernels.formulas.window_attention import (
     window_attention_scores,
     window_head_scores,
@@ -62,32 +63,39 @@ def _per_request(
 
 
 def _per_window(
-    measure: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+    measure: Callable[..., torch.Tensor],
     queries: torch.Tensor,
     pages: Pages,
     scale: float,
     num_heads: int,
+    terms: SoftmaxTerms,
 ) -> torch.Tensor:
     """What each request's queries and keys measure, [R, num_heads, max_tokens]."""
     check_window(queries, pages.num_requests, pages.num_kv_heads, pages.head_dim)
 
     def measure_request(request: int, length: int) -> torch.Tensor:
         keys = pages.gather_keys(request, length)
-        return measure(queries[request].transpose(0, 1), keys, scale)
+        return measure(queries[request].transpose(0, 1), keys, scale, terms)
 
     return _per_request(pages, num_heads, measure_request)
 
 
-def token_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def token_scores(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """As `scores.window.token_scores`."""
-    return _per_window(window_attention_scores, queries, pages, scale, pages.num_kv_heads)
+    return _per_window(window_attention_scores, queries, pages, scale, pages.num_kv_heads, terms)
 
 
 def window_scores(
-    queries: torch.Tensor, pages: Pages, scale: float, window_size: int
+    queries: torch.Tensor,
+    pages: Pages,
+    scale: float,
+    window_size: int,
+    terms: SoftmaxTerms = PLAIN,
 ) -> torch.Tensor:
     """As `scores.window.window_scores`, for any window size."""
-    scores = token_scores(queries, pages, scale)
+    scores = token_scores(queries, pages, scale, terms)
     num_windows = -(-pages.max_tokens // window_size)
     out = scores.new_zeros(*scores.shape[:2], num_windows)
     for request, length in enumerate(pages.num_tokens.tolist()):
@@ -99,14 +107,18 @@ def window_scores(
     return out
 
 
-def head_scores(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def head_scores(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """As `scores.heads.head_scores`."""
-    return _per_window(window_head_scores, queries, pages, scale, queries.shape[2])
+    return _per_window(window_head_scores, queries, pages, scale, queries.shape[2], terms)
 
 
-def prompt_attention_sums(queries: torch.Tensor, pages: Pages, scale: float) -> torch.Tensor:
+def prompt_attention_sums(
+    queries: torch.Tensor, pages: Pages, scale: float, terms: SoftmaxTerms = PLAIN
+) -> torch.Tensor:
     """As `scores.prompt.prompt_attention_sums`."""
-    return _per_window(dense_attention_sums, queries, pages, scale, pages.num_kv_heads)
+    return _per_window(dense_attention_sums, queries, pages, scale, pages.num_kv_heads, terms)
 
 
 def key_similarity(pages: Pages) -> torch.Tensor:

@@ -172,7 +172,7 @@ def _prepare(args: argparse.Namespace) -> _Run:
             check_rotary,
         )
         from vllm_kvcompress.evaluation.prompt_files import first_line, read_prompts
-        from vllm_kvcompress.evaluation.replay import Replay
+        from vllm_kvcompress.evaluation.replay import Replay, check_all_full
     except ImportError as error:
         raise ConfigError(f"codebook needs vLLM and transformers ({error}): {_INSTALL}.") from None
     at_ratio(config, 1)  # refuses before a model is loaded
@@ -191,6 +191,7 @@ def _prepare(args: argparse.Namespace) -> _Run:
         replay = Replay(str(args.model), args.block_size, model_dtype, device)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"--model, --device: {first_line(error)}.") from None
+    check_all_full(replay)
     check_rotary(replay)
     vocab_size, ids = replay.model.config.vocab_size, {each for p in prompts for each in p}
     if min(ids) < 0 or max(ids) >= vocab_size:

@@ -43,6 +43,7 @@ from vllm_kvcompress.lengths.sizing import (
     parse_size,
     request_usage,
 )
+from vllm_kvcompress.lengths.windowed_tables import plan_warnings
 from vllm_kvcompress.registry import POLICY_GROUP, load_policy_class, policy_names
 
 _ERRORS = (ConfigError, UnsupportedModelError, OSError, UnicodeError)
@@ -230,11 +231,7 @@ def _warnings(plan: _Plan) -> Iterator[str]:
         elif args.prompt_len < config.min_prompt_len:
             reason = f"it is shorter than min_prompt_len ({config.min_prompt_len})"
         yield f"a prompt of {args.prompt_len} tokens is left alone: {reason}."
-    if geometry.num_windowed:
-        yield (
-            f"{geometry.num_windowed} further layers keep the last {geometry.window} tokens by "
-            "themselves; they are left alone, and not counted here."
-        )
+    yield from plan_warnings(config, geometry)
     if usage.padding > 0:
         yield (
             f"layer groups differ in size, so {usage.padding:.1%} of the pool stays empty: choose "

@@ -20,7 +20,7 @@ from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
-from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.replay import Replay, check_all_full
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.model_checks import has_plain_rotary
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -99,6 +99,7 @@ def load_replay(
             f"--model: {model} is not built like Llama, and does not run by replay; choose a "
             "Llama-like model (Llama, Mistral, Qwen2, Qwen3, SmolLM)."
         )
+    check_all_full(replay)
     return replay
 
 

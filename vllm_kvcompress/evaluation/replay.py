@@ -14,10 +14,15 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.evaluation.replay_attention import (
+    attention_and_mask,
+    find_rotary,
+    softmax_terms,
+)
 from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -28,7 +33,7 @@ from vllm_kvcompress.lengths.budgets import (
     layer_groups,
     permanent_ranges,
 )
-from vllm_kvcompress.lengths.layer_kinds import FULL, full_layers
+from vllm_kvcompress.lengths.layer_kinds import full_layers
 from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
 from vllm_kvcompress.worker.codebook.slots import BookSlots
@@ -130,6 +135,22 @@ class Compressed:
     num_entries: list[torch.Tensor | None]
 
 
+def check_all_full(replay: "Replay") -> None:
+    """Refuse a model with windowed layers, for tools that measure every layer of a model alike.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what measures it.
+    """
+    if len(replay.full_layers) < len(replay.layers):
+        raise UnsupportedModelError(
+            "--model: it has sliding-window layers beside full ones, and only a server measures "
+            "those: run kvcompress eval --url, or choose a model whose layers all attend to "
+            "everything."
+        )
+
+
 class Replay:
     """A model on transformers, one prompt at a time.
 
@@ -154,7 +175,6 @@ class Replay:
     ) -> None:
         attention = f"{ATTENTION}_{next(_numbers)}"  # one each: several may live in a process
         AttentionInterface.register(attention, self._attend)
-        AttentionMaskInterface.register(attention, sdpa_mask)
         self.device = torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation=attention
@@ -162,9 +182,11 @@ class Replay:
         self.model = model.to(self.device).eval()
         self.block_size = block_size
         self.layers = self.model.model.layers
+        self._attention, mask = attention_and_mask(self.layers[0].self_attn)
+        AttentionMaskInterface.register(attention, mask)
         config = self.model.config
         self.full_layers = full_layers(config, config.max_position_embeddings)
-        self.rotary = Rotary(_inv_freq(self.model.model.rotary_emb), is_neox=True)
+        self.rotary = find_rotary(self.model)
         self._queries: list[torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
 
@@ -181,7 +203,7 @@ class Replay:
             self._queries.append(query[0])
         if self._masks is not None:
             attention_mask = self._masks[module.layer_idx]
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return self._attention(module, query, key, value, attention_mask, **kwargs)
 
     @contextmanager
     def masked(self, masks: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -357,10 +379,5 @@ class Replay:
             cache=lambda: no_blocks,
             rotary=self.rotary,
             output_projection=lambda: projection,
+            terms=softmax_terms(attention),
         )
-
-
-def _inv_freq(rotary: Any) -> torch.Tensor:
-    """Frequencies of the layers that can be compacted; other kinds may have their own."""
-    own = getattr(rotary, f"{FULL}_inv_freq", None)
-    return rotary.inv_freq if own is None else own

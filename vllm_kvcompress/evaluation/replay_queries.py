@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.evaluation.replay_attention import softmax_terms
 from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
@@ -39,14 +40,17 @@ class PromptSummaries:
 
     def _fold(self, policy: Policy, layer: int) -> Any:
         queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
-        values, scale = self.prompt.values[layer], self.replay.layers[layer].self_attn.scaling
+        values, attention = self.prompt.values[layer], self.replay.layers[layer].self_attn
+        scale, terms = attention.scaling, softmax_terms(attention)
         summary, length = None, queries.shape[1]
         for start in range(0, length, CHUNK):
             end = min(start + CHUNK, length)
             summary = policy.accumulate(
                 summary,
                 ChunkInputs(
-                    rows=DenseRows(keys[:, :end], values[:, :end], queries[:, start:end], scale),
+                    rows=DenseRows(
+                        keys[:, :end], values[:, :end], queries[:, start:end], scale, terms
+                    ),
                     start=start,
                     prompt_len=length,
                     num_sink_tokens=self.config.num_sink_tokens,

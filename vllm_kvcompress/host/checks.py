@@ -15,6 +15,7 @@ from vllm_kvcompress.host.model_checks import (
     model_kind,
     num_full_layers,
     partial_attention,
+    turns_layers_alike,
     unsupported_kind,
 )
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
@@ -239,6 +240,14 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 f"{model.model} scales its rotary embedding; choose another policy."
             )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
+        turns_groups = policy.rerotates_keys or coded_groups(variant.codebook, num_groups)
+        if turns_groups and not turns_layers_alike(model):
+            raise ConfigError(
+                f"policy.name, codebook: {variant.policy.name} turns the keys of a layer group "
+                f"alike, and no sequence outgrows the window of {model.model}, whose windowed "
+                "layers have another rotary embedding; choose another policy, leave codebook out, "
+                "or set --max-model-len above the window."
+            )
         group_budgets(2**20, 2**18, variant, num_groups)
         if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
             raise ConfigError(

@@ -21,7 +21,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
 from vllm_kvcompress.host.checks import check_config, check_setting
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
-from vllm_kvcompress.host.model_checks import num_full_layers
+from vllm_kvcompress.host.model_checks import layer_groups_warning, num_full_layers
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, take_counts
@@ -189,6 +189,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             vllm_config = original(self, *args, **kwargs)
             check_config(vllm_config)
             check_setting(config, vllm_config)
+            if warning := layer_groups_warning(config, vllm_config.model_config):
+                logger.warning("--kv-compression: %s", warning)
         except (ConfigError, UnsupportedModelError) as error:
             if getattr(self, _FROM_CLI, False):
                 exit_with(error)

@@ -5,8 +5,10 @@ One sentence for each that is not; nothing is guessed.
 
 from typing import Any
 
+from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
+from vllm_kvcompress.lengths.layer_kinds import FULL, UNTURNED, WINDOWED, full_layers, layer_types
+from vllm_kvcompress.lengths.windowed_tables import groups_warning
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -62,6 +64,27 @@ def num_full_layers(model: Any) -> int:
     return len(full_layers(model.hf_text_config, model.max_model_len))
 
 
+def turns_layers_alike(model: Any) -> bool:
+    """Whether the layers that can be compacted have one rotary embedding, where they have any.
+
+    Where a window is above the longest sequence, layers of both kinds are compacted.
+    """
+    text = model.hf_text_config
+    kinds, rope = set(layer_types(text)), getattr(text, "rope_parameters", None) or {}
+    if WINDOWED not in kinds or WINDOWED in layer_types(text, model.max_model_len):
+        return True
+    own = rope.get(FULL), rope.get(WINDOWED)
+    is_mixed = FULL in kinds and getattr(text, "model_type", None) in UNTURNED
+    return own[0] == own[1] and not is_mixed
+
+
+def layer_groups_warning(setting: CompressionConfig, model: Any) -> str | None:
+    """What a setting's layer groups multiply in a model with windowed layers; None: nothing."""
+    num_full = num_full_layers(model)
+    num_windowed = model.hf_text_config.num_hidden_layers - num_full
+    return groups_warning(setting, num_full, num_windowed)
+
+
 def has_plain_rotary(model_config: Any) -> bool:
     """Whether angles are position times frequency in the layers that attend to everything.
 
@@ -87,10 +110,6 @@ def check_layer(name: str, layer: Any) -> None:
         reason = "shares the KV cache of another layer: choose a model without KV sharing"
     elif getattr(impl, "alibi_slopes", None) is not None:
         reason = "uses ALiBi, which needs every key at its own index: choose a model with RoPE"
-    elif getattr(impl, "logits_soft_cap", None):
-        reason = "caps its logits, which scoring does not know: choose a model without a soft cap"
-    elif getattr(impl, "sinks", None) is not None:
-        reason = "has learned attention sinks, which scoring does not know: choose another model"
     elif backend not in SUPPORTED_BACKENDS:
         allowed = ", ".join(SUPPORTED_BACKENDS)
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"

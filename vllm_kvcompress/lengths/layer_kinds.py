@@ -23,7 +23,7 @@ def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
     """
     count = text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
-    if window is not None and not getattr(text, "use_sliding_window", True):
+    if not getattr(text, "use_sliding_window", True):
         window = None
     named = getattr(text, "layer_types", None)
     if named:
@@ -33,18 +33,35 @@ def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
         found = tuple(FULL if (i + 1) % pattern == 0 else WINDOWED for i in range(count))
     else:
         found = (WINDOWED if window else FULL,) * count
-    if window and max_len is not None and window >= max_len:
+    if not window or (max_len is not None and window >= max_len):
         return tuple(FULL if each == WINDOWED else each for each in found)
     return found
 
 
+PATTERNS = {
+    "cohere2": 4,
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "gpt_oss": 2,
+    "olmo3": 4,
+}
+"""By model type, where a file says nothing: one layer in so many attends to everything."""
+
+
+UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+"""Model types whose windowed layers alone turn queries and keys, if they have any."""
+
+
 def _pattern(text: Any, window: int | None) -> int | None:
-    """Older configurations have a number in the place of a word per layer."""
+    """Older configurations have a number in the place of a word per layer, or nothing at all."""
+    if not window:
+        return None
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         value = getattr(text, name, None)
-        if window and isinstance(value, int) and value > 0:
+        if isinstance(value, int) and value > 0:
             return value
-    return None
+    return PATTERNS.get(getattr(text, "model_type", ""))
 
 
 def full_layers(text: Any, max_len: int | None = None) -> tuple[int, ...]:

@@ -45,7 +45,8 @@ class CAKE(Policy):
         assert inputs.queries is not None
         window = inputs.queries.shape[1]
         rows = []
-        for attention in window_attention(inputs.queries, inputs.keys, inputs.scale):
+        rows_of = window_attention(inputs.queries, inputs.keys, inputs.scale, inputs.rows.terms)
+        for attention in rows_of:
             # A single query has no unbiased variance; its biased one is 0.
             variance = attention.var(dim=1, correction=min(window - 1, 1))
             indicator = attention.mean(dim=1) + self.gamma * variance  # [g, n]

@@ -84,7 +84,7 @@ class ExpectedAttention(Policy):
             statistics = _statistics(inputs.queries, start, inputs.rotary)
         mean, covariance = self._future(statistics, inputs.position, inputs.rotary)
         keys, values = inputs.keys[:, self.n_sink :], inputs.values[:, self.n_sink :]
-        scores = expected_attention_scores(mean, covariance, keys, inputs.scale)
+        scores = expected_attention_scores(mean, covariance, keys, inputs.scale, inputs.rows.terms)
         if self.use_vnorm:
             scores = (scores + self.epsilon) * values.norm(dim=-1, dtype=torch.float32)
         num_sinks = inputs.keys.shape[1] - keys.shape[1]

@@ -16,7 +16,8 @@ class RKV(Policy):
 
     Made for reasoning models, whose long answers repeat themselves, and for compactions during
     decoding. Importance is the attention of the last queries: the highest logit of the query heads
-    of a KV head, a softmax over the tokens before the window, the mean over the window's queries,
+    of a KV head, a softmax over the tokens before the window (and the strongest
+    learned sink of those heads, where a layer has sinks), the mean over the window's queries,
     the maximum over neighbours. Redundancy is a softmax over all tokens of a key's mean cosine
     similarity to the other keys. For every key, the pair with its latest similar key is left out,
     so of a run of repetitions the latest stays. A key without a similar one leaves out its pair
@@ -55,9 +56,12 @@ class RKV(Policy):
         window = inputs.queries.shape[1]
         past = inputs.keys.shape[1] - window
         rows = []
-        for logits in window_logits(inputs.queries, inputs.keys, inputs.scale):
+        terms, group = inputs.rows.terms, inputs.queries.shape[0] // inputs.keys.shape[0]
+        each_head = window_logits(inputs.queries, inputs.keys, inputs.scale, terms)
+        for head, logits in enumerate(each_head):
             strongest = logits[:, :, :past].amax(dim=0)  # [w, n - w]
-            rows.append(strongest.softmax(dim=-1).mean(dim=0))
+            own = terms.of_heads(head * group, (head + 1) * group).strongest()
+            rows.append(own.attention(strongest[None])[0].mean(dim=0))
         importance = pad(pool(torch.stack(rows), self.kernel_size, "max"), (0, window))
         redundancy = inputs.rows.key_redundancy(self.similarity_threshold).softmax(dim=-1)
         weight = self.importance_weight

@@ -91,9 +91,10 @@ class CompactedLayers:
 
         A window that no sequence outgrows is none.
         """
-        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+        window = getattr(spec, "sliding_window", None)  # of both kinds below
+        if type(spec) is FullAttentionSpec and window is None:
             return spec
-        if type(spec) is SlidingWindowSpec and spec.sliding_window >= self.max_len:
+        if type(spec) is SlidingWindowSpec and window is not None and window >= self.max_len:
             shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}
             own = {each.name: getattr(spec, each.name) for each in fields(spec)}
             return FullAttentionSpec(**{k: v for k, v in own.items() if k in shared})

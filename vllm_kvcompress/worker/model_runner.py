@@ -32,7 +32,11 @@ from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
+from vllm_kvcompress.worker.compaction.layer_parts import (
+    find_output_projection,
+    find_rotary,
+    softmax_terms,
+)
 from vllm_kvcompress.worker.compaction.timer import CompactionTimer
 from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
@@ -146,6 +150,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 index=self.compacted_layers.place(name),
                 group=group,
                 scale=layers[name].impl.scale,
+                terms=softmax_terms(layers[name].impl),
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=partial(getattr, layers[name], "kv_cache"),
                 rotary=find_rotary(self.model, name, self.device),
@@ -284,7 +289,9 @@ class CompressionRunnerMixin(GPUModelRunner):
         """First tokens of a request that was never compacted, and the queries of the last."""
         num_blocks = -(-num_tokens // self.block_tables.block_sizes[layer.group])
         blocks = self.block_tables.block_tables[layer.group].gpu[req_index, :num_blocks]
-        return layer.layout.rows_so_far(layer.cache(), blocks, num_tokens, queries, layer.scale)
+        return layer.layout.rows_so_far(
+            layer.cache(), blocks, num_tokens, queries, layer.scale, layer.terms
+        )
 
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index

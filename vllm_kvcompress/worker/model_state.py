@@ -176,25 +176,22 @@ class CompressedModelState(DefaultModelState):
     ) -> dict[str, Any]:
         """Build attention metadata of every KV cache group with the group's own lengths.
 
-        One build for all groups that are alike, where the backend's metadata allows it; one per
-        group for others and for captures, in which a builder may write to what it is given. Groups
-        that are never compacted are built as in stock vLLM, all at once.
+        One build for all groups that are alike, where the backend's metadata allows it; one each
+        for others and for captures, in which a builder may write to what it is given. Groups that
+        are never compacted are built as in stock vLLM, all at once.
         """
         assert self.lengths is not None
         seq_lens = self.lengths.group_seq_lens(input_batch)
         groups = self._families_of(attn_groups)
 
-        def build_of(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
+        def build(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
             only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
             return super(CompressedModelState, self).prepare_attn(
                 batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 
-        def build(group: int) -> dict[str, Any]:
-            return build_of((group,), self._seen_by(group, input_batch, seq_lens))
-
-        metadata = build(groups.first)
+        metadata = build((groups.first,), self._seen_by(groups.first, input_batch, seq_lens))
         built = groups.alike + groups.rest
         first = next(iter(metadata.values()))
         if groups.alike and not for_capture and derives(first):
@@ -202,10 +199,8 @@ class CompressedModelState(DefaultModelState):
             longest = self.lengths.max_seq_lens(input_batch, len(first.seq_lens))
             metadata |= groups.derive(first, seq_lens, longest, block_tables, slot_mappings)
         for each in built:
-            metadata |= build(each)
-        if groups.whole:
-            metadata |= build_of(groups.whole, input_batch)
-        return metadata
+            metadata |= build((each,), self._seen_by(each, input_batch, seq_lens))
+        return metadata | (build(groups.whole, input_batch) if groups.whole else {})
 
     def _seen_by(self, group: int, batch: InputBatch, seq_lens: torch.Tensor) -> InputBatch:
         """A batch whose requests are as long as `group` has them, by `group_seq_lens`."""

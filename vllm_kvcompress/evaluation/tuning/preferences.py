@@ -42,13 +42,21 @@ def layer_shares(replay: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
     prompts : sequence of sequence of int
         Token ids.
     """
+    from vllm_kvcompress.evaluation.replay_attention import softmax_terms
     from vllm_kvcompress.kernels.formulas.layer_preference import layer_preference
 
     totals = [0.0] * len(replay.layers)
     for token_ids in prompts:
         found = replay.prefill(token_ids)
         each = [
-            float(layer_preference(queries[:, -_QUERIES:], keys, layer.self_attn.scaling))
+            float(
+                layer_preference(
+                    queries[:, -_QUERIES:],
+                    keys,
+                    layer.self_attn.scaling,
+                    terms=softmax_terms(layer.self_attn),
+                )
+            )
             for layer, queries, keys in zip(replay.layers, found.queries, found.keys, strict=True)
         ]
         totals = [

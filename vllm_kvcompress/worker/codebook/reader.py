@@ -113,7 +113,13 @@ class CodebookReader:
             *layout.pages(cache, rows.table, rows.first_slot, rows.num_tail, rows.max_tail)
         )
         found, _ = self._attend(
-            query[rows.tokens], book, layer.rotary.inv_freq, layer.rotary.is_neox, layer.scale, tail
+            query[rows.tokens],
+            book,
+            layer.rotary.inv_freq,
+            layer.rotary.is_neox,
+            layer.scale,
+            tail,
+            layer.terms,
         )
         output.view(query.shape)[rows.tokens] = found.to(output.dtype)
 

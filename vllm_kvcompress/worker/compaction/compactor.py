@@ -181,7 +181,7 @@ class Compactor:
             return [shared[place] for place in places]
         taken = [self._queries(policy, job, layer) for job in group.jobs]
         rows = layer.layout.rows(
-            layer.cache(), group, [queries for queries, _ in taken], layer.scale
+            layer.cache(), group, [queries for queries, _ in taken], layer.scale, layer.terms
         )
         own = {}
         for request in missing:

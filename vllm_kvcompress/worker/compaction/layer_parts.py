@@ -11,9 +11,27 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, Ro
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import SoftmaxTerms
 
 # Angles are position * inv_freq and nothing else: no scaling of lengths, none of positions.
 _PLAIN_ROTARY = (RotaryEmbedding, Llama3RotaryEmbedding)
+
+
+TURNED_IF: dict[str, Callable[[Any], bool]] = {
+    "AfmoeAttention": lambda layer: layer.is_local_attention,
+    "CohereAttention": lambda layer: layer.v1 or layer.sliding_window is not None,
+    "Cohere2MoeAttention": lambda layer: layer.sliding_window is not None or layer.force_rope,
+    "Exaone4Attention": lambda layer: (
+        layer.sliding_window is not None or layer.apply_rope_all_layers
+    ),
+    "ExaoneMoeAttention": lambda layer: layer.use_rope,
+    "FalconAttention": lambda layer: layer.use_rotary,
+    "GraniteAttention": lambda layer: layer.use_rope,
+    "GraniteMoeAttention": lambda layer: layer.use_rope,
+    "OlmoHybridAttention": lambda layer: layer._use_rope,
+    "Step3p5Attention": lambda layer: layer.use_rope,
+}
+"""Layers that may have a rotary embedding beside them and leave it unused, by class of vLLM's."""
 
 
 def _parent(model: nn.Module, layer_name: str) -> nn.Module:
@@ -22,6 +40,9 @@ def _parent(model: nn.Module, layer_name: str) -> nn.Module:
 
 def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rotary | None:
     """The rotary embedding beside an attention layer; None if there is no plain one.
+
+    Of a layer that leaves its embedding unused, as layers of some models do that attend to
+    everything, it turns nothing.
 
     Parameters
     ----------
@@ -32,10 +53,14 @@ def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rota
     device : torch.device
         Where the frequencies go.
     """
-    found = [m for m in _parent(model, layer_name).children() if isinstance(m, RotaryEmbeddingBase)]
+    parent = _parent(model, layer_name)
+    found = [module for module in parent.children() if isinstance(module, RotaryEmbeddingBase)]
     if len(found) != 1 or type(found[0]) not in _PLAIN_ROTARY:
         return None
     inv_freq = found[0]._compute_inv_freq(found[0].base)
+    turns = TURNED_IF.get(type(parent).__name__)
+    if turns is not None and not turns(parent):
+        inv_freq = torch.zeros_like(inv_freq)
     return Rotary(inv_freq.to(device, torch.float32), found[0].is_neox_style)
 
 
@@ -73,3 +98,14 @@ def _matrix(projection: Any) -> torch.Tensor:
     device = next((p.device for p in projection.parameters()), torch.device("cpu"))
     units = torch.eye(width, dtype=projection.params_dtype, device=device)
     return projection.quant_method.apply(projection, units, bias=None).T
+
+
+def softmax_terms(impl: Any) -> SoftmaxTerms:
+    """Soft cap and learned sinks of an attention layer, by its backend's implementation.
+
+    Sinks are this rank's heads' alone: the models give each rank its share.
+    """
+    return SoftmaxTerms(
+        soft_cap=float(getattr(impl, "logits_soft_cap", None) or 0.0),
+        sinks=getattr(impl, "sinks", None),
+    )

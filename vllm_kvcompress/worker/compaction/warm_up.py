@@ -44,7 +44,7 @@ class _NoQueries:
         )
         chunk = ChunkInputs(
             rows=layer.layout.rows_so_far(
-                cache, blocks, self.num_tokens, queries.transpose(0, 1), layer.scale
+                cache, blocks, self.num_tokens, queries.transpose(0, 1), layer.scale, layer.terms
             ),
             start=0,
             prompt_len=self.num_tokens,

@@ -18,6 +18,7 @@ from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.cache.rows import CacheRows, DenseRows
 from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.worker.batch import GroupBatch
 
 
@@ -34,6 +35,7 @@ class CacheLayout(ABC):
         group: GroupBatch,
         queries: Sequence[torch.Tensor | None],
         scale: float,
+        terms: SoftmaxTerms = PLAIN,
     ) -> Sequence[CacheRows]:
         """Every request's cached tokens, ready to be measured.
 
@@ -47,11 +49,13 @@ class CacheLayout(ABC):
             Each request's [H, w, D], all of one w; all None for a policy that reads none.
         scale : float
             Softmax scale of the layer.
+        terms : SoftmaxTerms
+            Its soft cap and sinks.
         """
         found = []
         for request, (length, own) in enumerate(zip(group.lengths, queries, strict=True)):
             keys, values = self.read(cache, group.blocks(request))
-            found.append(DenseRows(keys[:, :length], values[:, :length], own, scale))
+            found.append(DenseRows(keys[:, :length], values[:, :length], own, scale, terms))
         return found
 
     def rows_so_far(
@@ -61,6 +65,7 @@ class CacheLayout(ABC):
         num_tokens: int,
         queries: torch.Tensor,
         scale: float,
+        terms: SoftmaxTerms = PLAIN,
     ) -> CacheRows:
         """Cached tokens of one request whose prompt is being computed, ready to be measured.
 
@@ -76,9 +81,11 @@ class CacheLayout(ABC):
             [H, w, D] of the last w of them.
         scale : float
             Softmax scale of the layer.
+        terms : SoftmaxTerms
+            Its soft cap and sinks.
         """
         keys, values = self.read(cache, blocks.long())
-        return DenseRows(keys[:, :num_tokens], values[:, :num_tokens], queries, scale)
+        return DenseRows(keys[:, :num_tokens], values[:, :num_tokens], queries, scale, terms)
 
     def move(
         self,

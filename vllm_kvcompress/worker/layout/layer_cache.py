@@ -7,6 +7,7 @@ import torch
 
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.worker.layout.base import CacheLayout
 
@@ -33,6 +34,8 @@ class LayerCache:
         Its rotary embedding.
     output_projection : callable or None
         Returns [num_heads, hidden_size, head_dim].
+    terms : SoftmaxTerms
+        Its soft cap and learned sinks, those of this rank's heads.
     """
 
     name: str
@@ -43,6 +46,7 @@ class LayerCache:
     cache: Callable[[], torch.Tensor]
     rotary: Rotary | None = None
     output_projection: Callable[[], torch.Tensor] | None = None
+    terms: SoftmaxTerms = PLAIN
 
     def require(self, policy: Policy) -> None:
         """Refuse a policy that needs a part that the layer does not have.

@@ -13,6 +13,7 @@ from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.compaction.compact_pages import compact_pages
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.worker.batch import GroupBatch
 from vllm_kvcompress.worker.layout.base import CacheLayout
 
@@ -73,13 +74,14 @@ class StridedLayout(CacheLayout):
         group: GroupBatch,
         queries: Sequence[torch.Tensor | None],
         scale: float,
+        terms: SoftmaxTerms = PLAIN,
     ) -> Sequence[CacheRows]:
         pages = self._pages(cache, group.block_table, group.num_tokens, max(group.lengths))
         given = [own.transpose(0, 1) for own in queries if own is not None]  # [w, H, D]
         stacked = None
         if given:
             stacked = given[0][None] if len(given) == 1 else torch.stack(given)
-        return PagedBatch(pages, group.lengths, stacked, scale).rows()
+        return PagedBatch(pages, group.lengths, stacked, scale, terms).rows()
 
     def rows_so_far(
         self,
@@ -88,10 +90,12 @@ class StridedLayout(CacheLayout):
         num_tokens: int,
         queries: torch.Tensor,
         scale: float,
+        terms: SoftmaxTerms = PLAIN,
     ) -> CacheRows:
         count = torch.full((1,), num_tokens, dtype=torch.int32, device=cache.device)
         pages = self._pages(cache, blocks[None], count, num_tokens)
-        return PagedBatch(pages, [num_tokens], queries.transpose(0, 1)[None], scale).rows()[0]
+        stacked = queries.transpose(0, 1)[None]
+        return PagedBatch(pages, [num_tokens], stacked, scale, terms).rows()[0]
 
     def move(
         self,

@@ -14,6 +14,7 @@ from vllm_kvcompress.host.model_checks import (
     layer_kinds,
     model_kind,
     num_full_layers,
+    odd_rotary,
     partial_attention,
     unsupported_kind,
 )
@@ -226,6 +227,11 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     """
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
+    if setting.drafts and model.is_hybrid:
+        raise ConfigError(
+            f"mode: {model.model} has recurrent layers, whose states cannot take a rejected draft "
+            "back; leave out draft mode and draft.budget."
+        )
     if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:
         raise ConfigError(
             f"mode: {model.model} has windowed layers, over which drafts have not been tried; "
@@ -236,14 +242,14 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(
                 f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
-                f"{model.model} scales its rotary embedding; choose another policy."
+                f"{model.model} {odd_rotary(model)}; choose another policy."
             )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         group_budgets(2**20, 2**18, variant, num_groups)
         if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
             raise ConfigError(
-                f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
-                "it; leave codebook out."
+                f"codebook: keys are coded before their rotary embedding, and {model.model} "
+                f"{odd_rotary(model)}; leave codebook out."
             )
     if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
         raise ConfigError(

@@ -235,6 +235,12 @@ def _warnings(plan: _Plan) -> Iterator[str]:
             f"{geometry.num_windowed} further layers keep the last {geometry.window} tokens by "
             "themselves; they are left alone, and not counted here."
         )
+    if geometry.num_recurrent:
+        yield (
+            f"{geometry.num_recurrent} further layers have a recurrent state, which compression "
+            "leaves as it is and which is not counted here; vLLM makes a block at least as large "
+            "as such a state: set --block-size to what its log says of the attention block size."
+        )
     if usage.padding > 0:
         yield (
             f"layer groups differ in size, so {usage.padding:.1%} of the pool stays empty: choose "

@@ -17,6 +17,14 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
 
 
+def blocks_per_state(spec: MambaSpec) -> int:
+    """Blocks that one request holds at once for layers with a recurrent state, however long."""
+    if spec.mamba_cache_mode != "align":
+        return 1 + spec.num_speculative_blocks
+    # The state that a step reads and the one that it writes.
+    return 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
+
+
 class HostGroup:
     """One of vLLM's managers, with the questions that are asked of ours.
 
@@ -71,12 +79,9 @@ class HostGroup:
     def most_blocks(self) -> int | None:
         """Blocks that one request holds at once at most; None where vLLM has no such bound."""
         spec = self.kv_cache_spec
-        if not isinstance(spec, MambaSpec):
-            return self._manager.max_admission_blocks_per_request
-        if spec.mamba_cache_mode != "align":
-            return 1 + spec.num_speculative_blocks
-        # The state that a step reads and the one that it writes.
-        return 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
+        if isinstance(spec, MambaSpec):
+            return blocks_per_state(spec)
+        return self._manager.max_admission_blocks_per_request
 
     # --- what happens to other groups -----------------------------------------------------
 

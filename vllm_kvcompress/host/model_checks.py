@@ -8,7 +8,7 @@ from typing import Any
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.lengths.layer_kinds import SERVED, full_layers, layer_types
-from vllm_kvcompress.lengths.layer_words import FULL, turns_no_keys
+from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -40,6 +40,8 @@ def layer_kinds(config: Any) -> str | None:
             f"{model.model} has layers of the kind {sorted(strange)[0]}: choose a model whose "
             "layers attend to everything or to a window, or have a recurrent state"
         )
+    if FULL not in types and WINDOWED not in types:
+        return f"no layer of {model.model} attends to everything: choose a model with such layers"
     if FULL not in types:
         return (
             f"all layers of {model.model} are sliding-window layers of "

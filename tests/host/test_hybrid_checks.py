@@ -87,7 +87,7 @@ def test_a_draft_model_of_that_kind_is_refused() -> None:
 def test_drafts_are_refused() -> None:
     drafting = parse_config({"preset": "snapkv", "mode": "draft"})
     assert drafting is not None
-    with pytest.raises(ConfigError, match="recurrent layers.*rejected draft.*leave out draft mode"):
+    with pytest.raises(ConfigError, match="recurrent layers, whose states.*leave out draft mode"):
         check_setting(drafting, config())
 
 

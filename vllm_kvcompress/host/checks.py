@@ -9,9 +9,11 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
+    layers_beside,
     model_kind,
     num_full_layers,
     odd_rotary,
@@ -190,6 +192,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _platform,
     _runner_type,
     model_kind,
+    hybrid_model,
     layer_kinds,
     _model_runner,
     _parallelism,
@@ -227,15 +230,10 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     """
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
-    if setting.drafts and model.is_hybrid:
+    if setting.drafts and (others := layers_beside(model)):
         raise ConfigError(
-            f"mode: {model.model} has recurrent layers, whose states cannot take a rejected draft "
-            "back; leave out draft mode and draft.budget."
-        )
-    if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:
-        raise ConfigError(
-            f"mode: {model.model} has windowed layers, over which drafts have not been tried; "
-            "leave out draft mode and draft.budget."
+            f"mode: {model.model} has {others}, over which drafts have not been tried; leave out "
+            "draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
         policy = variant.build_policy()

@@ -6,7 +6,6 @@ One sentence for each that is not; nothing is guessed.
 from typing import Any
 
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.lengths.layer_kinds import SERVED, full_layers, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
 
@@ -14,7 +13,7 @@ SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 def model_kind(config: Any) -> str | None:
-    return unsupported_kind(config.model_config) or hybrid_model(config)
+    return unsupported_kind(config.model_config)
 
 
 def unsupported_kind(model: Any) -> str | None:
@@ -58,6 +57,15 @@ def partial_attention(model: Any) -> str | None:
             f"{model.model} has sliding-window or other partial-attention layers: "
             "choose a model whose layers all attend to everything"
         )
+    return None
+
+
+def layers_beside(model: Any) -> str | None:
+    """What there is beside layers that attend to everything; None if nothing."""
+    if model.is_hybrid:
+        return "recurrent layers, whose states take no rejected token back"
+    if num_full_layers(model) < model.hf_text_config.num_hidden_layers:
+        return "windowed layers"
     return None
 
 

@@ -214,7 +214,8 @@ def test_short_convolutions_two_layer_groups_and_decoding(tmp_path: Path) -> Non
             with serving(engine, setting):
                 found = run(engine, preset, prompt).token_ids
             assert found == expected(replay, prompt, setting), preset
-        with serving(engine, {**TWO_GROUPS, "trigger": "both", "interval": 32}):
+        decoding = {**TWO_GROUPS, "preset": "keydiff", "trigger": "both", "interval": 32}
+        with serving(engine, decoding):
             run(engine, "long", prompt, 100)
-        assert engine.scheduler.stats.compactions["snapkv/decode"] >= 2
+        assert engine.scheduler.stats.compactions["keydiff/decode"] >= 2
         assert_idle(engine)

@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
 from vllm_kvcompress.evaluation.replay_states import (
+    attention_of,
     output_weight,
     rows_of,
     states_of,
@@ -354,7 +355,7 @@ class Replay:
     def _layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
         """The layer at `place` among those that can be compacted."""
         number = self.full_layers[place]
-        attention = self.layers[number].self_attn
+        attention = attention_of(self.layers[number])
         weight = output_weight(attention)
         heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
         shape, dtype = (0, heads, self.block_size, width), self.model.dtype

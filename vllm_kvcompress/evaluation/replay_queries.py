@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.evaluation.replay_states import attention_of
 from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
@@ -39,7 +40,7 @@ class PromptSummaries:
 
     def _fold(self, policy: Policy, layer: int) -> Any:
         queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
-        values, scale = self.prompt.values[layer], self.replay.layers[layer].self_attn.scaling
+        values, scale = self.prompt.values[layer], attention_of(self.replay.layers[layer]).scaling
         summary, length = None, queries.shape[1]
         for start in range(0, length, CHUNK):
             end = min(start + CHUNK, length)

@@ -42,6 +42,11 @@ def with_states(cache: DynamicCache, states: dict[int, Any], rows: Sequence[Rows
     return cache
 
 
+def attention_of(layer: Any) -> Any:
+    """The attention in a layer of a model."""
+    return layer.mixer if hasattr(layer, "mixer") else layer.self_attn
+
+
 def output_weight(attention: Any) -> torch.Tensor:
     """Weight [hidden_size, H * D] of an attention's output projection."""
     found = getattr(attention, "o_proj", None) or attention.out_proj

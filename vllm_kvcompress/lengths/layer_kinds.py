@@ -10,6 +10,7 @@ SERVED = frozenset({FULL, WINDOWED, STATE, NO_CACHE})
 TRIED_HYBRIDS = (
     "GraniteMoeHybridForCausalLM",
     "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
 )
 """Architectures with recurrent layers that tests run from end to end; others are refused."""

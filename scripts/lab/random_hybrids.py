@@ -114,6 +114,7 @@ _CONFIGS["qwen3_next"] = {
         "rope_type": "default",
     },
     "shared_expert_intermediate_size": INTERMEDIATE_SIZE,
+    "tie_word_embeddings": False,
 }
 _CONFIGS["nemotron_h"] = {
     **_COMMON,
@@ -136,6 +137,8 @@ _CONFIGS["nemotron_h"] = {
     "n_groups": 1,
     "num_hidden_layers": 6,
     "ssm_state_size": STATE_SIZE,
+    # transformers takes no shorter steps than this, vLLM any.
+    "time_step_min": 1e-30,
     "tie_word_embeddings": False,
     "use_bias": False,
     "use_conv_bias": True,
@@ -253,7 +256,7 @@ def _mamba(make: _Maker, layer: str) -> None:
 
 
 def _qwen3_next(make: _Maker) -> None:
-    make.tied_embedding("model.embed_tokens")
+    make.put("model.embed_tokens.weight", VOCAB_SIZE, HIDDEN_SIZE)
     for index in range(NUM_LAYERS):
         layer = f"model.layers.{index}"
         # Norms of this family are added to one.
@@ -271,7 +274,8 @@ def _qwen3_next(make: _Maker) -> None:
             make.linear(f"{layer}.mlp.{expert}.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
         make.linear(f"{layer}.mlp.gate", 2, HIDDEN_SIZE)
         make.linear(f"{layer}.mlp.shared_expert_gate", 1, HIDDEN_SIZE)
-    make.put("model.norm.weight", HIDDEN_SIZE, scale=9.6, mean=31.0)
+    make.put("model.norm.weight", HIDDEN_SIZE, scale=0.3)
+    make.linear("lm_head", VOCAB_SIZE, HIDDEN_SIZE, 8.0)
 
 
 def _delta_rule(make: _Maker, layer: str) -> None:

@@ -240,8 +240,7 @@ TRIED = frozenset(
 """Model states of vLLM's that compression has been tried with."""
 
 
-@functools.cache
-def compressed(host: type[Any]) -> type[CompressionStateMixin]:
+def compressed(host: type[DefaultModelState]) -> type[CompressionStateMixin]:
     """The class of model state that has compression over vLLM's `host`.
 
     Raises
@@ -254,4 +253,9 @@ def compressed(host: type[Any]) -> type[CompressionStateMixin]:
             f"--kv-compression: the model has a state of its own ({host.__name__}), with which "
             "compression has not been tried: choose another model, or drop --kv-compression."
         )
+    return _made_over(host)
+
+
+@functools.cache
+def _made_over(host: Any) -> type[CompressionStateMixin]:
     return type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})

@@ -32,6 +32,7 @@ LAYERS = {
     "messages": 4,
     "host.checks": 5,
     "host.model_checks": 4,
+    "host.hybrid_checks": 4,
     "speed": 5,
     "core": 6,
     "worker": 6,

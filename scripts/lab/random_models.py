@@ -227,7 +227,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     """All weights under Hugging Face's names."""
 
     def normal(name: str, *shape: int) -> np.ndarray:
-        return _normal([seed, zlib.crc32(name.encode())], shape)
+        return nearly_normal([seed, zlib.crc32(name.encode())], shape)
 
     def linear(name: str, num_out: int, num_in: int) -> np.ndarray:
         gain = _GAINS.get(name.split(".")[-2], 1.0)
@@ -314,7 +314,7 @@ def _sinks_and_experts(
     }
 
 
-def _normal(seed: list[int], shape: tuple[int, ...]) -> np.ndarray:
+def nearly_normal(seed: list[int], shape: tuple[int, ...]) -> np.ndarray:
     """Nearly normal float64 values of mean 0 and variance 1: sums of four uniform integers."""
     raw = np.random.PCG64(seed).random_raw(int(np.prod(shape)))
     quarters = np.stack([raw >> np.uint64(shift) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)])

@@ -162,7 +162,7 @@ def test_a_draft_model_is_welcome(with_draft_model) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"draft_model_config": {"is_hybrid": True}}, ["the draft model", "hybrid"]),
+        ({"draft_model_config": {"is_hybrid": True}}, ["the draft model", "partial-attention"]),
         ({"draft_model_config": {"use_mla": True}}, ["the draft model", "MLA"]),
         (
             {

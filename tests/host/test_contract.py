@@ -81,9 +81,9 @@ def test_overrides_stay_short() -> None:
     from vllm_kvcompress.core.scheduler import CompressionMixin
     from vllm_kvcompress.worker.draft.typical_acceptance import TypicalAcceptanceSampler
     from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
-    from vllm_kvcompress.worker.model_state import CompressedModelState
+    from vllm_kvcompress.worker.model_state import CompressionStateMixin
 
-    owners = (CompressionMixin, DraftMixin, CompressionRunnerMixin, CompressedModelState)
+    owners = (CompressionMixin, DraftMixin, CompressionRunnerMixin, CompressionStateMixin)
     for owner in (*owners, TypicalAcceptanceSampler):
         for name, member in vars(owner).items():
             if inspect.isfunction(member):

@@ -158,6 +158,18 @@ def test_windowed_layers_are_left_alone(tmp_path: Path) -> None:
     assert (found.num_layers, found.num_windowed, found.window) == (16, 16, 512)
 
 
+def test_recurrent_layers_are_left_alone(tmp_path: Path) -> None:
+    change = {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "full_attention_interval": 4,
+        "num_hidden_layers": 48,
+    }
+    found = geometry_of(tmp_path, PLAIN | change)
+    assert (found.num_layers, found.num_recurrent, found.num_windowed) == (12, 36, 0)
+    with pytest.raises(UnsupportedModelError, match="recurrent layers and an architecture"):
+        geometry_of(tmp_path, PLAIN | change | {"architectures": ["OtherForCausalLM"]})
+
+
 def test_heads_are_divided_among_workers_and_repeated() -> None:
     assert [LLAMA_8B.kv_heads_per_worker(size) for size in (1, 2, 8, 16)] == [8, 4, 1, 1]
     with pytest.raises(ConfigError, match="--tensor-parallel-size 3: must divide .* 8 KV heads"):

@@ -23,6 +23,7 @@ from vllm_kvcompress.cli.common import at_least, complain, make_table, say, show
 from vllm_kvcompress.cli.doctor import add_doctor_options, run_doctor
 from vllm_kvcompress.cli.eval import add_eval_options, run_eval
 from vllm_kvcompress.cli.inspect import add_inspect_options, run_inspect
+from vllm_kvcompress.cli.left_alone import left_alone
 from vllm_kvcompress.cli.speed import (
     add_speed_options,
     plan_speed,
@@ -232,6 +233,7 @@ def _warnings(plan: _Plan) -> Iterator[str]:
             reason = f"it is shorter than min_prompt_len ({config.min_prompt_len})"
         yield f"a prompt of {args.prompt_len} tokens is left alone: {reason}."
     yield from plan_warnings(config, geometry)
+    yield from left_alone(geometry)
     if usage.padding > 0:
         yield (
             f"layer groups differ in size, so {usage.padding:.1%} of the pool stays empty: choose "

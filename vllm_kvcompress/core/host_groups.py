@@ -1,8 +1,9 @@
-"""KV cache groups that vLLM serves as ever: windowed layers beside those that are compacted.
+"""KV cache groups that vLLM serves as ever, beside those that are compacted.
 
-Their manager, their blocks and what they give back are vLLM's own. One thing is asked of them: once
-a request has lost tokens anywhere, what layers above compute is not what an uncompressed request
-computes, so none of it may be found by another request.
+They are of layers that attend to a window, or that have a recurrent state. Their manager, their
+blocks and what they give back are vLLM's own. One thing is asked of them: once a request has lost
+tokens anywhere, what layers above compute is not what an uncompressed request computes, so none of
+it may be found by another request.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,16 @@ from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 from vllm.v1.request import Request
+
+
+def blocks_per_state(spec: MambaSpec) -> int:
+    """Blocks that one request holds at once for layers with a recurrent state, however long."""
+    if spec.mamba_cache_mode != "align":
+        return 1 + spec.num_speculative_blocks
+    # The state that a step reads and the one that it writes.
+    return 2 + spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks
 
 
 class HostGroup:
@@ -58,13 +67,21 @@ class HostGroup:
 
     @property
     def req_to_blocks(self) -> Mapping[str, list[KVCacheBlock]]:
-        """Blocks by request, null blocks in the place of those that the window has left."""
+        """Blocks by request, null blocks in the place of those that were given back."""
         return self._manager.req_to_blocks
 
     @property
     def block_size(self) -> int:
         """Tokens per block."""
         return self._manager.block_size
+
+    @property
+    def most_blocks(self) -> int | None:
+        """Blocks that one request holds at once at most; None where vLLM has no such bound."""
+        spec = self.kv_cache_spec
+        if isinstance(spec, MambaSpec):
+            return blocks_per_state(spec)
+        return self._manager.max_admission_blocks_per_request
 
     # --- what happens to other groups -----------------------------------------------------
 

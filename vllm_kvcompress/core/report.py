@@ -1,10 +1,16 @@
 """The line at start-up that says what compression will do."""
 
 from vllm.utils.mem_utils import format_gib
-from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec, iter_layer_specs
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    MambaSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+)
 
 from vllm_kvcompress.config.reading import CompressionConfig
 from vllm_kvcompress.core.draft.report import views_alone, views_beside
+from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
 from vllm_kvcompress.lengths.codebook import coded_groups
 from vllm_kvcompress.spec import GroupMap
@@ -22,7 +28,7 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     lengths = compaction_lengths(
         max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
     )
-    full = saved = full_bytes = saved_bytes = num_windowed = 0
+    full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = 0
     for group, number in zip(groups, group_map.layer_groups, strict=True):
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
         page = spec.page_size_bytes * len(group.layer_names)
@@ -31,11 +37,15 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             num_windowed += 1
             num_held = min(max_model_len, spec.sliding_window + spec.block_size)
         num_blocks = -(-num_held // spec.block_size)
+        if isinstance(spec, MambaSpec):
+            num_recurrent += 1
+            num_blocks = blocks_per_state(spec)
         plan = None if number is None else lengths[number]
         num_saved = plan.evicted // block_size if plan else 0
         full, saved = full + num_blocks, saved + num_saved
         full_bytes, saved_bytes = full_bytes + num_blocks * page, saved_bytes + num_saved * page
-    num_whole = group_map.layer_groups.count(None) - num_windowed
+    num_tables = len(groups) - group_map.layer_groups.count(None)
+    num_whole = len(groups) - num_tables - num_windowed - num_recurrent
     budget = (
         f"{config.budget.ratio:.0%} of the prompt"
         if config.budget.ratio is not None
@@ -45,10 +55,12 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         f"KV compression: policy {config.policy.name}, budget {budget} "
         f"({budget_tokens(max_model_len, config)} of {max_model_len} tokens, "
         f"{config.layer_budget.shape} over layers), {num_layer_groups} layer group(s) in "
-        f"{len(groups) - num_whole - num_windowed} block table(s), block size {block_size}"
+        f"{num_tables} block table(s), block size {block_size}"
     )
     if num_windowed:
         what += f", windowed layers left to vLLM in {num_windowed} more"
+    if num_recurrent:
+        what += f", recurrent states left to vLLM in {num_recurrent} more"
     if num_whole:
         what += f", the draft model's cache kept whole in {num_whole} more"
     coded = coded_groups(config.codebook, num_layer_groups)

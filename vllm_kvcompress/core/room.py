@@ -60,7 +60,8 @@ class Room:
 
     def __post_init__(self) -> None:
         own = [each for each in self.managers if isinstance(each, CompressedAttentionManager)]
-        # Windowed layers give blocks back in steps that need none: vLLM must be asked always.
+        # Windowed and recurrent layers give blocks back in steps that need none: vLLM must be asked
+        # always.
         is_alone = len(own) == len(self.managers)
         self._spare = SpareSlots(own, self.pool, self.max_model_len) if is_alone else None
 
@@ -89,7 +90,9 @@ class Room:
         for manager in self.managers:
             physical = num_tokens - manager.evicted.get(request_id, 0)
             held = len(manager.req_to_blocks.get(request_id, ()))
-            missing += max(-(-physical // manager.block_size) - held, 0)
+            grown = max(-(-physical // manager.block_size) - held, 0)
+            bound = manager.most_blocks if isinstance(manager, HostGroup) else None
+            missing += grown if bound is None else min(grown, bound)
         return missing
 
     # --- what a compaction gains ----------------------------------------------------------

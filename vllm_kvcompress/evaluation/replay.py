@@ -24,6 +24,13 @@ from vllm_kvcompress.evaluation.replay_attention import (
     softmax_terms,
 )
 from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
+from vllm_kvcompress.evaluation.replay_states import (
+    attention_of,
+    output_weight,
+    rows_of,
+    states_of,
+    with_states,
+)
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
@@ -101,21 +108,24 @@ class Prefilled:
     ----------
     token_ids : list[int]
         The prompt.
-    rotary : Rotary
+    rotary : Rotary or None
         The model's rotary embedding.
     first_token : int
         What the model says next, from the whole cache.
     keys, values, queries : list[torch.Tensor]
         Per layer [KV, n, D], [KV, n, D] and [H, n, D]; keys and queries after RoPE. Of a windowed
-        layer the cache holds the last tokens only.
+        layer the cache holds the last tokens only, of a recurrent one none.
+    states : dict
+        Of recurrent layers, by number, what transformers' cache holds.
     """
 
     token_ids: list[int]
-    rotary: Rotary
+    rotary: Rotary | None
     first_token: int = -1
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     queries: list[torch.Tensor] = field(default_factory=list)
+    states: dict[int, Any] = field(default_factory=dict)
     summaries: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
@@ -187,7 +197,7 @@ class Replay:
         config = self.model.config
         self.full_layers = full_layers(config, config.max_position_embeddings)
         self.rotary = find_rotary(self.model)
-        self._queries: list[torch.Tensor] | None = None
+        self._queries: dict[int, torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
 
     def _attend(
@@ -200,7 +210,7 @@ class Replay:
         **kwargs: Any,
     ) -> Any:
         if self._queries is not None:
-            self._queries.append(query[0])
+            self._queries[module.layer_idx] = query[0]
         if self._masks is not None:
             attention_mask = self._masks[module.layer_idx]
         return self._attention(module, query, key, value, attention_mask, **kwargs)
@@ -220,18 +230,20 @@ class Replay:
     @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int]) -> Prefilled:
         """Run a prompt and keep what compactions may need."""
-        self._queries = []
+        self._queries = {}
         prompt = torch.tensor([list(token_ids)], device=self.device)
         output = self.model(prompt, use_cache=True, logits_to_keep=1)
         queries, self._queries = self._queries, None
-        cache = output.past_key_values
+        keys, values = zip(*rows_of(output.past_key_values), strict=True)
+        none = next(iter(queries.values()))[:, :0]
         return Prefilled(
             token_ids=list(token_ids),
             rotary=self.rotary,
             first_token=int(output.logits[0, -1].argmax()),
-            keys=[layer.keys[0] for layer in cache.layers],
-            values=[layer.values[0] for layer in cache.layers],
-            queries=queries,
+            keys=list(keys),
+            values=list(values),
+            queries=[queries.get(number, none) for number in range(len(keys))],
+            states=states_of(output.past_key_values),
         )
 
     @torch.inference_mode()
@@ -268,11 +280,9 @@ class Replay:
         self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
     ) -> Compressed:
         """The `view`, and what its codebooks hold."""
-        cache = DynamicCache(config=self.model.config)
         rows, num_entries = self.rows(prompt, config, seed)
-        for layer, (keys, values) in enumerate(rows):
-            cache.update(keys[None].clone(), values[None].clone(), layer)
-        return Compressed(cache, num_entries)
+        empty = DynamicCache(config=self.model.config)
+        return Compressed(with_states(empty, prompt.states, rows), num_entries)
 
     @torch.inference_mode()
     def next_token(self, cache: DynamicCache, token: int, position: int) -> int:
@@ -317,7 +327,8 @@ class Replay:
         Those of the region, in the order in which they are written, then what lies behind it.
         """
         everything = torch.arange(len(prompt.token_ids), device=self.device)
-        found = [everything[-keys.shape[1] :].expand(len(keys), -1) for keys in prompt.keys]
+        total = len(everything)
+        found = [everything[total - k.shape[1] :].expand(len(k), -1) for k in prompt.keys]
         if config is None:
             return found
         for layer, (layout, region) in self._compact(prompt, config, seed).items():
@@ -331,7 +342,7 @@ class Replay:
     ) -> dict[int, tuple[_Rows, int | None]]:
         """By layer, what was written, and the region's length; None: it is left alone.
 
-        Windowed layers are not among them.
+        Windowed and recurrent layers are not among them.
         """
         num_layers, length = len(self.full_layers), len(prompt.token_ids)
         group_of = layer_groups(num_layers, config.layer_groups)
@@ -364,8 +375,8 @@ class Replay:
     def _layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
         """The layer at `place` among those that can be compacted."""
         number = self.full_layers[place]
-        attention = self.layers[number].self_attn
-        weight = attention.o_proj.weight.detach()
+        attention = attention_of(self.layers[number])
+        weight = output_weight(attention)
         heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
         shape, dtype = (0, heads, self.block_size, width), self.model.dtype
         no_blocks = torch.empty(shape, dtype=dtype, device=self.device)

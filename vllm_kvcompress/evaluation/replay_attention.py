@@ -10,7 +10,8 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.kernels.formulas.softmax_terms import SoftmaxTerms
-from vllm_kvcompress.lengths.layer_kinds import FULL, UNTURNED, WINDOWED, layer_types
+from vllm_kvcompress.lengths.layer_kinds import UNTURNED, layer_types
+from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED
 
 
 def softmax_terms(attention: Any) -> SoftmaxTerms:
@@ -50,9 +51,14 @@ def _as_written(
     return attend(module, query, key, value, mask, **kwargs)
 
 
-def find_rotary(model: Any) -> Rotary:
-    """The embedding of the layers that can be compacted; other kinds may have their own."""
-    embedding, config = model.model.rotary_emb, model.config
+def find_rotary(model: Any) -> Rotary | None:
+    """The embedding of the layers that can be compacted; None where they have none.
+
+    Other kinds of layers may have their own.
+    """
+    embedding, config = getattr(model.model, "rotary_emb", None), model.config
+    if embedding is None:
+        return None
     own = getattr(embedding, f"{FULL}_inv_freq", None)
     inv_freq = embedding.inv_freq if own is None else own
     if config.model_type in UNTURNED and WINDOWED in layer_types(config):

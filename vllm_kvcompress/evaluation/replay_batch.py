@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache
 
+from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.lengths.layer_kinds import layer_types
+from vllm_kvcompress.lengths.layer_words import STATE
 
 Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Of every layer, keys and values [KV, kept, D]."""
@@ -28,6 +31,11 @@ class ReplayBatch:
         One entry per setting; layers and settings may keep different numbers of tokens.
     length : int
         Tokens of the prompt that the caches stand for: the position of what comes next.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a layer has a recurrent state, which rows do not tell.
     """
 
     def __init__(self, replay: Replay, caches: Sequence[Rows], length: int) -> None:
@@ -35,6 +43,11 @@ class ReplayBatch:
         # Without the model's configuration, by which windowed layers would forget tokens: masks say
         # what they see.
         self.cache = DynamicCache()
+        if STATE in layer_types(replay.model.config):
+            raise UnsupportedModelError(
+                f"{replay.model.config.name_or_path} has recurrent layers, over which several "
+                "caches are not decoded together: choose a model whose layers all attend."
+            )
         window = getattr(replay.model.config, "sliding_window", None)
         full = set(replay.full_layers)
         self.windows = [None if each in full else window for each in range(len(replay.layers))]

@@ -6,6 +6,7 @@ import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.replay_attention import softmax_terms
+from vllm_kvcompress.evaluation.replay_states import attention_of
 from vllm_kvcompress.kernels.cache.rows import DenseRows
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import ChunkInputs
@@ -40,7 +41,7 @@ class PromptSummaries:
 
     def _fold(self, policy: Policy, layer: int) -> Any:
         queries, keys = self.prompt.queries[layer], self.prompt.keys[layer]
-        values, attention = self.prompt.values[layer], self.replay.layers[layer].self_attn
+        values, attention = self.prompt.values[layer], attention_of(self.replay.layers[layer])
         scale, terms = attention.scaling, softmax_terms(attention)
         summary, length = None, queries.shape[1]
         for start in range(0, length, CHUNK):

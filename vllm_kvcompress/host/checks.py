@@ -9,11 +9,14 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
+    layers_beside,
     model_kind,
     num_full_layers,
+    odd_rotary,
     partial_attention,
     turns_layers_alike,
     unsupported_kind,
@@ -190,6 +193,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _platform,
     _runner_type,
     model_kind,
+    hybrid_model,
     layer_kinds,
     _model_runner,
     _parallelism,
@@ -227,17 +231,17 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     """
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
-    if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:
+    if setting.drafts and (others := layers_beside(model)):
         raise ConfigError(
-            f"mode: {model.model} has windowed layers, over which drafts have not been tried; "
-            "leave out draft mode and draft.budget."
+            f"mode: {model.model} has {others}, over which drafts have not been tried; leave out "
+            "draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
         policy = variant.build_policy()
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(
                 f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
-                f"{model.model} scales its rotary embedding; choose another policy."
+                f"{model.model} {odd_rotary(model)}; choose another policy."
             )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         turns_groups = policy.rerotates_keys or coded_groups(variant.codebook, num_groups)
@@ -251,8 +255,8 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         group_budgets(2**20, 2**18, variant, num_groups)
         if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
             raise ConfigError(
-                f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
-                "it; leave codebook out."
+                f"codebook: keys are coded before their rotary embedding, and {model.model} "
+                f"{odd_rotary(model)}; leave codebook out."
             )
     if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
         raise ConfigError(

@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.lengths.layer_kinds import FULL, UNTURNED, WINDOWED, full_layers, layer_types
+from vllm_kvcompress.lengths.layer_kinds import SERVED, UNTURNED, full_layers, layer_types
+from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
 from vllm_kvcompress.lengths.windowed_tables import groups_warning
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -21,7 +22,7 @@ def unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
         "a model with multi-head latent attention (MLA)": model.use_mla,
-        "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
+        "an attention-free model": model.is_attention_free,
         "a multimodal model": model.is_multimodal_model,
         "a diffusion model": model.is_diffusion,
     }
@@ -32,14 +33,16 @@ def unsupported_kind(model: Any) -> str | None:
 
 
 def layer_kinds(config: Any) -> str | None:
-    """Windowed layers beside full ones are left to vLLM; without full ones there is no work."""
+    """Layers of other kinds are left to vLLM; without full ones there is no work."""
     model = config.model_config
     types = set(layer_types(model.hf_text_config, model.max_model_len))
-    if strange := types - {FULL, WINDOWED}:
+    if strange := types - SERVED:
         return (
             f"{model.model} has layers of the kind {sorted(strange)[0]}: choose a model whose "
-            "layers attend to everything or to a window"
+            "layers attend to everything or to a window, or have a recurrent state"
         )
+    if FULL not in types and WINDOWED not in types:
+        return f"no layer of {model.model} attends to everything: choose a model with such layers"
     if FULL not in types:
         return (
             f"all layers of {model.model} are sliding-window layers of "
@@ -51,11 +54,20 @@ def layer_kinds(config: Any) -> str | None:
 
 def partial_attention(model: Any) -> str | None:
     """For a draft model, whose layers must be alike."""
-    if set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
+    if model.is_hybrid or set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
         return (
             f"{model.model} has sliding-window or other partial-attention layers: "
             "choose a model whose layers all attend to everything"
         )
+    return None
+
+
+def layers_beside(model: Any) -> str | None:
+    """What there is beside layers that attend to everything; None if nothing."""
+    if model.is_hybrid:
+        return "recurrent layers, whose states take no rejected token back"
+    if num_full_layers(model) < model.hf_text_config.num_hidden_layers:
+        return "windowed layers"
     return None
 
 
@@ -90,9 +102,18 @@ def has_plain_rotary(model_config: Any) -> bool:
 
     By the model's configuration.
     """
+    if turns_no_keys(model_config.hf_text_config):
+        return False
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
     rope = rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
     return rope.get("rope_type", "other") in ("default", "llama3")
+
+
+def odd_rotary(model_config: Any) -> str:
+    """What is not plain about a rotary embedding."""
+    if turns_no_keys(model_config.hf_text_config):
+        return "has no rotary embedding"
+    return "scales its rotary embedding"
 
 
 def check_layer(name: str, layer: Any) -> None:

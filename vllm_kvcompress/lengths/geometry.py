@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, layer_types
+from vllm_kvcompress.lengths.layer_kinds import SERVED, TRIED_HYBRIDS, layer_types
+from vllm_kvcompress.lengths.layer_words import FULL, STATE, WINDOWED
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -28,6 +29,8 @@ class ModelGeometry:
         Further layers, whose cache is bounded by a window and left alone.
     window : int or None
         Tokens of that window.
+    num_recurrent : int
+        Further layers with a state of fixed size in the place of keys and values.
     """
 
     num_layers: int
@@ -37,6 +40,7 @@ class ModelGeometry:
     max_positions: int | None = None
     num_windowed: int = 0
     window: int | None = None
+    num_recurrent: int = 0
 
     def kv_heads_per_worker(self, tensor_parallel_size: int) -> int:
         """KV heads of one rank; vLLM repeats them where there are more ranks than heads."""
@@ -144,16 +148,17 @@ def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
     if text.get("num_key_value_heads") is not None:
         kv_heads = config.whole_number("num_key_value_heads")
     count, positions = config.whole_number("num_hidden_layers"), _positions(text)
-    types = _layer_types(count, text, positions, folder)
-    num_full = types.count(FULL)
+    types = _layer_types(count, config, positions)
+    num_full, num_windowed = types.count(FULL), types.count(WINDOWED)
     return ModelGeometry(
         num_layers=num_full,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         dtype=_cache_dtype(dtype, config.data, text, config.path),
         max_positions=positions,
-        num_windowed=count - num_full,
-        window=text["sliding_window"] if num_full < count else None,
+        num_windowed=num_windowed,
+        window=text["sliding_window"] if num_windowed else None,
+        num_recurrent=types.count(STATE),
     )
 
 
@@ -162,23 +167,25 @@ def _positions(text: dict[str, Any]) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def _layer_types(
-    count: int, text: dict[str, Any], positions: int | None, folder: Path
-) -> tuple[str, ...]:
+def _layer_types(count: int, config: ConfigFile, positions: int | None) -> tuple[str, ...]:
     """What each layer attends to.
 
     Raises
     ------
     UnsupportedModelError
-        If no layer attends to everything, or one attends to something else than a window.
+        If no layer attends to everything, or one is of a kind that is not served.
     """
-    types = layer_types(SimpleNamespace(**{**text, "num_hidden_layers": count}), positions)
-    strange = sorted(set(types) - {FULL, WINDOWED})
-    if strange or FULL not in types:
+    text = SimpleNamespace(**{**config.text, "num_hidden_layers": count})
+    types, names = layer_types(text, positions), config.data.get("architectures") or ()
+    strange = sorted(set(types) - SERVED)
+    untried = STATE in types and not set(names) & set(TRIED_HYBRIDS)
+    if strange or untried or FULL not in types:
         kind = f"layers of the kind {strange[0]}" if strange else "sliding-window layers only"
+        if untried:
+            kind = "recurrent layers and an architecture that has not been tried"
         raise UnsupportedModelError(
-            f"--model: {folder} has {kind}, and the server would refuse to compress it: choose a "
-            "decoder-only text model with layers that attend to everything."
+            f"--model: {config.path.parent} has {kind}, and the server would refuse to compress "
+            "it: choose a decoder-only text model with layers that attend to everything."
         )
     return types
 

@@ -2,8 +2,18 @@
 
 from typing import Any
 
-FULL, WINDOWED = "full_attention", "sliding_attention"
-"""What a configuration's ``layer_types`` may say of a layer that we know how to serve."""
+from vllm_kvcompress.lengths.layer_words import FULL, NO_CACHE, STATE, WINDOWED, named_layers
+
+SERVED = frozenset({FULL, WINDOWED, STATE, NO_CACHE})
+"""Kinds of layers that are compacted, or left to vLLM as they are."""
+
+TRIED_HYBRIDS = (
+    "GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM",
+    "NemotronHForCausalLM",
+    "Qwen3NextForCausalLM",
+)
+"""Architectures with recurrent layers that tests run from end to end; others are refused."""
 
 
 def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
@@ -19,15 +29,15 @@ def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
     Returns
     -------
     tuple[str, ...]
-        One word per layer: `FULL`, `WINDOWED`, or another that the configuration has.
+        One word per layer: of `SERVED`, or another that the configuration has.
     """
     count = text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
     if not getattr(text, "use_sliding_window", True):
         window = None
-    named = getattr(text, "layer_types", None)
-    if named:
-        found = tuple(named)
+    named = named_layers(text)
+    if named is not None:
+        found = named
     elif pattern := _pattern(text, window):
         # One layer in so many attends to everything, the last of them.
         found = tuple(FULL if (i + 1) % pattern == 0 else WINDOWED for i in range(count))

@@ -7,7 +7,12 @@ from typing import Any
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.errors import UnsupportedModelError
@@ -59,7 +64,8 @@ class CompactedLayers:
     ) -> dict[str, KVCacheSpec]:
         """Specs of all layers: of those that are compacted with the number of their layer group.
 
-        A draft model's layers have the spec and no number. Windowed layers keep vLLM's own.
+        A draft model's layers have the spec and no number. Windowed layers and those with a
+        recurrent state keep vLLM's own.
 
         Raises
         ------
@@ -76,7 +82,7 @@ class CompactedLayers:
             if whole is not None and (place is not None or is_other):
                 number = None if place is None else groups[place]
                 found[name] = CompressedAttentionSpec.from_full(whole, number)
-            elif place is None and not is_other and type(spec) is SlidingWindowSpec:
+            elif not is_other and self._is_left_to_vllm(name, host_specs):
                 found[name] = spec
             else:
                 raise UnsupportedModelError(
@@ -85,6 +91,20 @@ class CompactedLayers:
                     "drop --kv-compression."
                 )
         return found
+
+    def _is_left_to_vllm(self, name: str, host_specs: Mapping[str, KVCacheSpec]) -> bool:
+        """Whether a layer that cannot be compacted is none that should attend to everything.
+
+        A recurrent state may lie beside such a layer's attention.
+        """
+        number, kind = extract_layer_index(name), type(host_specs[name])
+        if number not in self.places:
+            is_hybrid = self.vllm_config.model_config.is_hybrid
+            return kind is SlidingWindowSpec or (kind is MambaSpec and is_hybrid)
+        return kind is MambaSpec and any(
+            self._attending_to_all(spec) is not None and extract_layer_index(other) == number
+            for other, spec in host_specs.items()
+        )
 
     def _attending_to_all(self, spec: KVCacheSpec) -> FullAttentionSpec | None:
         """The spec of a layer that attends to everything; None for another layer's.

@@ -20,7 +20,6 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
@@ -47,7 +46,7 @@ from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.packed import cpu_layout
 from vllm_kvcompress.worker.layout.strided import StridedLayout
-from vllm_kvcompress.worker.model_state import CompressedModelState
+from vllm_kvcompress.worker.model_state import CompressionStateMixin, compressed
 from vllm_kvcompress.worker.modes import MODES
 
 logger = init_logger(f"vllm.{__name__}")
@@ -66,7 +65,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         The target's own block tables, likewise.
     """
 
-    model_state: CompressedModelState
+    model_state: CompressionStateMixin
     features: list[Feature]
     compactor: Compactor
     tables: BlockTables
@@ -81,12 +80,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         for feature in self.features:
             feature.before_load()
         super().load_model(*args, **kwargs)
-        if type(self.model_state) is not DefaultModelState:
-            raise UnsupportedModelError(
-                f"KV compression supports models with vLLM's default model state; this one uses "
-                f"{type(self.model_state).__name__}. Start without --kv-compression."
-            )
-        self.model_state = state = CompressedModelState(
+        self.model_state = state = compressed(type(self.model_state))(
             config, self.features, self.vllm_config, self.model, self.encoder_cache, self.device
         )
         for feature in self.features:

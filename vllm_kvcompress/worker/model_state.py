@@ -4,6 +4,7 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
@@ -28,8 +30,10 @@ from vllm_kvcompress.worker.queries.taps import QueryTaps
 from vllm_kvcompress.worker.queries.window import QueryWindow
 
 
-class CompressedModelState(DefaultModelState):
-    """Default model state plus what compression must remember per request.
+class CompressionStateMixin(DefaultModelState):
+    """What compression must remember per request, on top of a model's own state.
+
+    Comes first in the bases; `compressed` puts it over the state that vLLM has made.
 
     Parameters
     ----------
@@ -178,7 +182,8 @@ class CompressedModelState(DefaultModelState):
 
         One build for all groups that are alike, where the backend's metadata allows it; one each
         for others and for captures, in which a builder may write to what it is given. Groups that
-        are never compacted are built as in stock vLLM, all at once.
+        are never compacted are built as in stock vLLM, all at once: what a host's state prepares
+        for its recurrent layers is prepared there, once a step.
         """
         assert self.lengths is not None
         seq_lens = self.lengths.group_seq_lens(input_batch)
@@ -186,7 +191,7 @@ class CompressedModelState(DefaultModelState):
 
         def build(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
             only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
-            return super(CompressedModelState, self).prepare_attn(
+            return super(CompressionStateMixin, self).prepare_attn(
                 batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
@@ -219,3 +224,33 @@ class CompressedModelState(DefaultModelState):
             whole = frozenset(group for group, number in numbers if number is None)
             self._families = (attn_groups, Families.of(attn_groups, whole))
         return self._families[1]
+
+
+TRIED = frozenset(
+    {
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
+        "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState",
+    }
+)
+"""Model states of vLLM's that compression has been tried with."""
+
+
+def compressed(host: type[DefaultModelState]) -> type[CompressionStateMixin]:
+    """The class of model state that has compression over vLLM's `host`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it has not been tried with that state: a state decides what a step reads and writes.
+    """
+    if f"{host.__module__}:{host.__qualname__}" not in TRIED:
+        raise UnsupportedModelError(
+            f"--kv-compression: the model has a state of its own ({host.__name__}), with which "
+            "compression has not been tried: choose another model, or drop --kv-compression."
+        )
+    return _made_over(host)
+
+
+@functools.cache
+def _made_over(host: Any) -> type[CompressionStateMixin]:
+    return type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})

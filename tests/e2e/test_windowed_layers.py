@@ -118,14 +118,17 @@ def test_other_policies(
 def test_a_hit_that_ends_inside_the_window_gives_the_tokens_of_a_cold_run(
     engine: Engine, replay: Replay, prompt: list[int]
 ) -> None:
-    """The hit is bounded before the windowed layers' blocks are chosen, not cut afterwards."""
-    tokens = distinct_tokens(512, seed=3)
+    """The hit is bounded before the windowed layers' blocks are chosen, not cut afterwards.
+
+    vLLM would find 512 tokens, and blocks of the window before them.
+    """
+    tokens = distinct_tokens(520, seed=3)
     engine.add("first", tokens, NUM_TOKENS, ignore_eos=True)
     engine.drain()
     engine.add("again", tokens, NUM_TOKENS, ignore_eos=True)
     engine.drain()
     cold, warm = engine.results["first"], engine.results["again"]
-    assert warm.num_cached_tokens == 480, "512 less the observation window, in whole blocks"
+    assert warm.num_cached_tokens == 480, "520 less the observation window, in whole blocks"
     expected = replay.generate(replay.prefill(tokens), parse_config(SETTING), NUM_TOKENS)
     assert cold.token_ids == warm.token_ids == expected
 
@@ -134,6 +137,13 @@ def test_what_follows_a_compaction_is_found_by_nobody(engine: Engine, replay: Re
     """Windowed layers hash none of it either: an uncompressed request may hash the same tokens."""
     tokens = distinct_tokens(400, seed=4)
     engine.add("lossy", tokens, 80, ignore_eos=True)
+    while len(engine.results["lossy"].token_ids) < 70:
+        engine.step()
+    request_id = engine.live()["lossy"].request_id
+    for manager in managers(engine):
+        if isinstance(manager, HostGroup):
+            full = manager.req_to_blocks[request_id][13:14]  # of tokens 416 to 448
+            assert [block.block_hash for block in full if not block.is_null] == [None]
     engine.drain()
     longer = tokens + engine.results["lossy"].token_ids
     engine.add("exact", longer, NUM_TOKENS, {"kv_compression": "none"}, ignore_eos=True)

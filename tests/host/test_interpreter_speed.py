@@ -42,7 +42,7 @@ def copy_of_the_interpreter() -> Any:
 
 @pytest.fixture(autouse=True)
 def language_of_its_own() -> Iterator[None]:
-    """Triton leaves tl.core as the last device function needed it: with another copy's parts."""
+    """Triton leaves tl.core replaced, and by parts of a copy here."""
     before = dict(vars(tl.core))
     yield
     vars(tl.core).update(before)
@@ -94,11 +94,15 @@ def test_the_same_bits(plain: Any, fast: Any) -> None:
         assert torch.equal(expected, found)
 
 
-def test_the_language_is_restored(fast: Any) -> None:
-    names = ("load", "store", "arange", "range", "program_id")
-    before = [getattr(tl, name) for name in names]
-    results(fast)
-    assert [getattr(tl, name) for name in names] == before
+def test_the_language_is_restored() -> None:
+    """By the interpreter in use, and what device functions need of it (tl.core) as well."""
+    from triton.runtime import interpreter
+
+    modules = (tl, tl.core, tl.math, tl.tensor)
+    before = [dict(vars(module)) for module in modules]
+    results(interpreter)
+    for module, members in zip(modules, before, strict=True):
+        assert not [name for name, each in members.items() if vars(module).get(name) is not each]
 
 
 def launch_work(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
@@ -126,6 +130,13 @@ def test_a_second_launch_looks_nothing_up(
 ) -> None:
     assert min(launch_work(plain, monkeypatch)) > 3
     assert launch_work(fast, monkeypatch) == (0, 0)
+
+
+def test_another_triton_is_left_as_it_is(plain: Any) -> None:
+    plain._get_np_dtype = lambda dtype, strict: None
+    before = dict(vars(plain))
+    speed_up(plain)
+    assert vars(plain) == before
 
 
 def _overflow_kernel(x, y):

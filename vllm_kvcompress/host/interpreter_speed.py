@@ -6,67 +6,107 @@ probe model take half as long with it.
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 
 def speed_up(interpreter: Any) -> None:
-    """Spare what follows in `interpreter`, which is Triton's module of that name."""
+    """Spare what follows in `interpreter`, which is Triton's module of that name.
+
+    A Triton whose interpreter is built otherwise (known: 3.9) is left as it is.
+    """
+    if not _is_known(interpreter):
+        return
     _look_for_builtins_once(interpreter)
     _replace_the_language_once(interpreter)
     _check_no_overflow_in_vain(interpreter)
     _build_types_of_numpy_once(interpreter)
 
 
+def _is_known(interpreter: Any) -> bool:
+    functions = {"_patch_builtin": ["pkg", "builder", "scope"], "_patch_lang": ["fn"]}
+    functions |= {"_get_np_dtype": ["tt_dtype"]}
+    for name, parameters in functions.items():
+        function = getattr(interpreter, name, None)
+        if function is None or list(inspect.signature(function).parameters) != parameters:
+            return False
+    options = interpreter.interpreter_builder.options
+    return (
+        all(hasattr(interpreter, name) for name in ("_patch_attr", "_LangPatchScope"))
+        and hasattr(interpreter._LangPatchScope(), "_changes")
+        and all(hasattr(options, name) for name in ("sanitize_overflow", "debug"))
+    )
+
+
 def _look_for_builtins_once(interpreter: Any) -> None:
     """Remember which names of a Triton module are builtins.
 
     Before each launch Triton goes through all members of its language to find them. They never
-    change.
+    change; within a launch, whose replacements are no builtins, they could not be told.
     """
-    is_builtin = interpreter.tl.core.is_builtin
+    core, is_builtin = interpreter.tl.core, interpreter.tl.core.is_builtin
     names: dict[Any, list[str]] = {}
+
+    def names_of(pkg: Any) -> list[str]:
+        members = interpreter.inspect.getmembers(pkg)
+        return [name for name, member in members if is_builtin(member)]
 
     def patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
         if pkg not in names:
-            members = interpreter.inspect.getmembers(pkg)
-            names[pkg] = [name for name, member in members if is_builtin(member)]
+            names[pkg] = names_of(pkg)
         for name in names[pkg]:
             member = getattr(pkg, name)
-            if is_builtin(member):  # not so within a launch that has replaced it already
+            if is_builtin(member):  # not so where this launch has replaced it already
                 interpreter._patch_attr(pkg, name, member, builder, scope)
 
+    for module in (interpreter.tl, core, core.tensor, interpreter.tl.math):
+        names[module] = names_of(module)
     interpreter._patch_builtin = patch_builtin
 
 
 def _replace_the_language_once(interpreter: Any) -> None:
     """Do not prepare a launch again at every call of a device function in it; `tl.max` is one.
 
-    What such a function sees of Triton's language is mostly replaced by then.
+    What such a function sees of Triton's language is mostly replaced by then. What is not is
+    restored with the rest when the launch ends; Triton would leave it replaced.
     """
     language, original = interpreter.tl, interpreter._patch_lang
     launch = interpreter.GridExecutor.__call__
-    replaced: list[set[Any]] = []  # of the launch that runs
+    launches: list[_Launch] = []  # the one that runs, if any
 
     def patch_lang(fn: Any) -> Any:
-        if not replaced:
+        if not launches:
             return original(fn)
-        seen = fn.__globals__.values()
+        current, seen = launches[-1], fn.__globals__.values()
         modules = {
             module for module in (language, language.core) if any(each is module for each in seen)
         }
-        if modules and modules <= replaced[-1]:
+        if modules and modules <= current.replaced:
             return interpreter._LangPatchScope()
-        replaced[-1].update(modules)
-        return original(fn)
+        current.replaced |= modules
+        scope = original(fn)
+        if current.scope is None:
+            current.scope = scope  # Triton restores it when the launch ends
+        else:
+            current.scope._changes += scope._changes
+        return scope
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
-        replaced.append(set())
+        launches.append(_Launch())
         try:
             launch(self, *args, **kwargs)
         finally:
-            replaced.pop()
+            launches.pop()
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
+
+
+@dataclasses.dataclass
+class _Launch:
+    """Modules of the language whose members are replaced, and Triton's list of them."""
+
+    replaced: set[Any] = dataclasses.field(default_factory=set)
+    scope: Any = None
 
 
 def _check_no_overflow_in_vain(interpreter: Any) -> None:

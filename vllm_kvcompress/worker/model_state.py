@@ -4,7 +4,6 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -182,8 +181,7 @@ class CompressionStateMixin(DefaultModelState):
 
         One build for all groups that are alike, where the backend's metadata allows it; one per
         group for others and for captures, in which a builder may write to what it is given. Groups
-        that are never compacted are built as in stock vLLM, all at once: what a host's state
-        prepares for its recurrent layers is prepared there, once a step.
+        that are never compacted are built as in stock vLLM, all at once.
         """
         assert self.lengths is not None
         seq_lens = self.lengths.group_seq_lens(input_batch)
@@ -253,9 +251,9 @@ def compressed(host: type[DefaultModelState]) -> type[CompressionStateMixin]:
             f"--kv-compression: the model has a state of its own ({host.__name__}), with which "
             "compression has not been tried: choose another model, or drop --kv-compression."
         )
-    return _made_over(host)
+    if host not in _made:
+        _made[host] = type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})
+    return _made[host]
 
 
-@functools.cache
-def _made_over(host: Any) -> type[CompressionStateMixin]:
-    return type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})
+_made: dict[type[Any], type[CompressionStateMixin]] = {}

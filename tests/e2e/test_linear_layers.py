@@ -3,7 +3,8 @@
 The reference is transformers over the same survivors (`Replay`), whose recurrent layers go on from
 the state that the whole prompt has left. Granite 4 has Mamba layers and runs with prefix caching
 (vLLM's mode "align": states are kept at block boundaries), LFM2 has short convolutions and runs
-without (mode "none": one state per request).
+without (mode "none": one state per request). Qwen3-Next has linear attention, which vLLM computes
+on a CPU in bfloat16 alone.
 
 vLLM on a CPU has two faults that would hide what is tested; neither concerns compression:
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
@@ -31,6 +33,7 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.worker.layout.base import CacheLayout
 
 pytestmark = pytest.mark.engine
 
@@ -219,3 +222,31 @@ def test_short_convolutions_two_layer_groups_and_decoding(tmp_path: Path) -> Non
             run(engine, "long", prompt, 100)
         assert engine.scheduler.stats.compactions["keydiff/decode"] >= 2
         assert_idle(engine)
+
+
+def test_the_delta_rule_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding, not compression, decides on tokens here: what is compared is who survives."""
+    model, prompt = str(write_random_hybrid(tmp_path, "qwen3_next")), distinct_tokens(700)
+    chosen: list[torch.Tensor] = []
+    move = CacheLayout.move
+
+    def spy(self: Any, caches: Any, group: Any, indices: torch.Tensor, rotary: Any) -> None:
+        chosen.append(indices.clone())
+        move(self, caches, group, indices, rotary)
+
+    with opened(model, SETTING, **ENGINE | {"dtype": "bfloat16"}) as engine:
+        (own,) = (each for each in managers(engine) if isinstance(each, CompressedAttentionManager))
+        replay = Replay(model, own.block_size, torch.bfloat16)
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheLayout, "move", spy)
+            found = run(engine, "compressed", prompt).token_ids
+        assert_idle(engine)
+    prefilled = replay.prefill(prompt)
+    assert found[0] == prefilled.first_token and len(found) == NUM_TOKENS
+    (indices,) = chosen  # [L, 1, KV, K]
+    survivors = replay.survivors(prefilled, parse_config(SETTING))
+    for number, layer in enumerate(replay.full_layers):
+        for head, kept in enumerate(indices[number, 0]):
+            wanted = survivors[layer][head, : len(kept)]
+            both = len(set(kept.tolist()) & set(wanted.tolist()))
+            assert both >= 0.95 * len(kept), (layer, head, both, len(kept))

@@ -4,7 +4,6 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -248,9 +247,9 @@ def compressed(host: type[DefaultModelState]) -> type[CompressionStateMixin]:
             f"--kv-compression: the model has a state of its own ({host.__name__}), with which "
             "compression has not been tried: choose another model, or drop --kv-compression."
         )
-    return _made_over(host)
+    if host not in _made:
+        _made[host] = type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})
+    return _made[host]
 
 
-@functools.cache
-def _made_over(host: Any) -> type[CompressionStateMixin]:
-    return type(f"Compressed{host.__name__}", (CompressionStateMixin, host), {})
+_made: dict[type[Any], type[CompressionStateMixin]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.latent_checks import check_latent_setting, latent_attention
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
@@ -189,6 +190,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _platform,
     _runner_type,
     model_kind,
+    latent_attention,
     layer_kinds,
     _model_runner,
     _parallelism,
@@ -232,6 +234,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             "leave out draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
+        check_latent_setting(setting, variant, model)
         policy = variant.build_policy()
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(

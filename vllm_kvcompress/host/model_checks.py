@@ -9,6 +9,8 @@ from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+LATENT_BACKENDS = ("CPU_MLA", "AMX_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
+"""For latent attention (MLA)."""
 
 
 def model_kind(config: Any) -> str | None:
@@ -18,7 +20,6 @@ def model_kind(config: Any) -> str | None:
 def unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
-        "a model with multi-head latent attention (MLA)": model.use_mla,
         "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
         "a multimodal model": model.is_multimodal_model,
         "a diffusion model": model.is_diffusion,
@@ -49,6 +50,11 @@ def layer_kinds(config: Any) -> str | None:
 
 def partial_attention(model: Any) -> str | None:
     """For a draft model, whose layers must be alike."""
+    if model.use_mla:
+        return (
+            f"{model.model} is a model with multi-head latent attention (MLA), over which drafts "
+            "have not been tried: choose another draft model"
+        )
     if set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
         return (
             f"{model.model} has sliding-window or other partial-attention layers: "
@@ -72,6 +78,11 @@ def has_plain_rotary(model_config: Any) -> bool:
     return rope.get("rope_type", "other") in ("default", "llama3")
 
 
+def is_latent(layer: Any) -> bool:
+    """Whether an attention layer of vLLM caches latents (MLA) in the place of keys and values."""
+    return hasattr(layer, "kv_lora_rank")
+
+
 def check_layer(name: str, layer: Any) -> None:
     """Refuse an attention layer that compaction would break; called once the model is built.
 
@@ -91,8 +102,8 @@ def check_layer(name: str, layer: Any) -> None:
         reason = "caps its logits, which scoring does not know: choose a model without a soft cap"
     elif getattr(impl, "sinks", None) is not None:
         reason = "has learned attention sinks, which scoring does not know: choose another model"
-    elif backend not in SUPPORTED_BACKENDS:
-        allowed = ", ".join(SUPPORTED_BACKENDS)
+    elif backend not in (known := LATENT_BACKENDS if is_latent(layer) else SUPPORTED_BACKENDS):
+        allowed = ", ".join(known)
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
     if reason is not None:
         raise UnsupportedModelError(

@@ -5,15 +5,21 @@ from dataclasses import fields
 from typing import Any
 
 from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.layer_kinds import full_layers
-from vllm_kvcompress.spec import CompressedAttentionSpec
+from vllm_kvcompress.spec import CompressedAttentionSpec, CompressedMLASpec
 
 
 class CompactedLayers:
@@ -45,13 +51,16 @@ class CompactedLayers:
         """Place of the layer that vLLM calls `name`."""
         return self.places[extract_layer_index(name)]
 
-    def by_name(self) -> dict[str, Attention]:
+    def by_name(self) -> dict[str, Attention | MLAAttention]:
         """The layers, by vLLM's names."""
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        base: Any = AttentionLayerBase
+        layers = get_layers_from_vllm_config(self.vllm_config, base)
         return {
             name: layer
             for name, layer in layers.items()
-            if not layer.is_draft_layer and extract_layer_index(name) in self.places
+            if isinstance(layer, Attention | MLAAttention)
+            and not layer.is_draft_layer
+            and extract_layer_index(name) in self.places
         }
 
     def specs(
@@ -75,7 +84,9 @@ class CompactedLayers:
             whole = self._attending_to_all(spec)
             if whole is not None and (place is not None or is_other):
                 number = None if place is None else groups[place]
-                found[name] = CompressedAttentionSpec.from_full(whole, number)
+                latent = isinstance(whole, MLAAttentionSpec)
+                ours = CompressedMLASpec if latent else CompressedAttentionSpec
+                found[name] = ours.from_full(whole, number)
             elif place is None and not is_other and type(spec) is SlidingWindowSpec:
                 found[name] = spec
             else:
@@ -91,7 +102,7 @@ class CompactedLayers:
 
         A window that no sequence outgrows is none.
         """
-        if type(spec) is FullAttentionSpec and spec.sliding_window is None:
+        if type(spec) in (FullAttentionSpec, MLAAttentionSpec) and spec.sliding_window is None:
             return spec
         if type(spec) is SlidingWindowSpec and spec.sliding_window >= self.max_len:
             shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}

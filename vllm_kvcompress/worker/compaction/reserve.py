@@ -6,6 +6,8 @@ cache group, come later; without a reserve they could find no memory, which ends
 
 from typing import Any
 
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
@@ -35,7 +37,7 @@ def rank_shape(runner: Any) -> RankShape:
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,
         hidden_size=runner.model_config.get_hidden_size(),
-        cache_dtype=first.kv_cache_torch_dtype,
+        cache_dtype=kv_cache_dtype_str_to_dtype(first.kv_cache_dtype, runner.model_config),
         block_size=runner.cache_config.block_size,
         max_model_len=runner.max_model_len,
         max_num_reqs=runner.max_num_reqs,

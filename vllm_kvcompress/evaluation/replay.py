@@ -249,8 +249,15 @@ class Replay:
         cache = DynamicCache(config=self.model.config)
         rows, num_entries = self.rows(prompt, config, seed)
         for layer, (keys, values) in enumerate(rows):
-            cache.update(keys[None].clone(), values[None].clone(), layer)
+            first, second = self._as_cached(keys, values)
+            cache.update(first[None].clone(), second[None].clone(), layer)
         return Compressed(cache, num_entries)
+
+    def _as_cached(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model's cache has in the place of keys and values of survivors."""
+        return keys, values
 
     @torch.inference_mode()
     def next_token(self, cache: DynamicCache, token: int, position: int) -> int:

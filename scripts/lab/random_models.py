@@ -78,13 +78,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **{key: value for key, value in _COMMON.items() if key != "head_dim"},
         "architectures": ["DeepseekV3ForCausalLM"],
-        "first_k_dense_replace": 3,  # no layer has experts
-        "kv_lora_rank": 512,  # the only one, with a rotated part of 64, that vLLM's CPU kernels take
+        "first_k_dense_replace": 4,  # no layer has experts
+        "kv_lora_rank": 512,  # with a rotated part of 64 the one that vLLM's CPU kernels take
         "model_type": "deepseek_v3",
         "n_group": 1,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
-        "num_hidden_layers": 3,
         "num_key_value_heads": NUM_HEADS,
         "num_nextn_predict_layers": 0,
         "q_lora_rank": 96,
@@ -124,8 +123,8 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
     name : {"llama", "qwen3", "gemma3", "deepseek_v3"}
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
-        other layer with a window of 96 tokens, four query heads per KV head. "deepseek_v3": DeepSeek
-        V3 with dense layers only, latent attention of 512 + 64 numbers per token.
+        other layer with a window of 96 tokens, four query heads per KV head. "deepseek_v3":
+        DeepSeek V3 with dense layers only, latent attention of 512 + 64 numbers per token.
     seed : int, default=0
         Another seed gives other weights.
 

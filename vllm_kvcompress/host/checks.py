@@ -228,13 +228,14 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     """
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
+    if model.use_mla:
+        check_latent_setting(setting, model.model)
     if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:
         raise ConfigError(
             f"mode: {model.model} has windowed layers, over which drafts have not been tried; "
             "leave out draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
-        check_latent_setting(setting, variant, model)
         policy = variant.build_policy()
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(

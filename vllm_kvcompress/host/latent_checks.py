@@ -47,31 +47,34 @@ def latent_attention(config: Any) -> str | None:
     return None
 
 
-def check_latent_setting(setting: CompressionConfig, variant: CompressionConfig, model: Any) -> None:
-    """Refuse a variant of a setting, of the server or of one request, for a model with MLA.
+def check_latent_setting(setting: CompressionConfig, model: str) -> None:
+    """Refuse a setting, of the server or of one request, for a model with MLA of this name.
 
     Raises
     ------
     ConfigError
         With the first reason found.
     """
-    if not model.use_mla:
-        return
     if setting.drafts:
         raise ConfigError(
-            f"mode: {model.model} has latent attention (MLA), over which drafts have not been "
+            f"mode: {model} has latent attention (MLA), over which drafts have not been "
             "tried; leave out draft mode and draft.budget."
         )
+    for variant in (setting, *setting.by_task.values()):
+        _check_variant(variant, model)
+
+
+def _check_variant(variant: CompressionConfig, model: str) -> None:
     if variant.codebook is not None:
         raise ConfigError(
-            f"codebook: {model.model} has latent attention (MLA), which caches no keys and values "
+            f"codebook: {model} has latent attention (MLA), which caches no keys and values "
             "that could be coded; leave codebook out."
         )
     policy = variant.build_policy()
     reason = policy.latent_obstacle
     if reason is not None:
         raise ConfigError(
-            f"policy.name: {variant.policy.name} {reason}, and {model.model} caches one latent "
+            f"policy.name: {variant.policy.name} {reason}, and {model} caches one latent "
             f"vector per token for all heads (MLA); choose one of {', '.join(_fitting())}."
         )
 

@@ -147,6 +147,11 @@ def read_shape(config: ConfigFile, geometry: ModelGeometry) -> ModelShape:
             f"--speed: {config.path} describes a mixture of experts, and the time of its MLPs is "
             "not modelled: leave out --speed."
         )
+    if geometry.is_latent:
+        raise UnsupportedModelError(
+            f"--speed: {config.path} describes latent attention (MLA), whose time is not "
+            "modelled: leave out --speed."
+        )
     size = DTYPE_BYTES[geometry.dtype]
     return ModelShape(
         num_layers=geometry.num_layers,

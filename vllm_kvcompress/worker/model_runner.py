@@ -153,7 +153,9 @@ class CompressionRunnerMixin(GPUModelRunner):
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=cache_of(layers[name]),
                 rotary=None if latent else find_rotary(self.model, name, self.device),
-                output_projection=None if latent else find_output_projection(
+                output_projection=None
+                if latent
+                else find_output_projection(
                     self.model, name, layers[name].num_heads, layers[name].head_size
                 ),
             )
@@ -190,8 +192,9 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def warm_up_compaction(self) -> None:
         """Launch once what only compressed requests launch; their rows here are dummies."""
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         samples = {
-            name: torch.zeros(1, layer.num_heads, query_size(layer), dtype=self.dtype).to(self.device)
+            name: torch.zeros(1, layer.num_heads, query_size(layer), **options)
             for name, layer in self.compacted_layers.by_name().items()
         }
         for sample in samples.values():

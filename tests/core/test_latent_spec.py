@@ -28,7 +28,9 @@ def test_a_page_has_rows_and_no_values() -> None:
     assert ours.page_size_bytes == HOST.page_size_bytes == 16 * 576 * 2
     for each in fields(MLAAttentionSpec):
         assert getattr(ours, each.name) == getattr(HOST, each.name), each.name
-    assert CompressedMLASpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16) == (
+    assert CompressedMLASpec(
+        block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16
+    ) == (
         CompressedMLASpec.from_full(
             MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16), 0
         )

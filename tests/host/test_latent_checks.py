@@ -78,9 +78,20 @@ REFUSALS: list[tuple[str, str | None, dict[str, Any], list[str]]] = [
         "cache",
         "cache_config",
         {"cache_dtype": "fp8_ds_mla"},
-        ["fp8_ds_mla", "--kv-cache-dtype auto"],
+        ["fp8_ds_mla", "--kv-cache-dtype bfloat16"],
     ),
-    ("ranks", "parallel_config", {"tensor_parallel_size": 2}, ["--tensor-parallel-size 2", "to 1"]),
+    (
+        "scheme",
+        None,
+        {"quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8})},
+        ["quantised cache (of the checkpoint)", "--kv-cache-dtype bfloat16"],
+    ),
+    (
+        "stages",
+        "parallel_config",
+        {"pipeline_parallel_size": 2},
+        ["--pipeline-parallel-size 2 with latent attention", "set it to 1"],
+    ),
     (
         "drafts",
         None,

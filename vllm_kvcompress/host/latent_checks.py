@@ -27,22 +27,30 @@ def latent_attention(config: Any) -> str | None:
             f"{model.model} runs on vLLM's Transformers backend, where latent attention (MLA) has "
             "not been tried: set --model-impl vllm"
         )
+    if model.is_multimodal_model:
+        return (
+            f"{model.model} is a multimodal model with latent attention (MLA), which has not been "
+            "tried: choose a text model"
+        )
     dtype = config.cache_config.cache_dtype
+    scheme = getattr(config.quant_config, "kv_cache_scheme", None)
+    if dtype == "auto" and scheme:  # the checkpoint's, which vLLM follows while it builds layers
+        dtype = "of the checkpoint"
     if dtype not in PLAIN_CACHES:
         return (
             f"a quantised cache ({dtype}) of latent attention (MLA) is not supported: set "
-            "--kv-cache-dtype auto"
+            "--kv-cache-dtype bfloat16"
+        )
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        return (
+            f"--pipeline-parallel-size {stages} with latent attention (MLA) has not been tried: "
+            "set it to 1"
         )
     if config.speculative_config is not None:
         return (
             f"speculative decoding over the compressed cache of {model.model}, which has latent "
             "attention (MLA), has not been tried: remove --speculative-config"
-        )
-    size = config.parallel_config.tensor_parallel_size
-    if size > 1:
-        return (
-            f"--tensor-parallel-size {size} with latent attention (MLA) is not supported, because "
-            "every rank would choose tokens of the shared cache by its own heads: set it to 1"
         )
     return None
 

@@ -6,6 +6,7 @@ One sentence for each that is not; nothing is guessed.
 from typing import Any
 
 from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.host.latent_checks import PLAIN_CACHES
 from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -105,6 +106,8 @@ def check_layer(name: str, layer: Any) -> None:
     elif backend not in (known := LATENT_BACKENDS if is_latent(layer) else SUPPORTED_BACKENDS):
         allowed = ", ".join(known)
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
+    elif is_latent(layer) and layer.kv_cache_dtype not in PLAIN_CACHES:
+        reason = "caches quantised latents (MLA): set --kv-cache-dtype bfloat16"
     if reason is not None:
         raise UnsupportedModelError(
             f"--kv-compression: layer {name} {reason}, or drop --kv-compression."

@@ -136,6 +136,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
             first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
+            shares_head=model.use_mla,
         )
         state.prompt_queries.bind(self.compactor.layers, self._rows_so_far)
         for feature in self.features:

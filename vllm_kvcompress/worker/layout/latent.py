@@ -10,6 +10,7 @@ takes a third of the memory. Rows are moved as they are; no policy that turns ke
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -52,10 +53,11 @@ class _Absorbing(CacheLayout):
         cache: torch.Tensor,
         group: GroupBatch,
         queries: Sequence[torch.Tensor | None],
-        scale: float,
+        *softmax: Any,
+        **named: Any,
     ) -> Sequence[CacheRows]:
         absorbed = [None if each is None else self.absorb(each) for each in queries]
-        return super().rows(cache, group, absorbed, scale)
+        return super().rows(cache, group, absorbed, *softmax, **named)
 
     def rows_so_far(
         self,
@@ -63,9 +65,11 @@ class _Absorbing(CacheLayout):
         blocks: torch.Tensor,
         num_tokens: int,
         queries: torch.Tensor,
-        scale: float,
+        *softmax: Any,
+        **named: Any,
     ) -> CacheRows:
-        return super().rows_so_far(cache, blocks, num_tokens, self.absorb(queries), scale)
+        absorbed = self.absorb(queries)
+        return super().rows_so_far(cache, blocks, num_tokens, absorbed, *softmax, **named)
 
 
 class LatentLayout(_Absorbing, StridedLayout):
@@ -113,6 +117,7 @@ class GatheredLatentLayout(_Absorbing, CacheLayout):
     """On a CPU, where rows are gathered first. Parameters as for `LatentLayout`."""
 
     def __init__(self, num_latent: int, absorb: Absorb) -> None:
+        super().__init__()
         self.num_latent, self.absorb = num_latent, absorb
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

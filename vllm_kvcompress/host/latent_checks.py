@@ -8,10 +8,8 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.lengths.latent import unserved_latent
+from vllm_kvcompress.lengths.latent import PLAIN_CACHES, unserved_latent
 from vllm_kvcompress.registry import load_policy_class, policy_names
-
-PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 
 
 def latent_attention(config: Any) -> str | None:

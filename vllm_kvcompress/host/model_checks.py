@@ -6,7 +6,7 @@ One sentence for each that is not; nothing is guessed.
 from typing import Any
 
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.latent_checks import PLAIN_CACHES
+from vllm_kvcompress.lengths.latent import PLAIN_CACHES
 from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")

@@ -10,6 +10,9 @@ from typing import Any
 SERVED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
 """``model_type`` of families whose every layer is dense MLA, with one attention per layer."""
 
+PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
+"""Values of ``--kv-cache-dtype`` with which rows are numbers as the model computes them."""
+
 
 def latent_width(text: Any) -> int:
     """Numbers per token and layer of the cache, by the configuration of a language model."""

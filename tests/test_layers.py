@@ -31,6 +31,7 @@ LAYERS = {
     "policies": 4,
     "messages": 4,
     "host.checks": 5,
+    "host.latent_checks": 4,
     "host.model_checks": 4,
     "host.hybrid_checks": 4,
     "speed": 5,
@@ -46,6 +47,7 @@ OWN = {name for name in LAYERS if "." in name}
 
 # These run without vLLM. `host.cpu_triton` is loaded while vLLM looks for its platform.
 PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "messages"}
+PURE |= {"host.latent_checks"}  # the command line asks it, too
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
 PURE |= {"host.interpreter_speed"}  # called by host.cpu_triton
 PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
@@ -56,7 +58,7 @@ PURE_COMPACTIONS = {
     "worker.compaction.group_scores", "worker.compaction.timer", "worker.compaction.warm_up",
     "worker.compaction.working_memory", "worker.draft.linked_blocks", "worker.draft.views",
     "worker.features", "worker.host_mirror", "worker.layout.base", "worker.layout.layer_cache",
-    "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
+    "worker.layout.latent", "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
 }  # fmt: skip
 PURE |= PURE_COMPACTIONS
 
@@ -86,6 +88,8 @@ ALLOWED = {
     "host.checks": 26,
     "host.cli_options": 7,
     "host.hooks": 11,
+    "host.latent_checks": 6,
+    "host.model_checks": 2,
     "host.prometheus": 12,
     "lengths.budgets": 6,
     "lengths.decode_queries": 4,

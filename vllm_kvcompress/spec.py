@@ -7,7 +7,12 @@ its own block table over the one shared pool.
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, iter_layer_specs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    iter_layer_specs,
+)
 
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 
@@ -36,9 +41,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list["CompressedAttentionSpec"]) -> "CompressedAttentionSpec":  # type: ignore[override]
         """Merge specs of one layer group; specs of different groups raise AssertionError."""
-        groups = {getattr(spec, "layer_group", "without number") for spec in specs}
-        if len(groups) != 1:
-            raise AssertionError(f"Layers of layer groups {sorted(map(str, groups))} do not merge.")
+        _check_one_group(specs)
         merged = super().merge(specs)
         return replace(merged, layer_group=specs[0].layer_group)
 
@@ -48,6 +51,27 @@ class CompressedAttentionSpec(FullAttentionSpec):
             isinstance(spec, CompressedAttentionSpec) and spec.layer_group == self.layer_group
             for spec in kv_cache_specs.values()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedMLASpec(MLAAttentionSpec, CompressedAttentionSpec):
+    """The same for latent attention (MLA): one vector per token, and no values.
+
+    vLLM's class comes first: its defaults and its padding count.
+    """
+
+    @classmethod
+    def merge(cls, specs: list["CompressedMLASpec"]) -> "CompressedMLASpec":  # type: ignore[override]
+        """Merge specs of one layer group; specs of different groups raise AssertionError."""
+        _check_one_group(specs)
+        merged = super().merge(specs)
+        return replace(merged, layer_group=specs[0].layer_group)
+
+
+def _check_one_group(specs: Iterable[KVCacheSpec]) -> None:
+    groups = {getattr(spec, "layer_group", "without number") for spec in specs}
+    if len(groups) != 1:
+        raise AssertionError(f"Layers of layer groups {sorted(map(str, groups))} do not merge.")
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def _key_launch(pages: Pages) -> tuple[tuple[int, int, int], tuple[int, ...], di
     """The grid (splits, KV heads, requests), strides and tokens per split, and tile sizes."""
     num_requests, num_heads = pages.num_requests, pages.num_kv_heads
     block_d = triton.next_power_of_2(pages.head_dim)
-    tile = max(_TILE_NUMBERS // block_d, 16)
+    tile = max(_TILE_NUMBERS // block_d, 8)
     split_len = split_length(pages.max_tokens, num_requests * num_heads, tile)
     grid = (triton.cdiv(pages.max_tokens, split_len), num_heads, num_requests)
     shape = {"N": pages.block_size, "BLOCK_N": tile, "BLOCK_D": block_d, "STAGES": _STAGES}

@@ -128,6 +128,34 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 96,
         "tie_word_embeddings": True,
     },
+    "deepseek_v3": {
+        **{key: value for key, value in _COMMON.items() if key != "head_dim"},
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "first_k_dense_replace": 4,  # no layer has experts
+        "kv_lora_rank": 512,  # with a rotated part of 64 the one that vLLM's CPU kernels take
+        "model_type": "deepseek_v3",
+        "n_group": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": NUM_HEADS,
+        "num_nextn_predict_layers": 0,
+        "q_lora_rank": 96,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        # As DeepSeek's. Another reason: vLLM's CPU kernel for plain ones wants whole heads.
+        "rope_parameters": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 1024,
+            "rope_theta": 10000.0,
+            "rope_type": "yarn",
+        },
+        "topk_group": 1,
+        "v_head_dim": 32,
+    },
 }
 MODELS = tuple(_CONFIGS)
 
@@ -135,6 +163,7 @@ MODELS = tuple(_CONFIGS)
 # deviation of 2.25, a handful of tokens share most of the weight. Output: what is attended to,
 # and so what is evicted, shows in the logits.
 _GAINS = {"q_proj": 1.5, "k_proj": 1.5, "v_proj": 1.0, "o_proj": 2.0, "lm_head": 8.0}
+_GAINS |= {"q_b_proj": 1.5, "kv_a_proj_with_mqa": 1.5, "kv_b_proj": 1.5}
 
 
 def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
@@ -149,7 +178,8 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
         other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma2"
         (with a soft cap), "gpt_oss" (learned sinks, YaRN, four experts), "exaone4" and "cohere2"
-        (whose full layers have no rotary embedding).
+        (whose full layers have no rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
+        only, latent attention of 512 + 64 numbers per token.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -252,14 +282,16 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         weights[f"{name}.weight"] = make(f"{name}.weight", *arguments)
 
     put(embedding, "model.embed_tokens", VOCAB_SIZE, HIDDEN_SIZE)
-    kv_size = config["num_key_value_heads"] * HEAD_DIM
+    is_latent = "kv_lora_rank" in config
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         if kind != "exaone4":
             put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
-        put(linear, f"{layer}.self_attn.q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE)
-        put(linear, f"{layer}.self_attn.k_proj", kv_size, HIDDEN_SIZE)
-        put(linear, f"{layer}.self_attn.v_proj", kv_size, HIDDEN_SIZE)
+        for name, num_out, num_in in (_latent if is_latent else _plain)(config):
+            put(linear, f"{layer}.self_attn.{name}", num_out, num_in)
+        if is_latent:
+            put(norm, f"{layer}.self_attn.q_a_layernorm", config["q_lora_rank"])
+            put(norm, f"{layer}.self_attn.kv_a_layernorm", config["kv_lora_rank"])
         put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * HEAD_DIM)
         if is_gemma:
             put(norm, f"{layer}.pre_feedforward_layernorm", HIDDEN_SIZE)
@@ -272,7 +304,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         if kind != "cohere2":
             put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
         if kind == "gpt_oss":
-            weights |= _sinks_and_experts(layer, config["num_local_experts"], kv_size, normal)
+            weights |= _sinks_and_experts(layer, config, normal)
             continue
         put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
@@ -286,10 +318,33 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
+def _plain(config: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """Projections of queries, keys and values: name, numbers out, numbers in."""
+    kv_size = config["num_key_value_heads"] * HEAD_DIM
+    return [
+        ("q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE),
+        ("k_proj", kv_size, HIDDEN_SIZE),
+        ("v_proj", kv_size, HIDDEN_SIZE),
+    ]
+
+
+def _latent(config: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """The same of latent attention (MLA)."""
+    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    return [
+        ("q_a_proj", config["q_lora_rank"], HIDDEN_SIZE),
+        ("q_b_proj", NUM_HEADS * (nope + rope), config["q_lora_rank"]),
+        ("kv_a_proj_with_mqa", config["kv_lora_rank"] + rope, HIDDEN_SIZE),
+        ("kv_b_proj", NUM_HEADS * (nope + config["v_head_dim"]), config["kv_lora_rank"]),
+    ]
+
+
 def _sinks_and_experts(
-    layer: str, num_experts: int, kv_size: int, normal: Callable[..., np.ndarray]
+    layer: str, config: dict[str, Any], normal: Callable[..., np.ndarray]
 ) -> dict[str, np.ndarray]:
     """What gpt-oss has in the place of a plain MLP, and beside its attention."""
+    num_experts = config["num_local_experts"]
+    kv_size = config["num_key_value_heads"] * HEAD_DIM
     attention, experts = f"{layer}.self_attn", f"{layer}.mlp.experts"
     down = (num_experts, INTERMEDIATE_SIZE, HIDDEN_SIZE)
     shapes = {

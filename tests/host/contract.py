@@ -6,6 +6,7 @@ WHERE_CALLS_ARE = ("v1", "engine", "entrypoints")
 RECEIVERS = {
     "Scheduler": {"scheduler"},
     "FullAttentionManager": {"manager"},
+    "MLAAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec"},
     "FullAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec"},
     "GPUModelRunner": {"model_runner", "runner"},
     "CPUModelRunner": {"model_runner", "runner"},
@@ -307,7 +308,7 @@ ATTRIBUTES = {
         "enable_sleep_mode", "get_total_num_kv_heads", "get_vocab_size", "head_dtype",
         "hf_text_config", "is_attention_free", "is_diffusion", "is_encoder_decoder", "is_hybrid",
         "is_moe", "is_multimodal_model", "max_model_len", "runner_type", "use_fp64_gumbel",
-        "use_mla",
+        "use_mla", "using_transformers_backend",
     },
     "vllm.config:ParallelConfig": {
         "data_parallel_size", "decode_context_parallel_size", "pipeline_parallel_size",

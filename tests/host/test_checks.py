@@ -62,7 +62,7 @@ REFUSALS = [
     (MODEL, {"runner_type": "pooling"}, ["--runner pooling"]),
     (MODEL, {"enable_sleep_mode": True}, ["--enable-sleep-mode"]),
     (MODEL, {"is_encoder_decoder": True}, ["encoder-decoder", "decoder-only"]),
-    (MODEL, {"use_mla": True}, ["MLA"]),
+    (MODEL, {"use_mla": True}, ["latent attention (MLA) of the kind llama", "deepseek_v3"]),
     (MODEL, {"is_hybrid": True}, ["hybrid"]),
     (MODEL, {"is_attention_free": True}, ["attention-free"]),
     (MODEL, {"is_multimodal_model": True}, ["multimodal"]),

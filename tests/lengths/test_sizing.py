@@ -74,6 +74,8 @@ PLAIN = {
     "max_position_embeddings": 131072,
 }
 
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "model_type": "deepseek_v2"}
+
 
 def geometry_of(folder: Path, fields: dict[str, Any], dtype: str = "auto") -> ModelGeometry:
     (folder / "config.json").write_text(json.dumps(fields))
@@ -131,7 +133,9 @@ def test_missing_and_broken_files_are_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        ({"kv_lora_rank": 512}, "MLA"),
+        (LATENT, "latent attention .MLA., which the server compresses and this command"),
+        (LATENT | {"index_topk": 2048}, "sparse latent attention"),
+        ({"kv_lora_rank": 256, "model_type": "minicpm3"}, "MLA. of the kind minicpm3"),
         ({"sliding_window": 4096}, "sliding-window"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
@@ -141,6 +145,15 @@ def test_missing_and_broken_files_are_one_sentence(tmp_path: Path) -> None:
 def test_what_the_server_refuses_is_refused(tmp_path: Path, change: dict, kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=kind):
         geometry_of(tmp_path, PLAIN | change)
+
+
+def test_a_latent_row_serves_all_heads(tmp_path: Path) -> None:
+    """DeepSeek-V2-Lite: 576 numbers per token and layer, and no values."""
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN | LATENT))
+    found = read_geometry(tmp_path, "bfloat16", latent=True)
+    assert (found.is_latent, found.num_kv_heads, found.head_dim) == (True, 1, 576)
+    assert found.page_bytes(16) == 16 * 576 * 2
+    assert found.heads_per_worker(1) == "latent rows of 576"
 
 
 def test_a_window_that_is_not_used_is_no_reason(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from vllm_kvcompress.cli.tune import add_tune_options, run_tune
 from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.latent_checks import check_latent_setting
 from vllm_kvcompress.lengths.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
 from vllm_kvcompress.lengths.sizing import (
     Capacity,
@@ -191,7 +192,9 @@ def _run_plan(args: argparse.Namespace) -> int:
     variants: Mapping[str | None, CompressionConfig] = {None: config}
     if config.tasks:
         variants = {k: v for k, v in config.by_task.items() if config.task in ("auto", k)}
-    geometry = read_geometry(args.model, args.dtype)
+    geometry = read_geometry(args.model, args.dtype, latent=True)
+    if geometry.is_latent:
+        check_latent_setting(config, str(args.model))
     sizes = (args.prompt_len, args.output_len, args.block_size, args.tensor_parallel_size)
     usages = {task: request_usage(geometry, each, *sizes) for task, each in variants.items()}
     task, usage = max(usages.items(), key=lambda item: item[1].blocks_decoding)
@@ -262,9 +265,9 @@ def _plan_json(plan: _Plan) -> dict[str, Any]:
 def _print_plan(plan: _Plan) -> None:
     args, config, geometry, usage, fit = plan
     each = " per worker" if args.tensor_parallel_size > 1 else ""
-    heads = f"{geometry.kv_heads_per_worker(args.tensor_parallel_size)} x {geometry.head_dim}"
+    heads = geometry.heads_per_worker(args.tensor_parallel_size)
     say(
-        f"{args.model}: {geometry.num_layers} layers, KV heads {heads}{each}, {geometry.dtype}, "
+        f"{args.model}: {geometry.num_layers} layers, {heads}{each}, {geometry.dtype}, "
         f"{args.block_size} tokens per block\n"
         f"{args.kv_compression}: policy {config.policy.name}, prompt of {args.prompt_len:,} tokens"
     )

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_kvcompress.plans import GroupCache, GroupLengths, GroupPlan, Purpose, Span
-from vllm_kvcompress.spec import CompressedAttentionSpec
+from vllm_kvcompress.spec import CompressedAttentionSpec, CompressedMLASpec
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,10 @@ class CompressedAttentionManager(FullAttentionManager):
 
 
 def register_manager() -> None:
-    """Tell vLLM that our manager serves our spec. Idempotent."""
+    """Tell vLLM that our manager serves our specs. Idempotent."""
     # The registry fills itself with the built-in specs only while it is empty.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        CompressedAttentionSpec,
-        CompressedAttentionManager,
-        uniform_type_base_spec=FullAttentionSpec,
-    )
+    for spec in (CompressedAttentionSpec, CompressedMLASpec):
+        KVCacheSpecRegistry.register(
+            spec, CompressedAttentionManager, uniform_type_base_spec=FullAttentionSpec
+        )

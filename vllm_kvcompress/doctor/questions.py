@@ -17,7 +17,7 @@ from vllm_kvcompress.doctor.findings import Check, Finding, Question
 from vllm_kvcompress.doctor.savings import find_savings
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.checks import TESTED_VLLM
-from vllm_kvcompress.host.model_checks import SUPPORTED_BACKENDS
+from vllm_kvcompress.host.model_checks import LATENT_BACKENDS, SUPPORTED_BACKENDS
 from vllm_kvcompress.lengths.geometry import read_geometry
 from vllm_kvcompress.registry import policy_names
 
@@ -198,7 +198,7 @@ def _start(question: Question) -> Iterator[Finding]:
     """The engine's configuration, made as ``vllm serve`` makes it."""
     if question.model is None:
         return
-    read_geometry(question.model)  # its refusals say more than vLLM's
+    read_geometry(question.model, latent=True)  # its refusals say more than vLLM's
     if question.config is None and question.setting != "none":
         return  # refused already
     try:
@@ -264,17 +264,19 @@ def _backend(question: Question) -> Iterator[Finding]:
     from vllm.v1.attention.selector import get_attn_backend
 
     config, model = question.vllm_config or VllmConfig(), None
-    size, dtype = TYPICAL_HEAD, torch.bfloat16
+    size, dtype, use_mla = TYPICAL_HEAD, torch.bfloat16, False
     if question.vllm_config is not None:
         model = config.model_config
-        size, dtype = model.get_head_size(), model.dtype
+        size, dtype, use_mla = model.get_head_size(), model.dtype, model.use_mla
     with set_current_vllm_config(config):
-        name = get_attn_backend(size, dtype, config.cache_config.cache_dtype).get_name()
+        cache_dtype = config.cache_config.cache_dtype
+        name = get_attn_backend(size, dtype, cache_dtype, use_mla=use_mla).get_name()
     what = f"{name}, for heads of {size} in {str(dtype).removeprefix('torch.')}"
-    if name in SUPPORTED_BACKENDS:
+    known = LATENT_BACKENDS if use_mla else SUPPORTED_BACKENDS
+    if name in known:
         yield Finding("ok", "attention", f"{what}.")
         return
-    allowed = ", ".join(SUPPORTED_BACKENDS)
+    allowed = ", ".join(known)
     yield Finding("fail", "attention", f"{what}: set --attention-backend to one of {allowed}.")
 
 

@@ -20,11 +20,11 @@ def find_savings(question: Question) -> Iterator[Finding]:
     if config.mode == "draft":
         yield Finding("ok", "saving", "the mode draft evicts nothing and saves no memory.")
         return
-    geometry, block_size = read_geometry(model), 16
+    geometry, block_size = read_geometry(model, latent=True), 16
     length = geometry.max_positions
     if made is not None:
         dtype = str(made.model_config.dtype).removeprefix("torch.")
-        geometry = read_geometry(model, dtype)
+        geometry = read_geometry(model, dtype, latent=True)
         block_size, length = made.cache_config.block_size, made.model_config.max_model_len
     if not length:
         return

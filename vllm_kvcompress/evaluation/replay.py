@@ -282,7 +282,14 @@ class Replay:
         """The `view`, and what its codebooks hold."""
         rows, num_entries = self.rows(prompt, config, seed)
         empty = DynamicCache(config=self.model.config)
+        rows = [self._as_cached(keys, values) for keys, values in rows]
         return Compressed(with_states(empty, prompt.states, rows), num_entries)
+
+    def _as_cached(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model's cache has in the place of keys and values of survivors."""
+        return keys, values
 
     @torch.inference_mode()
     def next_token(self, cache: DynamicCache, token: int, position: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.hybrid_checks import hybrid_model
+from vllm_kvcompress.host.latent_checks import check_latent_setting, latent_attention
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
@@ -194,6 +195,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _runner_type,
     model_kind,
     hybrid_model,
+    latent_attention,
     layer_kinds,
     _model_runner,
     _parallelism,
@@ -231,6 +233,8 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     """
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
+    if model.use_mla:
+        check_latent_setting(setting, model.model)
     if setting.drafts and (others := layers_beside(model)):
         raise ConfigError(
             f"mode: {model.model} has {others}, over which drafts have not been tried; leave out "

@@ -7,11 +7,14 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.lengths.latent import PLAIN_CACHES
 from vllm_kvcompress.lengths.layer_kinds import SERVED, UNTURNED, full_layers, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
 from vllm_kvcompress.lengths.windowed_tables import groups_warning
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+LATENT_BACKENDS = ("CPU_MLA", "AMX_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
+"""For latent attention (MLA)."""
 
 
 def model_kind(config: Any) -> str | None:
@@ -21,7 +24,6 @@ def model_kind(config: Any) -> str | None:
 def unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
-        "a model with multi-head latent attention (MLA)": model.use_mla,
         "an attention-free model": model.is_attention_free,
         "a multimodal model": model.is_multimodal_model,
         "a diffusion model": model.is_diffusion,
@@ -54,6 +56,11 @@ def layer_kinds(config: Any) -> str | None:
 
 def partial_attention(model: Any) -> str | None:
     """For a draft model, whose layers must be alike."""
+    if model.use_mla:
+        return (
+            f"{model.model} is a model with multi-head latent attention (MLA), over which drafts "
+            "have not been tried: choose another draft model"
+        )
     if model.is_hybrid or set(layer_types(model.hf_text_config, model.max_model_len)) != {FULL}:
         return (
             f"{model.model} has sliding-window or other partial-attention layers: "
@@ -116,6 +123,11 @@ def odd_rotary(model_config: Any) -> str:
     return "scales its rotary embedding"
 
 
+def is_latent(layer: Any) -> bool:
+    """Whether an attention layer of vLLM caches latents (MLA) in the place of keys and values."""
+    return hasattr(layer, "kv_lora_rank")
+
+
 def check_layer(name: str, layer: Any) -> None:
     """Refuse an attention layer that compaction would break; called once the model is built.
 
@@ -131,9 +143,11 @@ def check_layer(name: str, layer: Any) -> None:
         reason = "shares the KV cache of another layer: choose a model without KV sharing"
     elif getattr(impl, "alibi_slopes", None) is not None:
         reason = "uses ALiBi, which needs every key at its own index: choose a model with RoPE"
-    elif backend not in SUPPORTED_BACKENDS:
-        allowed = ", ".join(SUPPORTED_BACKENDS)
+    elif backend not in (known := LATENT_BACKENDS if is_latent(layer) else SUPPORTED_BACKENDS):
+        allowed = ", ".join(known)
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
+    elif is_latent(layer) and layer.kv_cache_dtype not in PLAIN_CACHES:
+        reason = "caches quantised latents (MLA): set --kv-cache-dtype bfloat16"
     if reason is not None:
         raise UnsupportedModelError(
             f"--kv-compression: layer {name} {reason}, or drop --kv-compression."

@@ -78,7 +78,10 @@ def query_bytes(vllm_config: Any) -> int:
     """Queries of one token in all layers that can be compacted, in bytes per rank."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     num_layers = len(full_layers(model.hf_text_config, model.max_model_len))
-    per_layer = model.get_num_attention_heads(parallel) * model.get_head_size()
+    text = model.hf_text_config
+    # Queries of latent attention are kept as the heads have them, not as wide as a cached row.
+    size = text.qk_nope_head_dim + text.qk_rope_head_dim if model.use_mla else model.get_head_size()
+    per_layer = model.get_num_attention_heads(parallel) * size
     return num_layers * per_layer * model.dtype.itemsize
 
 

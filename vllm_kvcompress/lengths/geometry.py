@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.lengths.latent import latent_width, unserved_latent
 from vllm_kvcompress.lengths.layer_kinds import SERVED, TRIED_HYBRIDS, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, STATE, WINDOWED
 
@@ -31,6 +32,8 @@ class ModelGeometry:
         Tokens of that window.
     num_recurrent : int
         Further layers with a state of fixed size in the place of keys and values.
+    is_latent : bool
+        Whether a token has one row of `head_dim` numbers for all heads (MLA), and no value.
     """
 
     num_layers: int
@@ -41,6 +44,7 @@ class ModelGeometry:
     num_windowed: int = 0
     window: int | None = None
     num_recurrent: int = 0
+    is_latent: bool = False
 
     def kv_heads_per_worker(self, tensor_parallel_size: int) -> int:
         """KV heads of one rank; vLLM repeats them where there are more ranks than heads."""
@@ -52,9 +56,17 @@ class ModelGeometry:
             )
         return max(self.num_kv_heads // tensor_parallel_size, 1)
 
+    def heads_per_worker(self, tensor_parallel_size: int) -> str:
+        """What a token's cache consists of in one layer of one worker, in words."""
+        if self.is_latent:
+            return f"latent rows of {self.head_dim}"
+        return f"KV heads {self.kv_heads_per_worker(tensor_parallel_size)} x {self.head_dim}"
+
     def page_bytes(self, block_size: int, tensor_parallel_size: int = 1) -> int:
         """Keys and values of `block_size` tokens of one layer on one worker."""
         heads = self.kv_heads_per_worker(tensor_parallel_size)
+        if self.is_latent:
+            return block_size * self.head_dim * DTYPE_BYTES[self.dtype]
         return 2 * block_size * heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
@@ -119,7 +131,7 @@ def read_config(folder: Path) -> ConfigFile:
     return ConfigFile(path, data, text)
 
 
-def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
+def read_geometry(folder: Path, dtype: str = "auto", latent: bool = False) -> ModelGeometry:
     """Read what the cache depends on from the ``config.json`` of a local Hugging Face folder.
 
     Parameters
@@ -128,6 +140,8 @@ def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
         The folder.
     dtype : str
         A key of `DTYPE_BYTES`; "auto" takes the model's, and bfloat16 for float32 as vLLM does.
+    latent : bool
+        Whether the caller knows what to do with latent attention (MLA).
 
     Raises
     ------
@@ -139,13 +153,23 @@ def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
     config = read_config(folder)
     text = config.text
     _check_supported(config.data, text, folder)
+    is_latent = text.get("kv_lora_rank") is not None
+    if is_latent:
+        _check_latent(text, folder, latent)
     num_heads = config.whole_number("num_attention_heads")
-    if text.get("head_dim") is None:
+    if is_latent:
+        head_dim = latent_width(
+            SimpleNamespace(
+                kv_lora_rank=config.whole_number("kv_lora_rank"),
+                qk_rope_head_dim=config.whole_number("qk_rope_head_dim"),
+            )
+        )
+    elif text.get("head_dim") is None:
         head_dim = config.whole_number("hidden_size") // num_heads
     else:
         head_dim = config.whole_number("head_dim")
-    kv_heads = num_heads
-    if text.get("num_key_value_heads") is not None:
+    kv_heads = 1 if is_latent else num_heads
+    if not is_latent and text.get("num_key_value_heads") is not None:
         kv_heads = config.whole_number("num_key_value_heads")
     count, positions = config.whole_number("num_hidden_layers"), _positions(text)
     types = _layer_types(count, config, positions)
@@ -159,6 +183,7 @@ def read_geometry(folder: Path, dtype: str = "auto") -> ModelGeometry:
         num_windowed=num_windowed,
         window=text["sliding_window"] if num_windowed else None,
         num_recurrent=types.count(STATE),
+        is_latent=is_latent,
     )
 
 
@@ -202,11 +227,31 @@ def _cache_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: 
     return "bfloat16" if name == "float32" else name
 
 
+def _check_latent(text: dict[str, Any], folder: Path, is_expected: bool) -> None:
+    """Refuse latent attention that the server refuses, and all where the caller has no use for it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason.
+    """
+    reason = unserved_latent(SimpleNamespace(**text))
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"--model: {folder} {reason}, and the server would refuse to compress it: choose "
+            "another model."
+        )
+    if not is_expected:
+        raise UnsupportedModelError(
+            f"--model: {folder} has latent attention (MLA), which the server compresses and this "
+            "command does not know: choose another model."
+        )
+
+
 def _check_supported(data: dict[str, Any], text: dict[str, Any], folder: Path) -> None:
     """Refuse what ``host.checks`` refuses at start-up, as far as config.json tells."""
     kinds = {
         "is an encoder-decoder model": data.get("is_encoder_decoder"),
-        "has multi-head latent attention (MLA)": text.get("kv_lora_rank"),
         "is a multimodal model": any(f"{k}_config" in data for k in ("vision", "audio")),
     }
     for kind, applies in kinds.items():

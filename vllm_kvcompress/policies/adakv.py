@@ -29,6 +29,11 @@ class AdaKV(WrappingPolicy):
 
     safeguard: float = Field(default=0.2, gt=0, le=1)
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """There is one KV head."""
+        return "shares a budget out between KV heads"
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return ranks: the head's safe tokens first, then by the mean over the layer's heads."""
         scores = self.inner.score(inputs)

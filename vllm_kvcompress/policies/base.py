@@ -80,6 +80,17 @@ class Policy(BaseModel, ABC):
         """Whether surviving keys are turned to neighbouring positions (needs rotary)."""
         return False
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """Why the policy cannot score a cache of latent attention (MLA); None if it can.
+
+        Such a cache has one KV head for all query heads. A key is the token's latent followed by
+        its rotated part, `ScoreInputs.queries` are absorbed, so that their products with it are the
+        heads' logits, and values are the latent, before any head's projection. The words follow
+        the policy's name in a sentence.
+        """
+        return "does not say that it serves latent attention"
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """Most memory that `score` holds at once for so many cached tokens, its result included.
 

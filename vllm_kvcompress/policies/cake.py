@@ -35,6 +35,11 @@ class CAKE(Policy):
         """Those of the observation window."""
         return Queries.WINDOW
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads."""
+        return None
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """A copy of the keys; of one head at a time keys in float32, logits and attention."""
         one_head = layer.float_bytes + 2 * layer.logit_bytes

@@ -40,6 +40,11 @@ class CriticalKV(WrappingPolicy):
         """Always."""
         return True
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """There is no value to project."""
+        return "weighs values behind the output projection"
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """A copy of the values, the output projection, and the part that is projected at once."""
         projection = layer.num_heads * layer.head_dim * layer.hidden_size * layer.itemsize

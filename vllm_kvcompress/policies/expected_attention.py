@@ -65,6 +65,11 @@ class ExpectedAttention(Policy):
         statistics = _statistics(chunk.queries[:, skipped:], chunk.start + skipped, chunk.rotary)
         return statistics if accumulated is None else accumulated.merge(statistics)
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """Absorbed queries are not turned by a rotary embedding."""
+        return "turns whole queries back to before their rotary embedding"
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """Copies of keys and values; of one head keys in float32 and two products of them.
 

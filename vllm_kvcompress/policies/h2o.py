@@ -40,6 +40,11 @@ class H2O(Policy):
         accumulated[:, : sums.shape[1]] += sums
         return accumulated
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """A chunk's queries would have to be absorbed, which no memory is kept free for."""
+        return "reads the queries of the whole prompt"
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return the attention each key has received."""
         sums: torch.Tensor | None = inputs.accumulated

@@ -13,6 +13,11 @@ class KeyDiff(Policy):
     block by block during prefill; here it sees the whole prompt once. (arXiv 2504.15364)
     """
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: a row of the cache is a key."""
+        return None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return minus the cosine between each key and the head's anchor."""
         return -inputs.rows.key_similarity()

@@ -14,6 +14,11 @@ class Knorm(Policy):
     alike; the authors' examples leave the first two whole. (arXiv 2406.11430)
     """
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: a row of the cache is a key."""
+        return None
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """A copy of the keys."""
         return super().working_bytes(layer, num_tokens) + layer.copy_bytes * num_tokens

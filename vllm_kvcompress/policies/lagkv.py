@@ -35,6 +35,11 @@ class LagKV(Policy):
     lag_size: int = Field(default=128, ge=2)
     cross_scoring: bool = False
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """Half of the contrast is that of values."""
+        return "compares values"
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return ranks below 1 in compared blocks, (1, 2] by recency after them, 2 for sinks."""
         contrast = inputs.rows.lag_contrast(self.n_sink, self.lag_size)  # [KV, n]

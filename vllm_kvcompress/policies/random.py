@@ -20,6 +20,11 @@ class Random(Policy):
 
     seed: int = Field(default=0, ge=0)
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: tokens are drawn, not looked at."""
+        return None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return uniform random scores, drawn on the CPU so that all devices agree."""
         num_kv_heads, num_tokens = inputs.rows.num_kv_heads, inputs.rows.num_tokens

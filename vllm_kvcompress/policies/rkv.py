@@ -44,6 +44,11 @@ class RKV(Policy):
         """Those of the observation window."""
         return Queries.WINDOW
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads, and a row is a key."""
+        return None
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """A copy of the keys; of one head at a time keys in float32 and logits."""
         one_head = 3 * layer.float_bytes + 2 * layer.logit_bytes

@@ -31,6 +31,11 @@ class SnapKV(Policy):
         """Those of the observation window."""
         return Queries.WINDOW
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads."""
+        return None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return pooled attention. Pooling stops at the window, whose scores are not pooled in."""
         assert inputs.queries is not None

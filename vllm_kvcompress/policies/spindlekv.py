@@ -49,6 +49,11 @@ class SpindleKV(Policy):
         """No: see the class."""
         return False
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads."""
+        return None
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """Ranks of every query head, where these choose together."""
         kept = super().working_bytes(layer, num_tokens)

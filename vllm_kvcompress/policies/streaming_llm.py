@@ -27,6 +27,11 @@ class StreamingLLM(Policy):
         """See `rerotate_keys`."""
         return self.rerotate_keys
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """Turned keys alone stand in the way: the latent part has no position."""
+        return "turns whole keys (rerotate_keys)" if self.rerotate_keys else None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Later tokens score higher; the caller forces the sinks."""
         rows = inputs.rows

@@ -18,6 +18,11 @@ class TOVA(Policy):
         """Those of the observation window, of which the last one is read."""
         return Queries.WINDOW
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads."""
+        return None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Return the last token's attention, the same for all heads."""
         return inputs.mean_over_heads(inputs.rows.attention(num_queries=1))

@@ -59,6 +59,11 @@ class WindowKV(Policy):
         is_shared = self.share_indices and self.layers_per_leader is None
         return self.window_size if is_shared else 1
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """None: absorbed queries pay the attention of all heads."""
+        return None
+
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """Give every token the score of its window."""
         assert inputs.queries is not None

@@ -67,6 +67,11 @@ class WrappingPolicy(Policy):
         """As the scorer."""
         return self.inner.runs_while_decoding
 
+    @property
+    def latent_obstacle(self) -> str | None:
+        """As the scorer."""
+        return self.inner.latent_obstacle
+
     def working_bytes(self, layer: LayerShape, num_tokens: int) -> int:
         """What the scorer holds and its scores, or else what ranks them."""
         scores = 8 * layer.num_kv_heads * num_tokens

@@ -152,6 +152,11 @@ def read_shape(config: ConfigFile, geometry: ModelGeometry) -> ModelShape:
             f"--speed: {config.path} describes recurrent layers, whose time is not modelled: leave "
             "out --speed."
         )
+    if geometry.is_latent:
+        raise UnsupportedModelError(
+            f"--speed: {config.path} describes latent attention (MLA), whose time is not "
+            "modelled: leave out --speed."
+        )
     size = DTYPE_BYTES[geometry.dtype]
     return ModelShape(
         num_layers=geometry.num_layers,

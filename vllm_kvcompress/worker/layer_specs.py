@@ -5,12 +5,14 @@ from dataclasses import fields
 from typing import Any
 
 from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
@@ -18,7 +20,7 @@ from vllm_kvcompress.config.settings import LayerGroupsConfig
 from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.layer_kinds import full_layers
-from vllm_kvcompress.spec import CompressedAttentionSpec
+from vllm_kvcompress.spec import CompressedAttentionSpec, CompressedMLASpec
 
 
 class CompactedLayers:
@@ -50,13 +52,16 @@ class CompactedLayers:
         """Place of the layer that vLLM calls `name`."""
         return self.places[extract_layer_index(name)]
 
-    def by_name(self) -> dict[str, Attention]:
+    def by_name(self) -> dict[str, Attention | MLAAttention]:
         """The layers, by vLLM's names."""
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        base: Any = AttentionLayerBase
+        layers = get_layers_from_vllm_config(self.vllm_config, base)
         return {
             name: layer
             for name, layer in layers.items()
-            if not layer.is_draft_layer and extract_layer_index(name) in self.places
+            if isinstance(layer, Attention | MLAAttention)
+            and not layer.is_draft_layer
+            and extract_layer_index(name) in self.places
         }
 
     def specs(
@@ -81,7 +86,9 @@ class CompactedLayers:
             whole = self._attending_to_all(spec)
             if whole is not None and (place is not None or is_other):
                 number = None if place is None else groups[place]
-                found[name] = CompressedAttentionSpec.from_full(whole, number)
+                latent = isinstance(whole, MLAAttentionSpec)
+                ours = CompressedMLASpec if latent else CompressedAttentionSpec
+                found[name] = ours.from_full(whole, number)
             elif not is_other and self._is_left_to_vllm(name, host_specs):
                 found[name] = spec
             else:
@@ -111,8 +118,8 @@ class CompactedLayers:
 
         A window that no sequence outgrows is none.
         """
-        window = getattr(spec, "sliding_window", None)  # of both kinds below
-        if type(spec) is FullAttentionSpec and window is None:
+        window = getattr(spec, "sliding_window", None)  # of all kinds below
+        if type(spec) in (FullAttentionSpec, MLAAttentionSpec) and window is None:
             return spec
         if type(spec) is SlidingWindowSpec and window is not None and window >= self.max_len:
             shared = {each.name for each in fields(FullAttentionSpec)} - {"sliding_window"}

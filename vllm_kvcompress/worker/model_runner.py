@@ -4,13 +4,13 @@ Works on vLLM's model runner V2, on CPU and GPU alike.
 """
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.model_checks import check_layer, has_plain_rotary
+from vllm_kvcompress.host.model_checks import check_layer, has_plain_rotary, is_latent
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
@@ -41,6 +41,7 @@ from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
 from vllm_kvcompress.worker.group_metadata import without_schedule
 from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
+from vllm_kvcompress.worker.latent import cache_of, latent_layout, query_size, watch_queries
 from vllm_kvcompress.worker.layer_specs import CompactedLayers
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
@@ -88,9 +89,10 @@ class CompressionRunnerMixin(GPUModelRunner):
         self._timer = CompactionTimer(self.device)
         for name, layer in self.compacted_layers.by_name().items():
             check_layer(name, layer)
-            state.ring.add_layer(name, layer.num_heads, layer.head_size, self.dtype)
-            state.taps.watch(name, layer.impl)
-            for feature in self.features:
+            state.ring.add_layer(name, layer.num_heads, query_size(layer), self.dtype)
+            watch_queries(state.taps, name, layer)
+            # What features do in a layer is done to keys and values.
+            for feature in () if is_latent(layer) else self.features:
                 feature.watch_layer(name, layer)
         if state.ring.num_bytes:
             logger.info("KV compression: %s", state.ring)
@@ -122,7 +124,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         self._check_parts(caches)
         tp_group = get_tp_group()
         # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
-        num_kv_heads = self.model_config.get_total_num_kv_heads()
+        model = self.model_config
+        num_kv_heads = 1 if model.use_mla else model.get_total_num_kv_heads()
         self.compactor = Compactor(
             layers=sorted(caches, key=lambda cache: cache.index),
             num_layers=len(self.compacted_layers),
@@ -131,6 +134,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             all_reduce=tp_group.all_reduce,
             num_ranks=tp_group.world_size,
             first_kv_head=tp_group.rank_in_group * num_kv_heads // tp_group.world_size,
+            shares_head=model.use_mla,
         )
         state.prompt_queries.bind(self.compactor.layers, self._rows_so_far)
         for feature in self.features:
@@ -138,6 +142,7 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def _layer_caches(self) -> list[LayerCache]:
         layers = self.compacted_layers.by_name()
+        latent = self.model_config.use_mla  # no head has keys that turn, nor values that are cached
         return [
             LayerCache(
                 name=name,
@@ -146,9 +151,11 @@ class CompressionRunnerMixin(GPUModelRunner):
                 scale=layers[name].impl.scale,
                 terms=softmax_terms(layers[name].impl),
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
-                cache=partial(getattr, layers[name], "kv_cache"),
-                rotary=find_rotary(self.model, name, self.device),
-                output_projection=find_output_projection(
+                cache=cache_of(layers[name]),
+                rotary=None if latent else find_rotary(self.model, name, self.device),
+                output_projection=None
+                if latent
+                else find_output_projection(
                     self.model, name, layers[name].num_heads, layers[name].head_size
                 ),
             )
@@ -169,6 +176,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         for layer in layers:
             for policy in policies:
                 layer.require(policy)
+            if self.model_config.use_mla:
+                continue  # policies that read these parts are refused
             if layer.output_projection is None or (expects_rotary and layer.rotary is None):
                 raise UnsupportedModelError(
                     f"--kv-compression: around layer {layer.name} there is no output projection or "
@@ -176,13 +185,16 @@ class CompressionRunnerMixin(GPUModelRunner):
                     "--kv-compression."
                 )
 
-    def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
+    def _layout(self, layer: Attention | MLAAttention, block_size: int) -> CacheLayout:
+        if is_latent(layer):
+            return latent_layout(layer, block_size, in_place=True)
         return StridedLayout(layer.head_size, block_size)
 
     def warm_up_compaction(self) -> None:
         """Launch once what only compressed requests launch; their rows here are dummies."""
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         samples = {
-            name: torch.zeros(1, layer.num_heads, layer.head_size, dtype=self.dtype).to(self.device)
+            name: torch.zeros(1, layer.num_heads, query_size(layer), **options)
             for name, layer in self.compacted_layers.by_name().items()
         }
         for sample in samples.values():
@@ -336,7 +348,9 @@ class CompressedGPUModelRunner(CompressionRunnerMixin, GPUModelRunner):
 class CompressedCPUModelRunner(CompressionRunnerMixin, CPUModelRunner):
     """Model runner V2 on a CPU, where vLLM's own attention packs blocks."""
 
-    def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
+    def _layout(self, layer: Attention | MLAAttention, block_size: int) -> CacheLayout:
+        if is_latent(layer):
+            return latent_layout(layer, block_size, in_place=False)
         if layer.get_attn_backend().get_name() != "CPU_ATTN":
             return super()._layout(layer, block_size)
         return cpu_layout(layer.isa, layer.head_size)  # type: ignore[attr-defined]

@@ -64,6 +64,9 @@ class Compactor:
         Sum over tensor-parallel ranks, and their number.
     first_kv_head : int
         Number of this rank's first KV head in the model.
+    shares_head : bool
+        Whether all ranks hold copies of one KV head that all query heads of the model read, latents
+        (MLA). Scores are averaged over ranks then, so that all keep the same tokens.
 
     Attributes
     ----------
@@ -80,6 +83,7 @@ class Compactor:
         all_reduce: Callable[[torch.Tensor], torch.Tensor],
         num_ranks: int,
         first_kv_head: int,
+        shares_head: bool = False,
     ) -> None:
         self.layers = layers
         self.num_layers = num_layers
@@ -88,6 +92,7 @@ class Compactor:
         self.all_reduce = all_reduce
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
+        self.shares_head = shares_head
         self.select_tokens = backend_of(device).select_tokens
         self.writers: dict[PlanKind, Writer] = {}
         self.extenders: dict[PlanKind, Extender] = {}
@@ -186,13 +191,20 @@ class Compactor:
         own = {}
         for request in missing:
             inputs = self._inputs(policy, group, request, layer, rows[request])
-            own[request] = policy.score(replace(inputs, accumulated=taken[request][1]))
+            scored = policy.score(replace(inputs, accumulated=taken[request][1]))
+            own[request] = self._of_all_ranks(scored)
         if policy.shares_scores:
             shared.update((places[request], scores) for request, scores in own.items())
         return [
             own[request] if request in own else shared[place]
             for request, place in enumerate(places)
         ]
+
+    def _of_all_ranks(self, scores: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads, n]: the mean over ranks where these share the head."""
+        if not self.shares_head or self.num_ranks == 1:
+            return scores
+        return self.all_reduce(scores.clone()) / self.num_ranks
 
     def _leaders(self, config: CompressionConfig, policy: Policy) -> list[int]:
         """For every layer of the model the one that scores for it."""

@@ -6,7 +6,11 @@ cache group, come later; without a reserve they could find no memory, which ends
 
 from typing import Any
 
+import torch
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.host.model_checks import is_latent
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.worker.compaction.working_memory import RankShape, compaction_bytes
 
@@ -28,6 +32,7 @@ def rank_shape(runner: Any) -> RankShape:
     """What a model runner runs, before it has a cache. All layers of a model have one shape."""
     layers = runner.compacted_layers.by_name()
     first = next(iter(layers.values()))
+    latent = is_latent(first)
     return RankShape(
         num_layers=len(runner.compacted_layers),
         own_layers=sorted(map(runner.compacted_layers.place, layers)),
@@ -35,11 +40,16 @@ def rank_shape(runner: Any) -> RankShape:
         num_kv_heads=first.num_kv_heads,
         head_dim=first.head_size,
         hidden_size=runner.model_config.get_hidden_size(),
-        cache_dtype=first.kv_cache_torch_dtype,
+        cache_dtype=_latent_dtype(runner, first) if latent else first.kv_cache_torch_dtype,
         block_size=runner.cache_config.block_size,
         max_model_len=runner.max_model_len,
         max_num_reqs=runner.max_num_reqs,
+        absorbs_queries=latent,
     )
+
+
+def _latent_dtype(runner: Any, layer: Any) -> torch.dtype:
+    return kv_cache_dtype_str_to_dtype(layer.kv_cache_dtype, runner.model_config)
 
 
 def reserved_bytes(runner: Any) -> int:

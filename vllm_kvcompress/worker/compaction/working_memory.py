@@ -20,6 +20,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import layer_groups, next_lengths, permanent_ranges
 from vllm_kvcompress.plans import GroupCache, GroupLengths
+from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.worker.compaction.compactor import MAX_TOKENS
 
@@ -46,6 +47,8 @@ class RankShape:
         Tokens per block.
     max_model_len, max_num_reqs : int
         Longest request, and most requests at once.
+    absorbs_queries : bool
+        Whether queries become as wide as a cached row before they score it (MLA): `head_dim`.
     """
 
     num_layers: int
@@ -58,6 +61,7 @@ class RankShape:
     block_size: int
     max_model_len: int
     max_num_reqs: int
+    absorbs_queries: bool = False
 
     def layer(self, window: int) -> LayerShape:
         """One layer, under an observation window."""
@@ -108,12 +112,31 @@ def _bytes_of(config: CompressionConfig, shape: RankShape, writers: Sequence[Wri
     scores = 4 * per_layer * most_layers
     layer = shape.layer(config.observation_window)
     scoring = scores + config.build_policy().working_bytes(layer, num_tokens)
+    if shape.absorbs_queries:
+        scoring += _absorbed_bytes(config, shape)
     num_kept = int(share * per_layer * most_layers)
     choosing = max(scores + 8 * num_kept, (8 + _SORT_BYTES) * num_kept)
     writing = [each(lengths, shape, most_layers) for each in writers for lengths in kept]
     largest = max(scoring, choosing, 8 * num_kept + max(writing, default=0))
     # The host's numbers: block tables, lengths and which tokens stay.
     return largest + (max(groups) + 1) * 2 * num_tokens
+
+
+def _absorbed_bytes(config: CompressionConfig, shape: RankShape) -> int:
+    """Absorbed queries of the window of all requests that are compacted at once, and a stack of
+    them.
+    """
+    if config.build_policy().queries is not Queries.WINDOW:
+        return 0
+    shortest = []
+    if config.compresses_prompts:
+        shortest.append(config.min_prompt_len)
+    if config.compresses_while_decoding:
+        shortest.append(config.interval)
+    at_once = MAX_TOKENS // max(min(shortest, default=0), shape.block_size)
+    num_requests = min(shape.max_num_reqs, max(at_once, 1))
+    width = shape.num_heads * shape.head_dim * shape.cache_dtype.itemsize
+    return 2 * num_requests * config.observation_window * width
 
 
 def _survivors(

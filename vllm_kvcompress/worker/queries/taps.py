@@ -50,13 +50,32 @@ class QueryTaps:
         @wraps(forward)
         def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = forward(layer, query, *args, **kwargs)
-            if not self._is_muted:
-                for recorder in self.recorders:
-                    if recorder.is_active:
-                        recorder.record(layer_name, query)
+            self._show(layer_name, query)
             return output
 
         impl.forward = watched
+
+    def watch_latent(self, layer_name: str, layer: Any) -> None:
+        """Let the recorders see the queries of one layer of latent attention (MLA).
+
+        Its implementation has no `forward`: the layer splits a batch into prefills and decodes
+        and absorbs the queries of decodes alone. Before that they are alike.
+        """
+        forward: Callable[..., torch.Tensor] = layer.forward_impl
+
+        @wraps(forward)
+        def watched(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            output = forward(q, *args, **kwargs)
+            self._show(layer_name, q)
+            return output
+
+        layer.forward_impl = watched
+
+    def _show(self, layer_name: str, query: torch.Tensor) -> None:
+        if not self._is_muted:
+            for recorder in self.recorders:
+                if recorder.is_active:
+                    recorder.record(layer_name, query)
 
     @contextmanager
     def muted(self) -> Iterator[None]:

@@ -32,6 +32,7 @@ LAYERS = {
     "messages": 4,
     "host.checks": 5,
     "host.model_checks": 4,
+    "host.cache_checks": 3,
     "speed": 5,
     "core": 6,
     "worker": 6,
@@ -54,7 +55,7 @@ PURE_COMPACTIONS = {
     "worker.compaction.group_scores", "worker.compaction.timer", "worker.compaction.warm_up",
     "worker.compaction.working_memory", "worker.draft.linked_blocks", "worker.draft.views",
     "worker.features", "worker.host_mirror", "worker.layout.base", "worker.layout.layer_cache",
-    "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
+    "worker.layout.numbers", "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
 }  # fmt: skip
 PURE |= PURE_COMPACTIONS
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.cache_checks import cache_kind, has_eight_bits
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
@@ -113,6 +114,12 @@ def _draft_model(config: Any, speculative: Any) -> str | None:
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype
+    if has_eight_bits(config):
+        return (
+            "--speculative-config: a draft model beside a cache of 8 bits "
+            f"({config.cache_config.cache_dtype}) has not been tried: set --kv-cache-dtype auto, "
+            "or the method to ngram"
+        )
     if dtype not in (None, "auto", config.cache_config.cache_dtype):
         return (
             f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
@@ -134,9 +141,6 @@ def _draft_model(config: Any, speculative: Any) -> str | None:
 
 
 def _cache(config: Any) -> str | None:
-    dtype = config.cache_config.cache_dtype
-    if dtype not in ("auto", "float16", "bfloat16", "float32"):
-        return f"a quantised KV cache ({dtype}) is not supported: set --kv-cache-dtype auto"
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         return (
             "layer groups need vLLM's hybrid KV cache manager: remove "
@@ -194,6 +198,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _parallelism,
     _connectors,
     _speculation,
+    cache_kind,
     _cache,
     _cudagraphs,
     _sleep_mode,
@@ -238,9 +243,21 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
                 f"{model.model} scales its rotary embedding; choose another policy."
             )
+        if policy.rerotates_keys and has_eight_bits(vllm_config):
+            raise ConfigError(
+                f"policy.name: {variant.policy.name} turns cached keys, which a cache of 8 bits "
+                "(--kv-cache-dtype fp8) would round once more; choose another policy, or "
+                "--kv-cache-dtype auto."
+            )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         group_budgets(2**20, 2**18, variant, num_groups)
-        if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
+        coded = coded_groups(variant.codebook, num_groups)
+        if coded and has_eight_bits(vllm_config):
+            raise ConfigError(
+                "codebook: vectors of a cache of 8 bits (--kv-cache-dtype fp8) are not coded; "
+                "leave codebook out, or set --kv-cache-dtype auto."
+            )
+        if coded and not has_plain_rotary(model):
             raise ConfigError(
                 f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
                 "it; leave codebook out."

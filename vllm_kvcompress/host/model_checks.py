@@ -6,6 +6,7 @@ One sentence for each that is not; nothing is guessed.
 from typing import Any
 
 from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.host.cache_checks import layer_cache_kind
 from vllm_kvcompress.lengths.layer_kinds import FULL, WINDOWED, full_layers, layer_types
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -94,6 +95,8 @@ def check_layer(name: str, layer: Any) -> None:
     elif backend not in SUPPORTED_BACKENDS:
         allowed = ", ".join(SUPPORTED_BACKENDS)
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
+    else:
+        reason = layer_cache_kind(layer)
     if reason is not None:
         raise UnsupportedModelError(
             f"--kv-compression: layer {name} {reason}, or drop --kv-compression."

@@ -31,6 +31,7 @@ from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.cache_numbers import numbers_of
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
 from vllm_kvcompress.worker.compaction.timer import CompactionTimer
@@ -178,7 +179,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 )
 
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
-        return StridedLayout(layer.head_size, block_size)
+        return StridedLayout(layer.head_size, block_size, numbers_of(layer))
 
     def warm_up_compaction(self) -> None:
         """Launch once what only compressed requests launch; their rows here are dummies."""
@@ -338,4 +339,4 @@ class CompressedCPUModelRunner(CompressionRunnerMixin, CPUModelRunner):
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
         if layer.get_attn_backend().get_name() != "CPU_ATTN":
             return super()._layout(layer, block_size)
-        return cpu_layout(layer.isa, layer.head_size)  # type: ignore[attr-defined]
+        return cpu_layout(layer.isa, layer.head_size, numbers_of(layer))  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ def nothing_runs(monkeypatch) -> None:
 def rank_shape(shape: Shape, max_model_len: int = LONGEST) -> RankShape:
     return RankShape(
         shape.num_layers, range(shape.num_layers), shape.num_heads, shape.num_kv_heads,
-        shape.head_dim, shape.hidden_size, shape.dtype, shape.block_size, max_model_len,
+        shape.head_dim, shape.hidden_size, shape.cache_dtype, shape.block_size, max_model_len,
         shape.max_num_reqs,
     )  # fmt: skip
 

@@ -6,27 +6,36 @@ reads from the checkpoint, or takes to be 1. One sentence for each kind that is 
 
 from typing import Any
 
-AS_COMPUTED = ("auto", "float16", "bfloat16", "float32")
-EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2")
+from vllm_kvcompress.config.cache_dtypes import AS_COMPUTED, EIGHT_BITS
 
 
 def has_eight_bits(config: Any) -> bool:
-    """Whether a ``VllmConfig`` asks for a cache whose numbers have 8 bits."""
-    return config.cache_config.cache_dtype in EIGHT_BITS
+    """Whether the cache of a ``VllmConfig`` will have numbers of 8 bits."""
+    return cache_dtype(config) in EIGHT_BITS
+
+
+def cache_dtype(config: Any) -> str:
+    """Name of the cache's type. For some checkpoints vLLM finds it only while it builds layers."""
+    dtype = config.cache_config.cache_dtype
+    return "fp8" if dtype == "auto" and _scheme(config) else dtype
+
+
+def _scheme(config: Any) -> dict[str, Any]:
+    """How a checkpoint says that the cache is to be quantised; empty if it does not."""
+    return getattr(config.quant_config, "kv_cache_scheme", None) or {}
 
 
 def cache_kind(config: Any) -> str | None:
     """Why the cache that a ``VllmConfig`` asks for is not served; None if it is."""
-    if not has_eight_bits(config):
-        return _unknown_kind(config.cache_config.cache_dtype)
-    dtype = config.cache_config.cache_dtype
+    dtype = cache_dtype(config)
+    if dtype not in EIGHT_BITS:
+        return _unknown_kind(dtype)
     if config.cache_config.kv_cache_dtype_skip_layers:
         return (
             f"layers with and without a cache of 8 bits ({dtype}) have not been tried together: "
             "remove --kv-cache-dtype-skip-layers"
         )
-    scheme = getattr(config.quant_config, "kv_cache_scheme", None) or {}
-    if scheme.get("strategy") == "attn_head":
+    if _scheme(config).get("strategy") == "attn_head":
         return _scales_per_head(f"the checkpoint {config.model_config.model} has")
     return _platform(dtype)
 

@@ -7,9 +7,10 @@ without compression.
 from collections.abc import Callable
 from typing import Any
 
+from vllm_kvcompress.config.cache_dtypes import check_eight_bits
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.host.cache_checks import cache_kind, has_eight_bits
+from vllm_kvcompress.host.cache_checks import cache_dtype, cache_kind, has_eight_bits
 from vllm_kvcompress.host.model_checks import (
     has_plain_rotary,
     layer_kinds,
@@ -117,7 +118,7 @@ def _draft_model(config: Any, speculative: Any) -> str | None:
     if has_eight_bits(config):
         return (
             "--speculative-config: a draft model beside a cache of 8 bits "
-            f"({config.cache_config.cache_dtype}) has not been tried: set --kv-cache-dtype auto, "
+            f"({cache_dtype(config)}) has not been tried: set --kv-cache-dtype auto, "
             "or the method to ngram"
         )
     if dtype not in (None, "auto", config.cache_config.cache_dtype):
@@ -243,20 +244,11 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
                 f"{model.model} scales its rotary embedding; choose another policy."
             )
-        if policy.rerotates_keys and has_eight_bits(vllm_config):
-            raise ConfigError(
-                f"policy.name: {variant.policy.name} turns cached keys, which a cache of 8 bits "
-                "(--kv-cache-dtype fp8) would round once more; choose another policy, or "
-                "--kv-cache-dtype auto."
-            )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         group_budgets(2**20, 2**18, variant, num_groups)
         coded = coded_groups(variant.codebook, num_groups)
-        if coded and has_eight_bits(vllm_config):
-            raise ConfigError(
-                "codebook: vectors of a cache of 8 bits (--kv-cache-dtype fp8) are not coded; "
-                "leave codebook out, or set --kv-cache-dtype auto."
-            )
+        if has_eight_bits(vllm_config):
+            check_eight_bits(variant, coded)
         if coded and not has_plain_rotary(model):
             raise ConfigError(
                 f"codebook: keys are coded before their rotary embedding, and {model.model} scales "

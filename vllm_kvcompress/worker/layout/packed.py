@@ -114,9 +114,7 @@ _CPU_LAYOUTS: dict[str, type[_PackedLayout]] = {
 }
 
 
-def cpu_layout(
-    isa: str, head_size: int, numbers: CacheNumbers | None = None
-) -> CacheLayout:
+def cpu_layout(isa: str, head_size: int, numbers: CacheNumbers | None = None) -> CacheLayout:
     """Layout of a CPU attention layer by the instruction set its kernel was chosen for.
 
     Raises

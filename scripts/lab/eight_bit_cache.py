@@ -32,7 +32,8 @@ PRESETS = ("adakv", "windowkv_qwen2.5", "auto")
 COLUMNS = [
     "preset", "prompt", "style", "depth", "tokens", "kept", "jaccard", "right", "right_fp8", "same",
 ]  # fmt: skip
-NUM_ANSWER_TOKENS = 16
+NUM_ANSWER_TOKENS = 10
+"""A space and seven digits, each a token of its own, and what may follow them."""
 
 Survivors = list[torch.Tensor]
 """Of one compaction, per KV cache group [layers, KV heads, kept] int64."""
@@ -140,7 +141,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="CSV file")
     parser.add_argument("--model", type=Path, help="folder of the model, for run")
     parser.add_argument("--presets", nargs="+", default=PRESETS)
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=1440, help="tokens of a prompt")
     parser.add_argument("--ratio", type=float, default=0.12)
     parser.add_argument("--dtype", default="bfloat16", help="the model computes in it")

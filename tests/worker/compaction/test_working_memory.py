@@ -72,6 +72,16 @@ def test_every_policy_holds_what_it_says(name: str, params: dict[str, Any]) -> N
     check(parse_config(setting), Shape(num_layers=1), most=6.5)
 
 
+@pytest.mark.parametrize(
+    "name", ["snapkv", "knorm", "criticalkv", "cake", "rkv", "expected_attention"]
+)
+def test_rows_that_are_copied_out_of_a_cache_of_8_bits_become_float32(name: str) -> None:
+    """A policy that copies none, and those that copy keys, values or both."""
+    setting = {"policy": {"name": name}, "budget": {"ratio": 0.25}, "min_prompt_len": 0}
+    shape = Shape(num_layers=1, eight_bits=torch.float8_e4m3fn)
+    check(parse_config(setting), shape, most=6.5)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset(name: str) -> None:
     check(parse_config(name), Shape(num_layers=8), most=4)

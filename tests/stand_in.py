@@ -38,6 +38,7 @@ from vllm_kvcompress.worker.codebook.feature import CodebookFeature
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.draft.views import DraftViews
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 from vllm_kvcompress.worker.layout.strided import StridedLayout
 from vllm_kvcompress.worker.lengths import EvictedLengths
 from vllm_kvcompress.worker.model_runner import CompressionRunnerMixin
@@ -59,10 +60,23 @@ class Shape:
     head_dim: int = 128
     hidden_size: int = 4096
     dtype: torch.dtype = torch.bfloat16
+    eight_bits: torch.dtype | None = None
     block_size: int = 16
     max_model_len: int = 131072
     max_num_reqs: int = 256
     max_num_tokens: int = 8192
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of the cache's elements, as vLLM makes it."""
+        return self.dtype if self.eight_bits is None else torch.uint8
+
+    @property
+    def numbers(self) -> CacheNumbers:
+        """What they stand for."""
+        if self.eight_bits is None:
+            return CacheNumbers()
+        return CacheNumbers(self.eight_bits, lambda: (0.37, 2.5))
 
 
 class HostBacked:
@@ -113,7 +127,7 @@ class StandIn:
         self.layers = [
             LayerCache(
                 name=f"layers.{index}", index=index, group=group, scale=shape.head_dim**-0.5,
-                layout=StridedLayout(shape.head_dim, shape.block_size),
+                layout=StridedLayout(shape.head_dim, shape.block_size, shape.numbers),
                 cache=partial(_same, self._cache()),
                 rotary=rotary, output_projection=lambda: projection,
             )
@@ -154,7 +168,7 @@ class StandIn:
         """[blocks, KV, N, 2 D], the tokens of a block outside its heads, as vLLM's default."""
         shape = self.shape
         size = 4096, shape.block_size, shape.num_kv_heads, 2 * shape.head_dim
-        return self._zeros(*size).transpose(1, 2)
+        return self._zeros(*size, dtype=shape.cache_dtype).transpose(1, 2)
 
     def make_compactor(self, sources: Any) -> Compactor:
         """A compactor that takes its queries there."""
@@ -203,7 +217,7 @@ class StandIn:
         The later compaction finds what the one at the prompt's end has left.
         """
         shape = self.shape
-        per_row = codes_per_row(shape.head_dim * shape.dtype.itemsize)
+        per_row = codes_per_row(shape.head_dim * shape.cache_dtype.itemsize)
         cache = GroupCache(prompt_len, permanent_ranges(prompt_len, config))
         caches = [cache] * self.num_groups
         lengths = next_lengths(prompt_len, prompt_len, caches, config, shape.block_size, per_row)

@@ -34,6 +34,7 @@ LAYERS = {
     "host.latent_checks": 4,
     "host.model_checks": 4,
     "host.hybrid_checks": 4,
+    "host.cache_checks": 3,
     "speed": 5,
     "core": 6,
     "worker": 6,
@@ -58,7 +59,8 @@ PURE_COMPACTIONS = {
     "worker.compaction.group_scores", "worker.compaction.timer", "worker.compaction.warm_up",
     "worker.compaction.working_memory", "worker.draft.linked_blocks", "worker.draft.views",
     "worker.features", "worker.host_mirror", "worker.layout.base", "worker.layout.layer_cache",
-    "worker.layout.latent", "worker.layout.packed", "worker.layout.strided", "worker.queries.taps",
+    "worker.layout.latent", "worker.layout.numbers", "worker.layout.packed",
+    "worker.layout.strided", "worker.queries.taps",
 }  # fmt: skip
 PURE |= PURE_COMPACTIONS
 
@@ -76,6 +78,7 @@ ROOMS = (
 # Lines of code elsewhere that name a mode, at most: settings and options that users write, what
 # the host calls so, and a registration of each mode. Lower a number when you can.
 ALLOWED = {
+    "config.cache_dtypes": 2,
     "config.idle_fields": 2,
     "config.merging": 3,
     "config.reading": 1,
@@ -85,7 +88,7 @@ ALLOWED = {
     "core.scheduler": 4,
     "core.tracked_request": 1,
     "doctor.savings": 2,
-    "host.checks": 26,
+    "host.checks": 27,
     "host.cli_options": 7,
     "host.hooks": 11,
     "host.latent_checks": 6,

@@ -89,4 +89,4 @@ class Pages:
         rows = stored[blocks].transpose(0, 1).flatten(1, 2)[:, :num_tokens]  # [KV, n, D]
         if cache.element_size() > 1:
             return rows
-        return rows.view(cache.dtype).float() * scale
+        return rows.view(cache.dtype).float().mul_(scale)

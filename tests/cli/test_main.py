@@ -283,6 +283,30 @@ def test_plan_takes_overrides_and_the_servers_options(run: Run, probe_model: str
     assert found["block_bytes"] == 2 * (2 * 32 * 1 * 64 * 4)
 
 
+def test_plan_of_a_cache_of_8_bits(run: Run, probe_model: str) -> None:
+    """12 % of it is 6 % of the bytes of one in bfloat16."""
+    whole = json.loads(plan(run, probe_model, "--json")[1])
+    found = json.loads(plan(run, probe_model, "--json", "--kv-cache-dtype", "fp8")[1])
+    assert found["kept_ratio"] == whole["kept_ratio"] == 0.12
+    assert found["block_bytes"] == whole["block_bytes"] / 2
+    assert (found["model"]["dtype"], found["model"]["cache_dtype"]) == ("bfloat16", "fp8")
+    status, out, err = plan(run, probe_model, "--kv-cache-dtype", "fp8_e5m2")
+    assert (status, err) == (0, "")
+    assert "bfloat16, cache fp8_e5m2, 16 tokens" in out
+    assert "12.0% of the cache stays (6.0% of the bytes of a whole cache in bfloat16)" in out
+    options = ("--kv-cache-dtype", "fp8", "--dtype", "float32")
+    assert "(3.0% of the bytes of a whole cache in float32)" in plan(run, probe_model, *options)[1]
+
+
+def test_plan_refuses_what_rewrites_rows_of_8_bits(run: Run, probe_model: str) -> None:
+    for preset, word in (("spindlekv", "codebook: "), ("streaming_llm_rerotated", "policy.name: ")):
+        status, out, err = plan(run, probe_model, "--kv-cache-dtype", "fp8", preset=preset)
+        assert (status, out) == (1, "") and word in err and "--kv-cache-dtype auto" in err
+    options = ("--kv-cache-dtype", "fp8", "--speed", "--machine", "h200")
+    status, _, err = plan(run, probe_model, *options)
+    assert status == 1 and "leave out --speed or --kv-cache-dtype" in err
+
+
 def test_plan_while_decoding(run: Run, probe_model: str) -> None:
     options = ("--kv-compression-config", '{"trigger": "interval", "interval": 64}')
     status, out, err = plan(run, probe_model, *options, "--output-len", "100")

@@ -92,7 +92,7 @@ REFUSALS = [
         {"disable_hybrid_kv_cache_manager": True},
         ["--disable-hybrid-kv-cache-manager"],
     ),
-    ("cache_config", {"cache_dtype": "fp8"}, ["fp8", "--kv-cache-dtype auto"]),
+    ("cache_config", {"cache_dtype": "nvfp4"}, ["nvfp4", "--kv-cache-dtype auto"]),
     (
         "compilation_config",
         {"cudagraph_mode": CUDAGraphMode.FULL},

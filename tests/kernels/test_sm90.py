@@ -29,7 +29,12 @@ NARROW_TOO = {"_split_kernel"}  # a token's codes are six numbers of 16 bits
 WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
 
 
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may have
+SHARED = {
+    80: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # bytes that one block may have
 ELSEWHERE = ["cache.test_store_rows", "scores.test_window"]
 
 
@@ -68,6 +73,15 @@ def test_rows_move_16_bytes_at_a_time(compiled) -> None:
 def test_other_gpus(target: int) -> None:
     found = compile_for(target, ELSEWHERE)
     assert found.keys() >= {"_store_kernel", "_stats_kernel", "_token_kernel", "_window_kernel"}
+    check_fits(found, target)
+    check_wide(found)
+
+
+@pytest.mark.parametrize("target", [89, 100])
+def test_other_gpus_with_caches_of_8_bits(target: int) -> None:
+    """Those of capability 8.9, an L4 or L40S, are the oldest whose attention vLLM lets read one."""
+    found = compile_for(target, ["scores.test_eight_bits"])
+    assert found.keys() >= {"_stats_kernel", "_token_kernel", "_window_kernel", "_copy_kernel"}
     check_fits(found, target)
     check_wide(found)
 

@@ -100,6 +100,31 @@ def test_fields_have_the_usual_fallbacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("quantized", "asked", "bytes_per_number"),
+    [
+        (None, "auto", 2),
+        (None, "fp8", 1),
+        (None, "fp8_e5m2", 1),
+        ({"kv_cache_scheme": {"type": "float", "num_bits": 8}}, "auto", 1),
+        ({"kv_cache_scheme": {"type": "float", "num_bits": 8}}, "bfloat16", 2),
+        ({"kv_cache_scheme": {"type": "int", "num_bits": 8}}, "auto", 2),
+        ({"kv_cache_scheme": None, "kv_cache_quant_algo": "FP8"}, "auto", 1),
+        ({"kv_cache_quant_algo": None}, "auto", 2),
+    ],
+)
+def test_the_cache_may_have_another_type(
+    tmp_path: Path, quantized: dict | None, asked: str, bytes_per_number: int
+) -> None:
+    """Which some checkpoints ask for by themselves."""
+    fields = PLAIN if quantized is None else {**PLAIN, "quantization_config": quantized}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model = read_geometry(tmp_path, cache_dtype=asked)
+    assert model.dtype == "bfloat16" and model.cache_bytes == bytes_per_number
+    assert model.has_eight_bits == (bytes_per_number == 1)
+    assert model.page_bytes(16) == 2 * 16 * 8 * 128 * bytes_per_number
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_hidden_layers": None}, ["config.json", "num_hidden_layers is missing"]),

@@ -1,5 +1,6 @@
 """What a request launches, the warm-up has compiled: no request waits for Triton's compiler."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,18 @@ def test_sizes_that_are_multiples_of_nothing(keys: CompileKeys, name: str) -> No
 @pytest.mark.parametrize("name", ["snapkv", "tova", "pyramidkv", "rkv", "cake"])
 def test_compactions_while_decoding(keys: CompileKeys, name: str) -> None:
     check(keys, {"preset": name, "trigger": "both", "interval": 128}, LLAMA)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "windowkv_qwen2.5", "rkv", "lagkv", "h2o"])
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_caches_of_8_bits(keys: CompileKeys, name: str, kind: torch.dtype) -> None:
+    """Every kernel that reads a cache; rows are moved as bytes."""
+    model = StandIn(parse_config(name), replace(LLAMA, eight_bits=kind))
+    model.runner.warm_up_compaction()
+    types = {value for found in keys.take().values() for key in found for _, value in key}
+    named = {"*fp8e4nv" if kind is torch.float8_e4m3fn else "*fp8e5"}
+    assert named < {value[0] for value in types if isinstance(value, tuple)}
+    check(keys, name, replace(LLAMA, eight_bits=kind))
 
 
 def test_one_kv_head(keys: CompileKeys) -> None:

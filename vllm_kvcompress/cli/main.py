@@ -24,6 +24,7 @@ from vllm_kvcompress.cli.doctor import add_doctor_options, run_doctor
 from vllm_kvcompress.cli.eval import add_eval_options, run_eval
 from vllm_kvcompress.cli.inspect import add_inspect_options, run_inspect
 from vllm_kvcompress.cli.left_alone import left_alone
+from vllm_kvcompress.cli.plan_cache import check_cache, kept_share
 from vllm_kvcompress.cli.speed import (
     add_speed_options,
     plan_speed,
@@ -36,7 +37,7 @@ from vllm_kvcompress.config.reading import parse_config, parse_json, preset_name
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.latent_checks import check_latent_setting
-from vllm_kvcompress.lengths.geometry import DTYPE_BYTES, ModelGeometry, read_geometry
+from vllm_kvcompress.lengths.geometry import CACHE_DTYPES, DTYPE_BYTES, ModelGeometry, read_geometry
 from vllm_kvcompress.lengths.sizing import (
     Capacity,
     RequestUsage,
@@ -192,9 +193,10 @@ def _run_plan(args: argparse.Namespace) -> int:
     variants: Mapping[str | None, CompressionConfig] = {None: config}
     if config.tasks:
         variants = {k: v for k, v in config.by_task.items() if config.task in ("auto", k)}
-    geometry = read_geometry(args.model, args.dtype, latent=True)
+    geometry = read_geometry(args.model, args.dtype, args.kv_cache_dtype, latent=True)
     if geometry.is_latent:
         check_latent_setting(config, str(args.model))
+    check_cache(geometry, variants.values())
     sizes = (args.prompt_len, args.output_len, args.block_size, args.tensor_parallel_size)
     usages = {task: request_usage(geometry, each, *sizes) for task, each in variants.items()}
     task, usage = max(usages.items(), key=lambda item: item[1].blocks_decoding)
@@ -267,7 +269,7 @@ def _print_plan(plan: _Plan) -> None:
     each = " per worker" if args.tensor_parallel_size > 1 else ""
     heads = geometry.heads_per_worker(args.tensor_parallel_size)
     say(
-        f"{args.model}: {geometry.num_layers} layers, {heads}{each}, {geometry.dtype}, "
+        f"{args.model}: {geometry.num_layers} layers, {heads}{each}, {geometry}, "
         f"{args.block_size} tokens per block\n"
         f"{args.kv_compression}: policy {config.policy.name}, prompt of {args.prompt_len:,} tokens"
     )
@@ -296,7 +298,7 @@ def _print_plan(plan: _Plan) -> None:
     elif usage.compacted_at is not None:
         later = usage.compacted_at - args.prompt_len
         say(
-            f"{usage.blocks_after / usage.blocks_before:.1%} of the cache stays, from "
+            f"{kept_share(geometry, usage.blocks_after / usage.blocks_before)}, from "
             + (f"{later:,} output tokens on" if later else "the end of the prompt on")
             + f". At most {usage.size(usage.blocks_peak)} are held,\nfor the one step that copies "
             "the survivors before the old blocks are free."
@@ -345,6 +347,7 @@ def _add_plan_options(option: Callable[..., Any]) -> None:
     option("--block-size", default=16, **number, help=server)
     option("--tensor-parallel-size", default=1, **number, help=server)
     option("--dtype", default="auto", choices=["auto", *DTYPE_BYTES], help=server)
+    option("--kv-cache-dtype", default="auto", choices=CACHE_DTYPES, help=server)
     memory = "memory for the cache on each worker, such as 40GiB: count the requests that fit"
     option("--kv-cache-memory", metavar="SIZE", type=_size, help=memory)
     option("--json", action="store_true", help="print it for programs")

@@ -57,6 +57,10 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         f"{config.layer_budget.shape} over layers), {num_layer_groups} layer group(s) in "
         f"{num_tables} block table(s), block size {block_size}"
     )
+    specs = [next(iter(iter_layer_specs(group.kv_cache_spec))) for group in groups]
+    has_eight_bits = all(spec.dtype.itemsize == 1 for spec in specs)
+    if has_eight_bits:
+        what += ", cache of 8 bits"
     if num_windowed:
         what += f", windowed layers left to vLLM in {num_windowed} more"
     if num_recurrent:
@@ -78,6 +82,9 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             f"{full - saved} of {full} blocks ({_format_bytes(full_bytes - saved_bytes)} of "
             f"{_format_bytes(full_bytes)} per worker) once its prompt is done"
         )
+        if has_eight_bits:
+            share = (full_bytes - saved_bytes) / (2 * full_bytes)
+            what += f", {share:.0%} of the bytes of a whole cache of 16 bits"
     if config.compresses_while_decoding:
         what += f", back to its budget every {config.interval} generated tokens"
     return what + views_beside(config)

@@ -7,8 +7,10 @@ without compression.
 from collections.abc import Callable
 from typing import Any
 
+from vllm_kvcompress.config.cache_dtypes import check_eight_bits
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.cache_checks import cache_dtype, cache_kind, has_eight_bits
 from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.host.latent_checks import check_latent_setting, latent_attention
 from vllm_kvcompress.host.model_checks import (
@@ -118,6 +120,12 @@ def _draft_model(config: Any, speculative: Any) -> str | None:
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype
+    if has_eight_bits(config):
+        return (
+            "--speculative-config: a draft model beside a cache of 8 bits "
+            f"({cache_dtype(config)}) has not been tried: set --kv-cache-dtype auto, "
+            "or the method to ngram"
+        )
     if dtype not in (None, "auto", config.cache_config.cache_dtype):
         return (
             f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
@@ -139,9 +147,6 @@ def _draft_model(config: Any, speculative: Any) -> str | None:
 
 
 def _cache(config: Any) -> str | None:
-    dtype = config.cache_config.cache_dtype
-    if dtype not in ("auto", "float16", "bfloat16", "float32"):
-        return f"a quantised KV cache ({dtype}) is not supported: set --kv-cache-dtype auto"
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         return (
             "layer groups need vLLM's hybrid KV cache manager: remove "
@@ -201,6 +206,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _parallelism,
     _connectors,
     _speculation,
+    cache_kind,
     _cache,
     _cudagraphs,
     _sleep_mode,
@@ -257,7 +263,10 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 "or set --max-model-len above the window."
             )
         group_budgets(2**20, 2**18, variant, num_groups)
-        if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
+        coded = coded_groups(variant.codebook, num_groups)
+        if has_eight_bits(vllm_config):
+            check_eight_bits(variant, coded)
+        if coded and not has_plain_rotary(model):
             raise ConfigError(
                 f"codebook: keys are coded before their rotary embedding, and {model.model} "
                 f"{odd_rotary(model)}; leave codebook out."

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.host.cache_checks import layer_cache_kind
 from vllm_kvcompress.lengths.latent import PLAIN_CACHES
 from vllm_kvcompress.lengths.layer_kinds import SERVED, UNTURNED, full_layers, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
@@ -148,6 +149,8 @@ def check_layer(name: str, layer: Any) -> None:
         reason = f"uses the attention backend {backend}: set --attention-backend to {allowed}"
     elif is_latent(layer) and layer.kv_cache_dtype not in PLAIN_CACHES:
         reason = "caches quantised latents (MLA): set --kv-cache-dtype bfloat16"
+    elif not is_latent(layer):
+        reason = layer_cache_kind(layer)
     if reason is not None:
         raise UnsupportedModelError(
             f"--kv-compression: layer {name} {reason}, or drop --kv-compression."

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_kvcompress.config.cache_dtypes import EIGHT_BITS
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.lengths.latent import latent_width, unserved_latent
 from vllm_kvcompress.lengths.layer_kinds import SERVED, TRIED_HYBRIDS, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, STATE, WINDOWED
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+CACHE_DTYPES = ("auto", "float16", "bfloat16", *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class ModelGeometry:
     num_layers, num_kv_heads, head_dim : int
         Of the whole model; `num_layers` are those whose cache can be compacted.
     dtype : str
-        Of the cache: a key of `DTYPE_BYTES`.
+        Of the model: a key of `DTYPE_BYTES`.
     max_positions : int or None
         Longest sequence the model was made for, where the configuration says so.
     num_windowed : int
@@ -34,6 +36,8 @@ class ModelGeometry:
         Further layers with a state of fixed size in the place of keys and values.
     is_latent : bool
         Whether a token has one row of `head_dim` numbers for all heads (MLA), and no value.
+    cache_dtype : str
+        Of the cache, one of `CACHE_DTYPES`; "auto" is the model's.
     """
 
     num_layers: int
@@ -45,6 +49,26 @@ class ModelGeometry:
     window: int | None = None
     num_recurrent: int = 0
     is_latent: bool = False
+    cache_dtype: str = "auto"
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one number in the cache."""
+        return 1 if self.has_eight_bits else DTYPE_BYTES[self._cached_as]
+
+    @property
+    def has_eight_bits(self) -> bool:
+        """Whether the cache is quantised to 8 bits, with scales."""
+        return self.cache_dtype in EIGHT_BITS
+
+    @property
+    def _cached_as(self) -> str:
+        return self.dtype if self.cache_dtype == "auto" else self.cache_dtype
+
+    def __str__(self) -> str:
+        """Types, for people."""
+        own, cached = self.dtype, self._cached_as
+        return own if cached == own else f"{own}, cache {cached}"
 
     def kv_heads_per_worker(self, tensor_parallel_size: int) -> int:
         """KV heads of one rank; vLLM repeats them where there are more ranks than heads."""
@@ -65,9 +89,8 @@ class ModelGeometry:
     def page_bytes(self, block_size: int, tensor_parallel_size: int = 1) -> int:
         """Keys and values of `block_size` tokens of one layer on one worker."""
         heads = self.kv_heads_per_worker(tensor_parallel_size)
-        if self.is_latent:
-            return block_size * self.head_dim * DTYPE_BYTES[self.dtype]
-        return 2 * block_size * heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        size = block_size * self.head_dim * self.cache_bytes
+        return size if self.is_latent else 2 * heads * size
 
 
 @dataclass(frozen=True)
@@ -131,7 +154,9 @@ def read_config(folder: Path) -> ConfigFile:
     return ConfigFile(path, data, text)
 
 
-def read_geometry(folder: Path, dtype: str = "auto", latent: bool = False) -> ModelGeometry:
+def read_geometry(
+    folder: Path, dtype: str = "auto", cache_dtype: str = "auto", latent: bool = False
+) -> ModelGeometry:
     """Read what the cache depends on from the ``config.json`` of a local Hugging Face folder.
 
     Parameters
@@ -140,6 +165,8 @@ def read_geometry(folder: Path, dtype: str = "auto", latent: bool = False) -> Mo
         The folder.
     dtype : str
         A key of `DTYPE_BYTES`; "auto" takes the model's, and bfloat16 for float32 as vLLM does.
+    cache_dtype : str
+        One of `CACHE_DTYPES`; "auto" is 8 bits if the checkpoint says so, else `dtype`.
     latent : bool
         Whether the caller knows what to do with latent attention (MLA).
 
@@ -178,12 +205,13 @@ def read_geometry(folder: Path, dtype: str = "auto", latent: bool = False) -> Mo
         num_layers=num_full,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        dtype=_cache_dtype(dtype, config.data, text, config.path),
+        dtype=_model_dtype(dtype, config.data, text, config.path),
         max_positions=positions,
         num_windowed=num_windowed,
         window=text["sliding_window"] if num_windowed else None,
         num_recurrent=types.count(STATE),
         is_latent=is_latent,
+        cache_dtype=_cache_dtype(cache_dtype, config.data),
     )
 
 
@@ -215,7 +243,16 @@ def _layer_types(count: int, config: ConfigFile, positions: int | None) -> tuple
     return types
 
 
-def _cache_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: Path) -> str:
+def _cache_dtype(chosen: str, data: dict[str, Any]) -> str:
+    """What vLLM stores: some checkpoints ask for 8 bits by themselves."""
+    quantized = data.get("quantization_config") or {}
+    asked = quantized.get("kv_cache_scheme") or quantized.get("kv_cache_quant_algo")
+    if isinstance(asked, dict):
+        asked = asked.get("type") == "float" and asked.get("num_bits") == 8 and "fp8"
+    return "fp8" if chosen == "auto" and str(asked).lower() == "fp8" else chosen
+
+
+def _model_dtype(chosen: str, data: dict[str, Any], text: dict[str, Any], path: Path) -> str:
     if chosen != "auto":
         return chosen
     places = [where.get(key) for where in (text, data) for key in ("dtype", "torch_dtype")]

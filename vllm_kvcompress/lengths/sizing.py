@@ -19,7 +19,7 @@ from vllm_kvcompress.lengths.budgets import (
     next_lengths,
     permanent_ranges,
 )
-from vllm_kvcompress.lengths.geometry import DTYPE_BYTES, ModelGeometry
+from vllm_kvcompress.lengths.geometry import ModelGeometry
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
@@ -190,7 +190,7 @@ def request_usage(
         return sum(n * -(-each // block_size) for n, each in zip(tables, tokens, strict=True))
 
     end = prompt_len + output_len
-    codes = codes_per_row(geometry.head_dim * DTYPE_BYTES[geometry.dtype])
+    codes = codes_per_row(geometry.head_dim * geometry.cache_bytes)
     done = list(_compactions(prompt_len, output_len, config, len(tables), block_size, codes))
     peaks, grown = [blocks([end if not done else prompt_len] * len(tables))], []
     for index, each in enumerate(done):

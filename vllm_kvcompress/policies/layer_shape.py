@@ -14,7 +14,7 @@ class LayerShape:
     head_dim : int
         Numbers per key, and per value.
     itemsize : int
-        Bytes per cached number.
+        Bytes per cached number that is copied; at least those of a weight.
     window : int
         Queries of the observation window.
     hidden_size : int

@@ -133,14 +133,14 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_shape(config: ConfigFile, geometry: ModelGeometry) -> ModelShape:
-    """Shape of a model whose cache is known; weights have the cache's dtype.
+    """Shape of a model whose cache is known.
 
     Raises
     ------
     ConfigError
         If a field is missing or wrong.
     UnsupportedModelError
-        If its weights are no Llama-like layers.
+        If its weights are no Llama-like layers, or its cache has numbers of other sizes than them.
     """
     if any(config.text.get(name) for name in _EXPERTS):
         raise UnsupportedModelError(
@@ -158,6 +158,11 @@ def read_shape(config: ConfigFile, geometry: ModelGeometry) -> ModelShape:
             "modelled: leave out --speed."
         )
     size = DTYPE_BYTES[geometry.dtype]
+    if geometry.cache_bytes != size:
+        raise UnsupportedModelError(
+            f"--speed: the time of kernels that read a cache of {geometry.cache_dtype} is not "
+            "modelled: leave out --speed or --kv-cache-dtype."
+        )
     return ModelShape(
         num_layers=geometry.num_layers,
         hidden_size=config.whole_number("hidden_size"),

@@ -30,6 +30,7 @@ from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.cache_numbers import numbers_of
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.layer_parts import (
     find_output_projection,
@@ -188,7 +189,7 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _layout(self, layer: Attention | MLAAttention, block_size: int) -> CacheLayout:
         if is_latent(layer):
             return latent_layout(layer, block_size, in_place=True)
-        return StridedLayout(layer.head_size, block_size)
+        return StridedLayout(layer.head_size, block_size, numbers_of(layer))
 
     def warm_up_compaction(self) -> None:
         """Launch once what only compressed requests launch; their rows here are dummies."""
@@ -353,4 +354,4 @@ class CompressedCPUModelRunner(CompressionRunnerMixin, CPUModelRunner):
             return latent_layout(layer, block_size, in_place=False)
         if layer.get_attn_backend().get_name() != "CPU_ATTN":
             return super()._layout(layer, block_size)
-        return cpu_layout(layer.isa, layer.head_size)  # type: ignore[attr-defined]
+        return cpu_layout(layer.isa, layer.head_size, numbers_of(layer))  # type: ignore[attr-defined]

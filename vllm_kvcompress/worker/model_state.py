@@ -76,7 +76,9 @@ class CompressionStateMixin(DefaultModelState):
             self.max_num_tokens,
             self.device,
         )
-        self.taps = QueryTaps([self.window, self.prompt_queries, self.ring])
+        self.taps = QueryTaps(
+            [self.window, self.prompt_queries, self.ring], self.vllm_config.model_config.dtype
+        )
         self.setups: dict[str, RequestSetup] = {}
         self.query_slots: dict[str, int] = {}
         self.lengths: EvictedLengths | None = None

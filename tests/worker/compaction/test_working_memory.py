@@ -34,7 +34,7 @@ def nothing_runs(monkeypatch) -> None:
 def rank_shape(shape: Shape, max_model_len: int = LONGEST) -> RankShape:
     return RankShape(
         shape.num_layers, range(shape.num_layers), shape.num_heads, shape.num_kv_heads,
-        shape.head_dim, shape.hidden_size, shape.dtype, shape.block_size, max_model_len,
+        shape.head_dim, shape.hidden_size, shape.cache_dtype, shape.block_size, max_model_len,
         shape.max_num_reqs,
     )  # fmt: skip
 
@@ -70,6 +70,16 @@ def test_every_policy_holds_what_it_says(name: str, params: dict[str, Any]) -> N
     """One layer, where nothing but the policy counts."""
     setting = {"policy": {"name": name, **params}, "budget": {"ratio": 0.25}, "min_prompt_len": 0}
     check(parse_config(setting), Shape(num_layers=1), most=6.5)
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv", "knorm", "criticalkv", "cake", "rkv", "expected_attention"]
+)
+def test_rows_that_are_copied_out_of_a_cache_of_8_bits_become_float32(name: str) -> None:
+    """A policy that copies none, and those that copy keys, values or both."""
+    setting = {"policy": {"name": name}, "budget": {"ratio": 0.25}, "min_prompt_len": 0}
+    shape = Shape(num_layers=1, eight_bits=torch.float8_e4m3fn)
+    check(parse_config(setting), shape, most=6.5)
 
 
 @pytest.mark.parametrize("name", preset_names())

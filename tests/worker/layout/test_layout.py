@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 from vllm_kvcompress.worker.layout.packed import AmxLayout, VectorLayout, cpu_layout
 from vllm_kvcompress.worker.layout.strided import StridedLayout
 
@@ -108,6 +109,38 @@ def test_strided_views_of_any_physical_order(order, kernel_block: int) -> None:
         assert torch.equal(row, torch.cat([keys[:, token], values[:, token]], dim=-1))
     found = layout.read(cache, torch.tensor([4, 2]))
     assert torch.equal(found[0], keys) and torch.equal(found[1], values)
+
+
+def eight_bit_isas() -> list[tuple[str, torch.dtype]]:
+    return [(isa, dtype) for isa, dtype in host_isas() if isa != "vec16"]
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="vLLM needs AVX-512 for 8 bits")
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)]
+)
+@pytest.mark.parametrize(("isa", "dtype"), eight_bit_isas())
+def test_measures_the_numbers_that_the_hosts_operator_stored(isa, dtype, name, kind) -> None:
+    """Numbers that 8 bits hold, times the scales: there is nothing to round."""
+    load_host_operators()
+    from vllm import _custom_ops as ops
+
+    blocks = [4, 1, 5]
+    slots = torch.tensor([b * BLOCK + i for b in blocks for i in range(BLOCK)])
+    generator = torch.Generator().manual_seed(1)
+    size = len(slots), HEADS, SIZE
+    keys = torch.randn(size, generator=generator).to(kind).float() * 0.25
+    values = torch.randn(size, generator=generator).to(kind).float() * 4
+    cache = torch.zeros(NUM_BLOCKS, HEADS, BLOCK, 2 * SIZE, dtype=torch.uint8)
+    halves = cache.view(NUM_BLOCKS, HEADS, BLOCK * 2, SIZE).chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        keys.to(dtype), values.to(dtype), *halves, slots, isa,
+        k_scale=0.25, v_scale=4.0, kv_cache_dtype=name,
+    )  # fmt: skip
+    layout = cpu_layout(isa, SIZE, CacheNumbers(kind, lambda: (0.25, 4.0)))
+    rows = layout.rows_so_far(cache, torch.tensor(blocks), 90, torch.zeros(2, 3, SIZE), 1.0)
+    assert torch.equal(rows.keys, keys[:90].transpose(0, 1))
+    assert torch.equal(rows.values, values[:90].transpose(0, 1))
 
 
 def test_an_unknown_packing_is_refused() -> None:

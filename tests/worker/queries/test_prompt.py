@@ -179,7 +179,7 @@ def test_keys_of_the_chunk_are_in_the_cache_when_it_is_folded() -> None:
             return query
 
     impl = Attention()
-    taps = QueryTaps([prompts])
+    taps = QueryTaps([prompts], torch.float32)
     taps.watch("first", impl)
     prompts.add_request("a", Sum(), 8, 4)
     begin(prompts, [("a", 0, 8)])

@@ -120,7 +120,7 @@ def test_watching_a_layer_changes_nothing_else() -> None:
             return "result"
 
     impl, window = Impl(), QueryWindow(torch.device("cpu"))
-    taps = QueryTaps([window])
+    taps = QueryTaps([window], torch.float32)
     taps.watch("layer", impl)
     assert impl.forward("l", torch.zeros(3, 2, 4), "k", output="o") == "result"
     window.add_request("a", 3, 2)

@@ -24,6 +24,9 @@ from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.worker.compaction.compactor import MAX_TOKENS
 
+_DECODED_BYTES = 5
+"""Per number that is copied out of an 8-bit cache: as it is stored (1), and in float32 (4)."""
+
 _SORT_BYTES = 36
 """Per survivor, while pins are put first: marks (1), sorted marks (1), their order (8), survivors
 in it (8), and as much again as the sort moves them through (18)."""
@@ -65,9 +68,10 @@ class RankShape:
 
     def layer(self, window: int) -> LayerShape:
         """One layer, under an observation window."""
+        size = self.cache_dtype.itemsize
         return LayerShape(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.cache_dtype.itemsize, window,
-            self.hidden_size,
+            self.num_heads, self.num_kv_heads, self.head_dim,
+            size if size > 1 else _DECODED_BYTES, window, self.hidden_size,
         )  # fmt: skip
 
 

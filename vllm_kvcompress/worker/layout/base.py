@@ -20,6 +20,7 @@ from vllm_kvcompress.kernels.compaction.gather_rows import gather_rows
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 
 
 class CacheLayout(ABC):
@@ -27,7 +28,16 @@ class CacheLayout(ABC):
 
     What a compaction needs of it (`rows`, `move`) works on gathered copies here; a layout that
     kernels can address in place overrides both.
+
+    Parameters
+    ----------
+    numbers : CacheNumbers
+        What the cache's elements stand for. Rows that are measured are numbers; rows that are read,
+        written or moved are elements.
     """
+
+    def __init__(self, numbers: CacheNumbers | None = None) -> None:
+        self.numbers = numbers or CacheNumbers()
 
     def rows(
         self,
@@ -54,8 +64,7 @@ class CacheLayout(ABC):
         """
         found = []
         for request, (length, own) in enumerate(zip(group.lengths, queries, strict=True)):
-            keys, values = self.read(cache, group.blocks(request))
-            found.append(DenseRows(keys[:, :length], values[:, :length], own, scale, terms))
+            found.append(self._measurable(cache, group.blocks(request), length, own, scale, terms))
         return found
 
     def rows_so_far(
@@ -84,8 +93,20 @@ class CacheLayout(ABC):
         terms : SoftmaxTerms
             Its soft cap and sinks.
         """
-        keys, values = self.read(cache, blocks.long())
-        return DenseRows(keys[:, :num_tokens], values[:, :num_tokens], queries, scale, terms)
+        return self._measurable(cache, blocks.long(), num_tokens, queries, scale, terms)
+
+    def _measurable(
+        self,
+        cache: torch.Tensor,
+        blocks: torch.Tensor,
+        num_tokens: int,
+        queries: torch.Tensor | None,
+        scale: float,
+        terms: SoftmaxTerms,
+    ) -> DenseRows:
+        keys, values = self.read(cache, blocks)
+        keys, values = self.numbers.decoded(keys[:, :num_tokens], values[:, :num_tokens])
+        return DenseRows(keys, values, queries, scale, terms)
 
     def move(
         self,
@@ -105,8 +126,10 @@ class CacheLayout(ABC):
         indices : torch.Tensor
             [L, R, KV, K] int64, survivors in the order they are written.
         rotary : Rotary or None
-            Turn keys to neighbouring positions that end where the uncompressed tail begins.
+            Turn keys to neighbouring positions that end where the uncompressed tail begins. Not in
+            caches of 8 bits, whose elements are no numbers.
         """
+        assert rotary is None or self.numbers.eight_bits is None, "refused when settings are read"
         for cache, layer_indices in zip(caches, indices, strict=True):
             for request, plan in enumerate(group.plans):
                 chosen = layer_indices[request, :, : plan.lengths.kept_len]  # [KV, K]

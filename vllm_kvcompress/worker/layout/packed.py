@@ -14,12 +14,14 @@ import torch
 
 from vllm_kvcompress.kernels.cache.pages import Pages
 from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 
 
 class _PackedLayout(CacheLayout):
     """CPU blocks: keys and values of a head are two contiguous halves of N * D elements."""
 
-    def __init__(self, head_size: int) -> None:
+    def __init__(self, head_size: int, numbers: CacheNumbers | None = None) -> None:
+        super().__init__(numbers)
         self.head_size = head_size
 
     def pages(
@@ -112,7 +114,7 @@ _CPU_LAYOUTS: dict[str, type[_PackedLayout]] = {
 }
 
 
-def cpu_layout(isa: str, head_size: int) -> CacheLayout:
+def cpu_layout(isa: str, head_size: int, numbers: CacheNumbers | None = None) -> CacheLayout:
     """Layout of a CPU attention layer by the instruction set its kernel was chosen for.
 
     Raises
@@ -121,7 +123,7 @@ def cpu_layout(isa: str, head_size: int) -> CacheLayout:
         For an instruction set whose packing is not known here.
     """
     try:
-        return _CPU_LAYOUTS[isa](head_size)
+        return _CPU_LAYOUTS[isa](head_size, numbers)
     except KeyError:
         raise NotImplementedError(
             f"KV compression does not know how vLLM packs its cache for the CPU instruction set "

@@ -16,6 +16,7 @@ from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.kernels.formulas.softmax_terms import PLAIN, SoftmaxTerms
 from vllm_kvcompress.worker.batch import GroupBatch
 from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 
 
 class StridedLayout(CacheLayout):
@@ -27,9 +28,14 @@ class StridedLayout(CacheLayout):
         D; the first D of C elements are the key.
     block_size : int
         N of the block table. The view's blocks may be smaller by a whole factor.
+    numbers : CacheNumbers
+        What the cache's elements stand for.
     """
 
-    def __init__(self, head_size: int, block_size: int) -> None:
+    def __init__(
+        self, head_size: int, block_size: int, numbers: CacheNumbers | None = None
+    ) -> None:
+        super().__init__(numbers)
         self.head_size = head_size
         self.block_size = block_size
 
@@ -50,12 +56,16 @@ class StridedLayout(CacheLayout):
         self, cache: torch.Tensor, table: torch.Tensor, num_tokens: torch.Tensor, max_tokens: int
     ) -> Pages:
         """The first `num_tokens` [R] of block table rows [R, P], in place."""
+        typed = self.numbers.typed(cache)
+        key_scale, value_scale = self.numbers.scales()
         return Pages(
-            keys=cache[..., : self.head_size],
-            values=cache[..., self.head_size :],
+            keys=typed[..., : self.head_size],
+            values=typed[..., self.head_size :],
             block_table=self.kernel_table(cache, table),
             num_tokens=num_tokens,
             max_tokens=max_tokens,
+            key_scale=key_scale,
+            value_scale=value_scale,
         )
 
     def pages(
@@ -105,6 +115,7 @@ class StridedLayout(CacheLayout):
         rotary: Rotary | None,
     ) -> None:
         """In one launch for all layers and requests."""
+        assert rotary is None or self.numbers.eight_bits is None, "refused when settings are read"
         first = caches[0]
         compact_pages(
             LayerCaches.of(caches, self.head_size, group.addresses),

@@ -37,10 +37,13 @@ class QueryTaps:
     ----------
     recorders : sequence of QueryRecorder
         In the order they are asked.
+    dtype : torch.dtype
+        What the model computes in, and recorders are shown. Beside an 8-bit cache vLLM quantises
+        the queries that some backends are handed (`AttentionImpl.supports_quant_query_input`).
     """
 
-    def __init__(self, recorders: Sequence[QueryRecorder]) -> None:
-        self.recorders = list(recorders)
+    def __init__(self, recorders: Sequence[QueryRecorder], dtype: torch.dtype) -> None:
+        self.recorders, self.dtype = list(recorders), dtype
         self._is_muted = False
 
     def watch(self, layer_name: str, impl: Any) -> None:
@@ -50,7 +53,7 @@ class QueryTaps:
         @wraps(forward)
         def watched(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = forward(layer, query, *args, **kwargs)
-            self._show(layer_name, query)
+            self._show(layer_name, layer, query)
             return output
 
         impl.forward = watched
@@ -66,16 +69,23 @@ class QueryTaps:
         @wraps(forward)
         def watched(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output = forward(q, *args, **kwargs)
-            self._show(layer_name, q)
+            self._show(layer_name, layer, q)
             return output
 
         layer.forward_impl = watched
 
-    def _show(self, layer_name: str, query: torch.Tensor) -> None:
-        if not self._is_muted:
-            for recorder in self.recorders:
-                if recorder.is_active:
-                    recorder.record(layer_name, query)
+    def _show(self, layer_name: str, layer: Any, query: torch.Tensor) -> None:
+        active = [] if self._is_muted else [each for each in self.recorders if each.is_active]
+        if active:
+            query = self._unquantised(layer, query)
+        for recorder in active:
+            recorder.record(layer_name, query)
+
+    def _unquantised(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
+        """Queries in the model's type; every 8-bit float is a bfloat16 and a float16."""
+        if query.element_size() > 1:
+            return query
+        return query.to(self.dtype).mul_(layer._q_scale)
 
     @contextmanager
     def muted(self) -> Iterator[None]:

@@ -156,17 +156,22 @@ class Replay:
         AttentionInterface.register(attention, self._attend)
         AttentionMaskInterface.register(attention, sdpa_mask)
         self.device = torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation=attention
-        )
+        model = self._load(model_dir, dtype, attention)
         self.model = model.to(self.device).eval()
         self.block_size = block_size
-        self.layers = self.model.model.layers
-        config = self.model.config
-        self.full_layers = full_layers(config, config.max_position_embeddings)
-        self.rotary = Rotary(_inv_freq(self.model.model.rotary_emb), is_neox=True)
+        decoder = self.model.get_decoder()
+        self.layers, self.text_config = decoder.layers, decoder.config
+        limit = self.text_config.max_position_embeddings
+        self.full_layers = full_layers(self.text_config, limit)
+        self.rotary = Rotary(_inv_freq(decoder.rotary_emb), is_neox=True)
         self._queries: list[torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
+
+    def _load(self, model_dir: str, dtype: torch.dtype, attention: str) -> Any:
+        """The model, whose language model attends by what is registered as `attention`."""
+        return AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation=attention
+        )
 
     def _attend(
         self,
@@ -246,7 +251,7 @@ class Replay:
         self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
     ) -> Compressed:
         """The `view`, and what its codebooks hold."""
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.text_config)
         rows, num_entries = self.rows(prompt, config, seed)
         for layer, (keys, values) in enumerate(rows):
             cache.update(keys[None].clone(), values[None].clone(), layer)
@@ -344,7 +349,7 @@ class Replay:
         number = self.full_layers[place]
         attention = self.layers[number].self_attn
         weight = attention.o_proj.weight.detach()
-        heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
+        heads, width = self.text_config.num_key_value_heads, 2 * attention.head_dim
         shape, dtype = (0, heads, self.block_size, width), self.model.dtype
         no_blocks = torch.empty(shape, dtype=dtype, device=self.device)
         projection = weight.unflatten(1, (-1, attention.head_dim)).transpose(0, 1)

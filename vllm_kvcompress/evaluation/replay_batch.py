@@ -35,7 +35,7 @@ class ReplayBatch:
         # Without the model's configuration, by which windowed layers would forget tokens: masks say
         # what they see.
         self.cache = DynamicCache()
-        window = getattr(replay.model.config, "sliding_window", None)
+        window = getattr(replay.text_config, "sliding_window", None)
         full = set(replay.full_layers)
         self.windows = [None if each in full else window for each in range(len(replay.layers))]
         self.masks: list[torch.Tensor] = []

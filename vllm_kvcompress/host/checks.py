@@ -10,12 +10,12 @@ from typing import Any
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.model_checks import (
+    draft_model_kind,
     has_plain_rotary,
     layer_kinds,
     model_kind,
     num_full_layers,
     partial_attention,
-    unsupported_kind,
 )
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
@@ -109,7 +109,7 @@ def _speculation(config: Any) -> str | None:
 def _draft_model(config: Any, speculative: Any) -> str | None:
     """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
     model = speculative.draft_model_config
-    reason = unsupported_kind(model) or partial_attention(model)
+    reason = draft_model_kind(model) or partial_attention(model)
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype

@@ -15,12 +15,18 @@ def model_kind(config: Any) -> str | None:
     return unsupported_kind(config.model_config)
 
 
+def draft_model_kind(model: Any) -> str | None:
+    """A draft model is shown token ids only, and its cache is laid out as one of text is."""
+    if model.is_multimodal_model:
+        return f"{model.model} is a multimodal model: choose a decoder-only text model"
+    return unsupported_kind(model)
+
+
 def unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
         "a model with multi-head latent attention (MLA)": model.use_mla,
         "a hybrid or attention-free model": model.is_hybrid or model.is_attention_free,
-        "a multimodal model": model.is_multimodal_model,
         "a diffusion model": model.is_diffusion,
     }
     for kind, applies in kinds.items():
@@ -65,10 +71,14 @@ def num_full_layers(model: Any) -> int:
 def has_plain_rotary(model_config: Any) -> bool:
     """Whether angles are position times frequency in the layers that attend to everything.
 
-    By the model's configuration.
+    By the model's configuration. Tokens of an image have several positions (M-RoPE); where a model
+    is given text only, all of them are the token's own.
     """
     rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
     rope = rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
+    has_several = rope.get("mrope_section") or getattr(model_config, "uses_mrope", False)
+    if has_several and getattr(model_config, "supports_multimodal_inputs", True):
+        return False
     return rope.get("rope_type", "other") in ("default", "llama3")
 
 

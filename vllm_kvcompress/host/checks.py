@@ -10,12 +10,15 @@ from typing import Any
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.model_checks import (
-    draft_model_kind,
     has_plain_rotary,
     layer_kinds,
     model_kind,
+    multimodal_options,
     num_full_layers,
     partial_attention,
+    rotary_sentence,
+    takes_embeddings,
+    text_model_kind,
 )
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
@@ -108,8 +111,14 @@ def _speculation(config: Any) -> str | None:
 
 def _draft_model(config: Any, speculative: Any) -> str | None:
     """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
+    if config.model_config.supports_multimodal_inputs:
+        return (
+            f"--speculative-config: a draft model sees no images, and beside "
+            f"{config.model_config.model} it has not been tried: set the method to ngram, or add "
+            "--language-model-only"
+        )
     model = speculative.draft_model_config
-    reason = draft_model_kind(model) or partial_attention(model)
+    reason = text_model_kind(model) or partial_attention(model)
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype
@@ -190,6 +199,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _runner_type,
     model_kind,
     layer_kinds,
+    multimodal_options,
     _model_runner,
     _parallelism,
     _connectors,
@@ -236,15 +246,20 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(
                 f"policy.name: {variant.policy.name} turns keys or queries by whole positions, and "
-                f"{model.model} scales its rotary embedding; choose another policy."
+                f"{model.model} {rotary_sentence(model)}; choose another policy."
             )
         num_groups = max(layer_groups(num_layers, variant.layer_groups)) + 1
         group_budgets(2**20, 2**18, variant, num_groups)
         if coded_groups(variant.codebook, num_groups) and not has_plain_rotary(model):
             raise ConfigError(
-                f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
-                "it; leave codebook out."
+                f"codebook: keys are coded before their rotary embedding, and {model.model} "
+                f"{rotary_sentence(model)}; leave codebook out."
             )
+    if setting.drafts and (takes_embeddings(model) or model.uses_mrope):
+        raise ConfigError(
+            f"mode: draft steps give token ids and their places, and {model.model} takes "
+            "embeddings or positions of several parts; leave out draft mode and draft.budget."
+        )
     if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
         raise ConfigError(
             f"mode: {model.model} has experts, which all data-parallel ranks run together, and "

@@ -139,7 +139,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             feature.bind(kv_cache_config)
 
     def _layer_caches(self) -> list[LayerCache]:
-        layers = self.compacted_layers.by_name()
+        layers, is_plain = self.compacted_layers.by_name(), has_plain_rotary(self.model_config)
         return [
             LayerCache(
                 name=name,
@@ -148,7 +148,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=partial(getattr, layers[name], "kv_cache"),
-                rotary=find_rotary(self.model, name, self.device),
+                rotary=find_rotary(self.model, name, self.device) if is_plain else None,
                 output_projection=find_output_projection(
                     self.model, name, layers[name].num_heads, layers[name].head_size
                 ),

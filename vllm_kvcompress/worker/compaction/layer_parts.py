@@ -9,6 +9,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
@@ -23,6 +24,8 @@ def _parent(model: nn.Module, layer_name: str) -> nn.Module:
 def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rotary | None:
     """The rotary embedding beside an attention layer; None if there is no plain one.
 
+    M-RoPE is plain where all positions of a token are the same, that is for text.
+
     Parameters
     ----------
     model : nn.Module
@@ -33,10 +36,16 @@ def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rota
         Where the frequencies go.
     """
     found = [m for m in _parent(model, layer_name).children() if isinstance(m, RotaryEmbeddingBase)]
-    if len(found) != 1 or type(found[0]) not in _PLAIN_ROTARY:
+    if len(found) != 1 or not _is_plain(found[0]):
         return None
     inv_freq = found[0]._compute_inv_freq(found[0].base)
     return Rotary(inv_freq.to(device, torch.float32), found[0].is_neox_style)
+
+
+def _is_plain(rotary: Any) -> bool:
+    if type(rotary) is MRotaryEmbedding:
+        return rotary.scaling_factor is None
+    return type(rotary) in _PLAIN_ROTARY
 
 
 def find_output_projection(

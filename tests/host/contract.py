@@ -279,8 +279,8 @@ ATTRIBUTES = {
         "records_new_block_ids", "req_to_blocks",
     },
     "vllm.v1.request:Request": {
-        "block_hashes", "mm_features", "num_computed_tokens", "num_output_placeholders", "num_tokens",
-        "request_id", "resumable", "spec_token_ids", "status",
+        "block_hashes", "mm_features", "num_computed_tokens", "num_output_placeholders",
+        "num_tokens", "request_id", "resumable", "spec_token_ids", "status",
     },
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
         "attn_groups", "block_tables", "kv_cache_config", "max_model_len", "max_num_reqs",
@@ -311,7 +311,9 @@ ATTRIBUTES = {
         "use_mla", "uses_mrope",
     },
     "vllm.config.multimodal:MultiModalConfig": {"is_multimodal_pruning_enabled"},
-    "vllm.multimodal.inputs:MultiModalFeatureSpec": {"mm_position"},
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": {"identifier", "mm_hash", "mm_position"},
+    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache": {"invalidate"},
+    "vllm.renderers:BaseRenderer": {"mm_processor_cache"},
     "vllm.multimodal.inputs:PlaceholderRange": {"length", "offset"},
     "vllm.model_executor.layers.rotary_embedding.mrope:MRotaryEmbedding": {"scaling_factor"},
     "vllm.config:ParallelConfig": {

@@ -1,4 +1,4 @@
-"""What multimodal models are served without, and why; `tests/e2e/test_multimodal.py` serves some."""
+"""What multimodal models are served without, and why."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -110,7 +111,7 @@ def write_paddleocr_vl(folder: Path) -> Tiny:
     base, text = _text_part(folder, "llama")
     words = ("<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", "<|video|>")
     ids = _write_tokenizer(folder, words, image_token="<|IMAGE_PLACEHOLDER|>")
-    start, end, image_id, video = (ids[word] for word in words)
+    start, end, image_id, video = _ids_of(ids, words)
     text["rope_parameters"]["mrope_section"] = [4, 6, 6]
     config = PaddleOCRVLConfig(
         text_config=text, vision_config=_VISION,
@@ -148,6 +149,52 @@ def write_gemma3(folder: Path) -> Tiny:
     return Tiny(str(folder), [], start, [], becomes, image_id)
 
 
+def write_qwen_vl(folder: Path, name: str) -> Tiny:
+    """Write a tiny Qwen2.5-VL or, with another M-RoPE and with DeepStack, a tiny Qwen3-VL.
+
+    Their processors need torchvision.
+
+    Parameters
+    ----------
+    folder : Path
+        Where to.
+    name : {"qwen2.5", "qwen3"}
+        Which.
+    """
+    is_third = name == "qwen3"
+    base, text = _text_part(folder, "qwen3" if is_third else "llama")
+    words = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    named = {"image_token": words[2], "video_token": words[3]}
+    start, end, image_id, video = _ids_of(_write_tokenizer(folder, words, **named), words)
+    text["rope_parameters"]["mrope_section"] = [4, 6, 6]
+    fields: dict[str, Any] = {
+        "image_token_id": image_id, "video_token_id": video, "vision_start_token_id": start,
+        "vision_end_token_id": end, "tie_word_embeddings": False, "dtype": "float32",
+    }  # fmt: skip
+    vision: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 256,
+        "patch_size": PATCH,
+    }  # fmt: skip
+    if is_third:
+        text["rope_parameters"]["mrope_interleaved"] = True
+        vision |= {"depth": 3, "num_position_embeddings": 256, "deepstack_visual_indexes": [0, 1]}
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **fields)
+        model = transformers.Qwen3VLForConditionalGeneration(config)
+        kinds = (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor)
+    else:
+        del text["head_dim"]
+        vision |= {"depth": 2, "fullatt_block_indexes": [1], "window_size": 56}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **fields)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        kinds = (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor)
+    _write(model, base, folder, "linear_fc2.weight" if is_third else "merger.mlp.2.weight", 4.0)
+    limits = {"shortest_edge": PATCH**2, "longest_edge": PIXELS**2}
+    pixels = transformers.Qwen2VLImageProcessor(size=limits, patch_size=PATCH)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    kinds[0](pixels, tokenizer, kinds[1](patch_size=PATCH)).save_pretrained(folder)
+    return Tiny(str(folder), [start], image_id, [end], [image_id] * TOKENS, image_id)
+
+
 # --- parts --------------------------------------------------------------------------------
 
 _PUBLISHED = re.compile(r"^((?:model\.)?)vision_tower\.(?!vision_model)")
@@ -163,6 +210,10 @@ def _text_part(folder: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[s
     config = json.loads((base / "config.json").read_text())
     del config["architectures"], config["model_type"]
     return load_file(base / "model.safetensors"), config
+
+
+def _ids_of(ids: dict[str, int], words: Sequence[str]) -> list[int]:
+    return [ids[word] for word in words]
 
 
 def _write_tokenizer(folder: Path, special: Sequence[str], **named: str) -> dict[str, int]:

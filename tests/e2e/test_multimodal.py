@@ -1,7 +1,8 @@
 """Models that see images: their image tokens are tokens, kept or evicted like all others.
 
-The reference is transformers over the same survivors, given the same images. Gemma 3's classes
-import torchvision, which installations for CPUs lack: without it, its tests are skipped.
+The reference is transformers over the same survivors, given the same images. vLLM's classes of
+Qwen-VL and Gemma 3 import torchvision, which installations for CPUs lack: their tests are skipped
+there.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,15 @@ from vllm.exceptions import VLLMValidationError
 
 from lab.random_models import distinct_tokens
 from tests.e2e.conftest import assert_idle, opened, serving
-from tests.e2e.multimodal import TOKENS, MultimodalReplay, Seen, Tiny, write_gemma3
-from tests.e2e.multimodal import write_paddleocr_vl as write_paddle
+from tests.e2e.multimodal import (
+    TOKENS,
+    MultimodalReplay,
+    Seen,
+    Tiny,
+    write_gemma3,
+    write_paddleocr_vl,
+    write_qwen_vl,
+)
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
@@ -60,7 +68,7 @@ def run(engine: Engine, name: str, prompt: Any, xargs: Any = None, count: int = 
 @pytest.fixture(scope="module")
 def paddle(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder: Path = tmp_path_factory.mktemp("paddleocr_vl")
-    return write_paddle(folder)
+    return write_paddleocr_vl(folder)
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +165,11 @@ class TestWithSeveralPositions:
         for preset in ("expected_attention", "streaming_llm_rerotated"):
             with pytest.raises(VLLMValidationError, match="tokens of images several positions"):
                 engine.add(preset, prompt.for_vllm(), 4, {"kv_compression": preset})
-        given = {"kv_compression": "knorm", "kv_keep_ratio": 0.25}
+        given = {"kv_compression": "knorm", "kv_budget_ratio": 0.25}
         engine.add("chosen", prompt.for_vllm(), NUM_TOKENS, given, ignore_eos=True)
         config = engine.scheduler.planner.requests[engine.live()["chosen"].request_id].config
         assert config.policy.name == "knorm" and config.budget.ratio == 0.25
+        assert engine.live()["chosen"].num_prompt_tokens == len(prompt.expanded())
         engine.drain()
         expected = replay.generate(replay.see(prompt), config, NUM_TOKENS)
         assert engine.results["chosen"].token_ids == expected
@@ -178,6 +187,27 @@ def test_without_its_eyes(paddle: Tiny, replay: MultimodalReplay) -> None:
             assert found.token_ids == expected, preset
         with pytest.raises(ValueError, match="not available for text-only models"):
             engine.add("image", paddle.prompt(text, {PLACE: 0}).for_vllm(), 4)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+def test_qwen_vl(tmp_path: Path, name: str) -> None:
+    """With the n-gram drafter, whose drafts are verified over what is left."""
+    pytest.importorskip("torchvision")
+    model = write_qwen_vl(tmp_path, name)
+    replay, config = MultimodalReplay(model, BLOCK), parse_config(TWO_GROUPS)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    limits = {"limit_mm_per_prompt": {"image": 1, "video": 0}}
+    with opened(model.folder, TWO_GROUPS, **ENGINE, **limits, speculative_config=drafts) as engine:
+        prompt, text = model.prompt(words(300), {PLACE: 0}), words(300, seed=1)
+        seen = replay.see(prompt)
+        whole = replay.generate(seen, None, 40)
+        assert run(engine, "kept", prompt, UNCOMPRESSED, 40).token_ids == whole
+        expected = replay.generate(seen, config, 40)
+        assert run(engine, "cold", prompt, count=40).token_ids == expected != whole
+        assert run(engine, "warm", prompt, count=40).token_ids == expected
+        expected = replay.generate(replay.prefill(text), config, 40)
+        assert run(engine, "text", text, count=40).token_ids == expected
+        assert_idle(engine)
 
 
 # --- windowed layers ----------------------------------------------------------------------

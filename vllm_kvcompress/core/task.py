@@ -45,7 +45,8 @@ class RequestClassifier:
 
 def _text_of(request: Request) -> list[int]:
     """The prompt's tokens without those in the place of images, which would fill its ends."""
-    rest, end = [], 0
+    rest: list[int] = []
+    end = 0
     token_ids = request.prompt_token_ids or []
     for feature in request.mm_features:
         place = feature.mm_position

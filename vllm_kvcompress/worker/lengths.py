@@ -106,7 +106,7 @@ class EvictedLengths:
         rows = input_batch.idx_mapping_np
         if not self.is_current(input_batch):
             return np.zeros(len(rows), dtype=bool)
-        return self.evicted.np[:, rows].any(axis=0)
+        return np.asarray(self.evicted.np[:, rows].any(axis=0))
 
     def max_seq_lens(self, input_batch: "InputBatch", num_rows: int) -> list[int]:
         """Per group the largest of `group_upper_bound`'s first `num_rows`."""

@@ -88,7 +88,7 @@ ALLOWED = {
     "core.scheduler": 4,
     "core.tracked_request": 1,
     "doctor.savings": 2,
-    "host.checks": 27,
+    "host.checks": 30,
     "host.cli_options": 7,
     "host.hooks": 11,
     "host.latent_checks": 6,

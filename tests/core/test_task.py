@@ -26,7 +26,8 @@ def loads(monkeypatch) -> list[object]:
 
 
 def request(text: str | None) -> SimpleNamespace:
-    return SimpleNamespace(prompt_token_ids=None if text is None else [ord(c) for c in text])
+    ids = None if text is None else [ord(c) for c in text]
+    return SimpleNamespace(prompt_token_ids=ids, mm_features=[])
 
 
 def test_the_two_classes_one_after_the_other(loads) -> None:
@@ -38,6 +39,20 @@ def test_the_two_classes_one_after_the_other(loads) -> None:
     found = [classifier.classify(request(text)) for text in (asked, told, told, asked)]
     assert found == ["localization", "aggregation", "aggregation", "localization"]
     assert len(loads) == 1, "the tokenizer is loaded once"
+
+
+def test_images_do_not_hide_what_is_asked(loads) -> None:
+    """An image at either end is more tokens than the classifier looks at."""
+    asked = request(SUMMARY + "The tower was built by a mason. " * 40 + "\n\nSummary:")
+    size, given = 300, asked.prompt_token_ids
+    asked.prompt_token_ids = [0] * size + given + [0] * size
+    asked.mm_features = [
+        SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=size))
+        for offset in (0, size + len(given))
+    ]
+    classifier = RequestClassifier(SimpleNamespace(skip_tokenizer_init=False))
+    assert classifier.classify(asked) == "aggregation"
+    assert task._text_of(asked) == given
 
 
 def test_where_there_is_no_text_nobody_is_asked(loads) -> None:

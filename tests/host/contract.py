@@ -280,8 +280,8 @@ ATTRIBUTES = {
         "records_new_block_ids", "req_to_blocks",
     },
     "vllm.v1.request:Request": {
-        "block_hashes", "num_computed_tokens", "num_output_placeholders", "num_tokens",
-        "request_id", "resumable", "spec_token_ids", "status",
+        "block_hashes", "mm_features", "num_computed_tokens", "num_output_placeholders",
+        "num_tokens", "request_id", "resumable", "spec_token_ids", "status",
     },
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
         "attn_groups", "block_tables", "kv_cache_config", "max_model_len", "max_num_reqs",
@@ -305,11 +305,18 @@ ATTRIBUTES = {
         "use_v2_model_runner", "watermark_config",
     },
     "vllm.config:ModelConfig": {
-        "enable_sleep_mode", "get_total_num_kv_heads", "get_vocab_size", "head_dtype",
-        "hf_text_config", "is_attention_free", "is_diffusion", "is_encoder_decoder", "is_hybrid",
-        "is_moe", "is_multimodal_model", "max_model_len", "runner_type", "use_fp64_gumbel",
-        "use_mla", "using_transformers_backend",
+        "enable_prompt_embeds", "enable_sleep_mode", "get_total_num_kv_heads", "get_vocab_size",
+        "head_dtype", "hf_text_config", "is_attention_free", "is_diffusion", "is_encoder_decoder",
+        "is_hybrid", "is_mm_prefix_lm", "is_moe", "is_multimodal_model", "max_model_len",
+        "multimodal_config", "runner_type", "supports_multimodal_inputs", "use_fp64_gumbel",
+        "use_mla", "uses_mrope", "using_transformers_backend",
     },
+    "vllm.config.multimodal:MultiModalConfig": {"is_multimodal_pruning_enabled"},
+    "vllm.multimodal.inputs:MultiModalFeatureSpec": {"identifier", "mm_hash", "mm_position"},
+    "vllm.multimodal.cache.base:BaseMultiModalProcessorCache": {"invalidate"},
+    "vllm.renderers:BaseRenderer": {"mm_processor_cache"},
+    "vllm.multimodal.inputs:PlaceholderRange": {"length", "offset"},
+    "vllm.model_executor.layers.rotary_embedding.mrope:MRotaryEmbedding": {"scaling_factor"},
     "vllm.config:ParallelConfig": {
         "data_parallel_size", "decode_context_parallel_size", "pipeline_parallel_size",
         "prefill_context_parallel_size", "tensor_parallel_size", "use_ubatching", "worker_cls",

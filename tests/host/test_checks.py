@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.config.multimodal import MultiModalConfig
 from vllm.config.watermarking import WatermarkConfig
 from vllm.engine.arg_utils import EngineArgs
 
@@ -65,7 +66,11 @@ REFUSALS = [
     (MODEL, {"use_mla": True}, ["latent attention (MLA) of the kind llama", "deepseek_v3"]),
     (MODEL, {"is_hybrid": True}, ["hybrid"]),
     (MODEL, {"is_attention_free": True}, ["attention-free"]),
-    (MODEL, {"is_multimodal_model": True}, ["multimodal"]),
+    (
+        MODEL,
+        {"multimodal_config": MultiModalConfig(video_pruning_rate=0.5)},
+        ["drops tokens of videos", "remove --video-pruning-rate"],
+    ),
     (MODEL, {"is_diffusion": True}, ["diffusion"]),
     (
         MODEL,
@@ -164,6 +169,10 @@ def test_a_draft_model_is_welcome(with_draft_model) -> None:
     [
         ({"draft_model_config": {"is_hybrid": True}}, ["the draft model", "partial-attention"]),
         ({"draft_model_config": {"use_mla": True}}, ["the draft model", "MLA"]),
+        (
+            {"draft_model_config": {"is_multimodal_model": True}},
+            ["the draft model", "multimodal", "text model"],
+        ),
         (
             {
                 "draft_model_config": {

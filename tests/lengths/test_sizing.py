@@ -164,7 +164,6 @@ def test_missing_and_broken_files_are_one_sentence(tmp_path: Path) -> None:
         ({"sliding_window": 4096}, "sliding-window"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"vision_config": {}}, "multimodal"),
     ],
 )
 def test_what_the_server_refuses_is_refused(tmp_path: Path, change: dict, kind: str) -> None:
@@ -188,6 +187,25 @@ def test_a_window_that_is_not_used_is_no_reason(tmp_path: Path) -> None:
         {"sliding_window": 4096, "layer_types": ["full_attention"] * 32},
     ):
         assert geometry_of(tmp_path, PLAIN | change).num_layers == 32
+
+
+def test_the_text_part_of_a_multimodal_model(tmp_path: Path) -> None:
+    """As Gemma 3's files are: what the class says by itself is left out of them."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+        "num_hidden_layers": 34, "sliding_window": 1024,
+    }  # fmt: skip
+    found = geometry_of(
+        tmp_path,
+        {"model_type": "gemma3", "dtype": "bfloat16", "text_config": text, "vision_config": {}},
+    )
+    assert (found.num_layers, found.num_windowed, found.window) == (5, 29, 1024)
+    assert (found.num_kv_heads, found.head_dim, found.dtype) == (4, 256, "bfloat16")
+
+
+def test_a_multimodal_model_that_transformers_do_not_know(tmp_path: Path) -> None:
+    found = geometry_of(tmp_path, {"model_type": "nobody", "text_config": PLAIN})
+    assert found == geometry_of(tmp_path, PLAIN)
 
 
 def test_windowed_layers_are_left_alone(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class RequestClassifier:
 
         That is: embeddings, no tokenizer, or token ids that the tokenizer does not take.
         """
-        token_ids = request.prompt_token_ids
+        token_ids = _text_of(request)
         if not token_ids or self._model_config.skip_tokenizer_init:
             return None
         if self._loaded is None:
@@ -41,3 +41,15 @@ class RequestClassifier:
         except (OverflowError, TypeError, ValueError, IndexError):
             return None
         return classifier.classify(*texts)
+
+
+def _text_of(request: Request) -> list[int]:
+    """The prompt's tokens without those in the place of images, which would fill its ends."""
+    rest: list[int] = []
+    end = 0
+    token_ids = request.prompt_token_ids or []
+    for feature in request.mm_features:
+        place = feature.mm_position
+        rest += token_ids[end : place.offset]
+        end = place.offset + place.length
+    return rest + token_ids[end:]

@@ -195,7 +195,7 @@ def check_rotary(replay: Replay) -> None:
     UnsupportedModelError
         Naming the kind of RoPE.
     """
-    fields = getattr(replay.model.config, "rope_parameters", None) or {}
+    fields = getattr(replay.text_config, "rope_parameters", None) or {}
     kind = fields.get("rope_type", "default")
     if kind not in _PLAIN_ROTARY:
         raise UnsupportedModelError(

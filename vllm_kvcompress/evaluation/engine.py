@@ -139,19 +139,23 @@ class Engine:
     def add(
         self,
         request_id: str,
-        token_ids: Sequence[int],
+        prompt: Sequence[int] | Mapping[str, Any],
         max_tokens: int = 10,
         xargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
-        """Queue a greedy request. `xargs` is what ``vllm_xargs`` is over HTTP."""
+        """Queue a greedy request. `xargs` is what ``vllm_xargs`` is over HTTP.
+
+        A prompt is token ids, or what vLLM takes for one, with images for example.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, extra_args=dict(xargs or {}) or None, **sampling
         )
         self.results[request_id] = Result()
-        self.engine.add_request(request_id, {"prompt_token_ids": list(token_ids)}, params)
+        given = prompt if isinstance(prompt, Mapping) else {"prompt_token_ids": list(prompt)}
+        self.engine.add_request(request_id, given, params)
 
     def step(self) -> None:
         """Run one engine step and collect what it produced."""

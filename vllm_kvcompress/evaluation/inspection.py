@@ -93,7 +93,7 @@ def load_replay(
         raise ConfigError(
             f"--model, --device: {model} cannot be run on {device}: {first_line(error)}."
         ) from None
-    capped = known and getattr(replay.model.config, "attn_logit_softcapping", None)
+    capped = known and getattr(replay.text_config, "attn_logit_softcapping", None)
     if not known or capped or any(hasattr(part, "sinks") for part in parts):
         raise UnsupportedModelError(
             f"--model: {model} is not built like Llama, and does not run by replay; choose a "
@@ -107,7 +107,7 @@ _PARTS = ("o_proj", "head_dim", "scaling")
 
 
 def _check_fits_model(config: CompressionConfig, token_ids: list[int], replay: Replay) -> None:
-    fields = replay.model.config
+    fields = replay.text_config
     if max(token_ids) >= fields.vocab_size:
         raise ConfigError(
             f"--model: its tokenizer makes token ids up to {max(token_ids)}, and the model takes "

@@ -186,19 +186,24 @@ class Replay:
         attention = f"{ATTENTION}_{next(_numbers)}"  # one each: several may live in a process
         AttentionInterface.register(attention, self._attend)
         self.device = torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, attn_implementation=attention
-        )
+        model = self._load(model_dir, dtype, attention)
         self.model = model.to(self.device).eval()
         self.block_size = block_size
-        self.layers = self.model.model.layers
-        self._attention, mask = attention_and_mask(self.layers[0].self_attn)
+        decoder = self.model.get_decoder()
+        self.layers, self.text_config = decoder.layers, decoder.config
+        self._attention, mask = attention_and_mask(attention_of(self.layers[0]))
         AttentionMaskInterface.register(attention, mask)
-        config = self.model.config
-        self.full_layers = full_layers(config, config.max_position_embeddings)
-        self.rotary = find_rotary(self.model)
+        limit = self.text_config.max_position_embeddings
+        self.full_layers = full_layers(self.text_config, limit)
+        self.rotary = find_rotary(decoder)
         self._queries: dict[int, torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
+
+    def _load(self, model_dir: str, dtype: torch.dtype, attention: str) -> Any:
+        """The model, whose language model attends by what is registered as `attention`."""
+        return AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, attn_implementation=attention
+        )
 
     def _attend(
         self,
@@ -281,7 +286,7 @@ class Replay:
     ) -> Compressed:
         """The `view`, and what its codebooks hold."""
         rows, num_entries = self.rows(prompt, config, seed)
-        empty = DynamicCache(config=self.model.config)
+        empty = DynamicCache(config=self.text_config)
         rows = [self._as_cached(keys, values) for keys, values in rows]
         return Compressed(with_states(empty, prompt.states, rows), num_entries)
 
@@ -384,7 +389,7 @@ class Replay:
         number = self.full_layers[place]
         attention = attention_of(self.layers[number])
         weight = output_weight(attention)
-        heads, width = self.model.config.num_key_value_heads, 2 * attention.head_dim
+        heads, width = self.text_config.num_key_value_heads, 2 * attention.head_dim
         shape, dtype = (0, heads, self.block_size, width), self.model.dtype
         no_blocks = torch.empty(shape, dtype=dtype, device=self.device)
         projection = weight.unflatten(1, (-1, attention.head_dim)).transpose(0, 1)

@@ -51,12 +51,12 @@ def _as_written(
     return attend(module, query, key, value, mask, **kwargs)
 
 
-def find_rotary(model: Any) -> Rotary | None:
+def find_rotary(decoder: Any) -> Rotary | None:
     """The embedding of the layers that can be compacted; None where they have none.
 
     Other kinds of layers may have their own.
     """
-    embedding, config = getattr(model.model, "rotary_emb", None), model.config
+    embedding, config = getattr(decoder, "rotary_emb", None), decoder.config
     if embedding is None:
         return None
     own = getattr(embedding, f"{FULL}_inv_freq", None)

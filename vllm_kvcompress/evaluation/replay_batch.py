@@ -43,12 +43,12 @@ class ReplayBatch:
         # Without the model's configuration, by which windowed layers would forget tokens: masks say
         # what they see.
         self.cache = DynamicCache()
-        if STATE in layer_types(replay.model.config):
+        if STATE in layer_types(replay.text_config):
             raise UnsupportedModelError(
-                f"{replay.model.config.name_or_path} has recurrent layers, over which several "
+                f"{replay.text_config.name_or_path} has recurrent layers, over which several "
                 "caches are not decoded together: choose a model whose layers all attend."
             )
-        window = getattr(replay.model.config, "sliding_window", None)
+        window = getattr(replay.text_config, "sliding_window", None)
         full = set(replay.full_layers)
         self.windows = [None if each in full else window for each in range(len(replay.layers))]
         self.masks: list[torch.Tensor] = []

@@ -18,11 +18,13 @@ from vllm_kvcompress.host.model_checks import (
     layer_kinds,
     layers_beside,
     model_kind,
+    multimodal_options,
     num_full_layers,
     odd_rotary,
     partial_attention,
+    takes_embeddings,
+    text_model_kind,
     turns_layers_alike,
-    unsupported_kind,
 )
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
@@ -115,8 +117,14 @@ def _speculation(config: Any) -> str | None:
 
 def _draft_model(config: Any, speculative: Any) -> str | None:
     """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
+    if config.model_config.supports_multimodal_inputs:
+        return (
+            f"--speculative-config: a draft model sees no images, and beside "
+            f"{config.model_config.model} it has not been tried: set the method to ngram, or add "
+            "--language-model-only"
+        )
     model = speculative.draft_model_config
-    reason = unsupported_kind(model) or partial_attention(model)
+    reason = text_model_kind(model) or partial_attention(model)
     if reason is not None:
         return f"--speculative-config: the draft model {reason}"
     dtype = speculative.kv_cache_dtype
@@ -202,6 +210,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     hybrid_model,
     latent_attention,
     layer_kinds,
+    multimodal_options,
     _model_runner,
     _parallelism,
     _connectors,
@@ -271,6 +280,11 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 f"codebook: keys are coded before their rotary embedding, and {model.model} "
                 f"{odd_rotary(model)}; leave codebook out."
             )
+    if setting.drafts and (takes_embeddings(model) or model.uses_mrope):
+        raise ConfigError(
+            f"mode: draft steps give token ids and their places, and {model.model} takes "
+            "embeddings or positions of several parts; leave out draft mode and draft.budget."
+        )
     if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
         raise ConfigError(
             f"mode: {model.model} has experts, which all data-parallel ranks run together, and "

@@ -210,10 +210,25 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(self, *args, **kwargs)
         extra = getattr(request.sampling_params, "extra_args", None)
         if extra:
-            _check_request(self.vllm_config, extra, request.prompt_token_ids, request.resumable)
+            tokens, is_session = request.prompt_token_ids, request.resumable
+            try:
+                _check_request(self.vllm_config, extra, tokens, is_session)
+            except Exception:  # the server's answer to the client
+                _forget_images(self.renderer.mm_processor_cache, request.mm_features)
+                raise
         return request
 
     return process_inputs
+
+
+def _forget_images(sent: Any, features: Any) -> None:
+    """Images of a refused request never reach the engine, and count as sent since they were read.
+
+    The next request with one of them would be answered with an error of vLLM's (cache drift).
+    """
+    for feature in features or ():
+        if sent is not None:
+            sent.invalidate(feature.mm_hash or feature.identifier)
 
 
 def _check_request(

@@ -26,12 +26,34 @@ def unsupported_kind(model: Any) -> str | None:
     kinds = {
         "an encoder-decoder model": model.is_encoder_decoder,
         "an attention-free model": model.is_attention_free,
-        "a multimodal model": model.is_multimodal_model,
         "a diffusion model": model.is_diffusion,
     }
     for kind, applies in kinds.items():
         if applies:
             return f"{model.model} is {kind}: choose a decoder-only text model"
+    return None
+
+
+def text_model_kind(model: Any) -> str | None:
+    """For a model that is shown token ids only."""
+    if model.is_multimodal_model:
+        return f"{model.model} is a multimodal model: choose a decoder-only text model"
+    return unsupported_kind(model)
+
+
+def takes_embeddings(model: Any) -> bool:
+    """Whether tokens reach the model as embeddings, for some of them are of images or prompts."""
+    return model.supports_multimodal_inputs or model.enable_prompt_embeds
+
+
+def multimodal_options(config: Any) -> str | None:
+    """Images and text take one way through the scheduler; videos may be thinned out behind it."""
+    options = config.model_config.multimodal_config
+    if options is not None and options.is_multimodal_pruning_enabled():
+        return (
+            "the worker drops tokens of videos that the scheduler counts, which has not been tried "
+            "with compression: remove --video-pruning-rate"
+        )
     return None
 
 
@@ -108,20 +130,38 @@ def layer_groups_warning(setting: CompressionConfig, model: Any) -> str | None:
 def has_plain_rotary(model_config: Any) -> bool:
     """Whether angles are position times frequency in the layers that attend to everything.
 
-    By the model's configuration.
+    By the model's configuration. Tokens of an image have several positions (M-RoPE); where a model
+    is given text only, all of them are the token's own.
     """
-    if turns_no_keys(model_config.hf_text_config):
+    if turns_no_keys(model_config.hf_text_config) or _has_positions_of_images(model_config):
         return False
-    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
-    rope = rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
-    return rope.get("rope_type", "other") in ("default", "llama3")
+    return _rope(model_config).get("rope_type", "other") in ("default", "llama3")
 
 
 def odd_rotary(model_config: Any) -> str:
-    """What is not plain about a rotary embedding."""
+    """What a model without a plain rotary embedding does instead."""
     if turns_no_keys(model_config.hf_text_config):
         return "has no rotary embedding"
+    if _has_positions_of_images(model_config):
+        return (
+            "gives tokens of images several positions (with --language-model-only it does not see "
+            "images, and these settings work)"
+        )
     return "scales its rotary embedding"
+
+
+def _rope(model_config: Any) -> dict[str, Any]:
+    """Rotary parameters of the layers that attend to everything."""
+    rope = getattr(model_config.hf_text_config, "rope_parameters", None) or {}
+    return rope.get(FULL, rope)  # where kinds of layers have embeddings of their own
+
+
+def _has_positions_of_images(model_config: Any) -> bool:
+    """By M-RoPE. Where only a language model's configuration is at hand, images may come."""
+    has_several = _rope(model_config).get("mrope_section") or getattr(
+        model_config, "uses_mrope", False
+    )
+    return bool(has_several) and getattr(model_config, "supports_multimodal_inputs", True)
 
 
 def is_latent(layer: Any) -> bool:

@@ -151,7 +151,23 @@ def read_config(folder: Path) -> ConfigFile:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the file must hold an object of fields.")
     text = data["text_config"] if isinstance(data.get("text_config"), dict) else data
+    if text is not data:
+        text = _language_model(folder) or text
     return ConfigFile(path, data, text)
+
+
+def _language_model(folder: Path) -> dict[str, Any] | None:
+    """What transformers make of a multimodal model's text part; None where they make nothing.
+
+    Such files leave out what is as the model's class has it, numbers of heads for example.
+    """
+    try:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        return found.to_dict()
+    except Exception:  # no transformers, a class they do not know, a field they do not take
+        return None
 
 
 def read_geometry(
@@ -289,7 +305,6 @@ def _check_supported(data: dict[str, Any], text: dict[str, Any], folder: Path) -
     """Refuse what ``host.checks`` refuses at start-up, as far as config.json tells."""
     kinds = {
         "is an encoder-decoder model": data.get("is_encoder_decoder"),
-        "is a multimodal model": any(f"{k}_config" in data for k in ("vision", "audio")),
     }
     for kind, applies in kinds.items():
         if applies:

@@ -53,16 +53,30 @@ class CompactedLayers:
         return self.places[extract_layer_index(name)]
 
     def by_name(self) -> dict[str, Attention | MLAAttention]:
-        """The layers, by vLLM's names."""
+        """The layers, by vLLM's names.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If two are of one number: one of them belongs to another part than the language model.
+        """
         base: Any = AttentionLayerBase
         layers = get_layers_from_vllm_config(self.vllm_config, base)
-        return {
-            name: layer
-            for name, layer in layers.items()
-            if isinstance(layer, Attention | MLAAttention)
-            and not layer.is_draft_layer
-            and extract_layer_index(name) in self.places
-        }
+        found: dict[int, str] = {}
+        for name, layer in layers.items():
+            if not isinstance(layer, Attention | MLAAttention) or layer.is_draft_layer:
+                continue
+            number = extract_layer_index(name)
+            if number not in self.places:
+                continue
+            if number in found:
+                raise UnsupportedModelError(
+                    f"--kv-compression: {found[number]} and {name} are both layer {number}, and "
+                    "only one language model per server can be compacted: choose another model, "
+                    "or drop --kv-compression."
+                )
+            found[number] = name
+        return {name: layers[name] for name in found.values()}
 
     def specs(
         self, host_specs: Mapping[str, KVCacheSpec], config: LayerGroupsConfig

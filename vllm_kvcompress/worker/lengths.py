@@ -101,6 +101,13 @@ class EvictedLengths:
             own[rows] = np.diff(input_batch.query_start_loc_np)[rows]
         return torch.from_numpy(own)
 
+    def have_lost(self, input_batch: "InputBatch") -> np.ndarray:
+        """[requests] bool: which requests of a batch have lost tokens in some group."""
+        rows = input_batch.idx_mapping_np
+        if not self.is_current(input_batch):
+            return np.zeros(len(rows), dtype=bool)
+        return np.asarray(self.evicted.np[:, rows].any(axis=0))
+
     def max_seq_lens(self, input_batch: "InputBatch", num_rows: int) -> list[int]:
         """Per group the largest of `group_upper_bound`'s first `num_rows`."""
         bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_rows]

@@ -144,6 +144,7 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _layer_caches(self) -> list[LayerCache]:
         layers = self.compacted_layers.by_name()
         latent = self.model_config.use_mla  # no head has keys that turn, nor values that are cached
+        is_plain = not latent and has_plain_rotary(self.model_config)
         return [
             LayerCache(
                 name=name,
@@ -153,7 +154,7 @@ class CompressionRunnerMixin(GPUModelRunner):
                 terms=softmax_terms(layers[name].impl),
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=cache_of(layers[name]),
-                rotary=None if latent else find_rotary(self.model, name, self.device),
+                rotary=find_rotary(self.model, name, self.device) if is_plain else None,
                 output_projection=None
                 if latent
                 else find_output_projection(

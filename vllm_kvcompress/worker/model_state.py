@@ -189,6 +189,7 @@ class CompressionStateMixin(DefaultModelState):
         assert self.lengths is not None
         seq_lens = self.lengths.group_seq_lens(input_batch)
         groups = self._families_of(attn_groups)
+        req_ids = self._still_at_images(input_batch)
 
         def build(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
             only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
@@ -197,7 +198,10 @@ class CompressionStateMixin(DefaultModelState):
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 
-        metadata = build((groups.first,), self._seen_by(groups.first, input_batch, seq_lens))
+        def build_group(group: int) -> dict[str, Any]:
+            return build((group,), self._seen_by(group, input_batch, seq_lens, req_ids))
+
+        metadata = build_group(groups.first)
         built = groups.alike + groups.rest
         first = next(iter(metadata.values()))
         if groups.alike and not for_capture and derives(first):
@@ -205,14 +209,29 @@ class CompressionStateMixin(DefaultModelState):
             longest = self.lengths.max_seq_lens(input_batch, len(first.seq_lens))
             metadata |= groups.derive(first, seq_lens, longest, block_tables, slot_mappings)
         for each in built:
-            metadata |= build((each,), self._seen_by(each, input_batch, seq_lens))
+            metadata |= build_group(each)
         return metadata | (build(groups.whole, input_batch) if groups.whole else {})
 
-    def _seen_by(self, group: int, batch: InputBatch, seq_lens: torch.Tensor) -> InputBatch:
+    def _still_at_images(self, batch: InputBatch) -> list[str]:
+        """The batch's requests, those that have lost tokens without name.
+
+        By name the host finds the places of images, whose tokens see each other both ways in some
+        models. A compacted request is behind all of its images, and its keys are elsewhere.
+        """
+        if not self.model_config.is_mm_prefix_lm:
+            return batch.req_ids
+        assert self.lengths is not None
+        lost = self.lengths.have_lost(batch)
+        return ["" if gone else name for name, gone in zip(batch.req_ids, lost, strict=True)]
+
+    def _seen_by(
+        self, group: int, batch: InputBatch, seq_lens: torch.Tensor, req_ids: list[str]
+    ) -> InputBatch:
         """A batch whose requests are as long as `group` has them, by `group_seq_lens`."""
         assert self.lengths is not None
         seen = object.__new__(type(batch))  # copy.copy takes as long as a build
         seen.__dict__.update(batch.__dict__)
+        seen.req_ids = req_ids
         seen.seq_lens = seq_lens[group, : batch.seq_lens.shape[0]]
         seen.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(batch, group)
         return seen

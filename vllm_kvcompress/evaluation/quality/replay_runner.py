@@ -82,7 +82,7 @@ class ReplayRunner:
     def __init__(self, model: Path, prompter: Prompter, block_size: int, device: str) -> None:
         self.prompter = prompter
         self.replay = load_replay(model, block_size, device=device)
-        config = self.replay.model.config
+        config = self.replay.text_config
         self.longest = int(config.max_position_embeddings)
         head_size = self.replay.layers[0].self_attn.head_dim
         self.codes_per_row = codes_per_row(head_size * self.replay.model.dtype.itemsize)

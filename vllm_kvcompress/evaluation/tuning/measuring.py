@@ -101,7 +101,7 @@ class LossMeter:
                     f"{prompt.place}: the prompt has {length} tokens and its answer up to "
                     f"{self.num_tokens}; the model takes {self.runner.longest}."
                 )
-        if has_plain_rotary(SimpleNamespace(hf_text_config=self.replay.model.config)):
+        if has_plain_rotary(SimpleNamespace(hf_text_config=self.replay.text_config)):
             return
         for candidate in candidates:
             policy = candidate.config.build_policy()
@@ -234,7 +234,7 @@ class LossMeter:
         self, settings: Sequence[_Setting], length: int, num_read: int
     ) -> Iterator[list[_Setting]]:
         """Settings that keep about equally much together, so that little is padding."""
-        most = max(1, _BATCH_LOGITS // (num_read * self.replay.model.config.vocab_size))
+        most = max(1, _BATCH_LOGITS // (num_read * self.replay.text_config.vocab_size))
         batch: list[_Setting] = []
         for setting in sorted(settings, key=lambda each: each.kept):
             cached = setting.kept * length * (len(batch) + 1)

@@ -9,6 +9,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding, RotaryEmbeddingBase
 from vllm.model_executor.layers.rotary_embedding.llama3_rope import Llama3RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.kernels.formulas.softmax_terms import SoftmaxTerms
@@ -42,7 +43,8 @@ def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rota
     """The rotary embedding beside an attention layer; None if there is no plain one.
 
     Of a layer that leaves its embedding unused, as layers of some models do that attend to
-    everything, it turns nothing.
+    everything, it turns nothing. M-RoPE is plain where all positions of a token are the same, that
+    is for text.
 
     Parameters
     ----------
@@ -55,13 +57,19 @@ def find_rotary(model: nn.Module, layer_name: str, device: torch.device) -> Rota
     """
     parent = _parent(model, layer_name)
     found = [module for module in parent.children() if isinstance(module, RotaryEmbeddingBase)]
-    if len(found) != 1 or type(found[0]) not in _PLAIN_ROTARY:
+    if len(found) != 1 or not _is_plain(found[0]):
         return None
     inv_freq = found[0]._compute_inv_freq(found[0].base)
     turns = TURNED_IF.get(type(parent).__name__)
     if turns is not None and not turns(parent):
         inv_freq = torch.zeros_like(inv_freq)
     return Rotary(inv_freq.to(device, torch.float32), found[0].is_neox_style)
+
+
+def _is_plain(rotary: Any) -> bool:
+    if type(rotary) is MRotaryEmbedding:
+        return rotary.scaling_factor is None
+    return type(rotary) in _PLAIN_ROTARY
 
 
 def find_output_projection(

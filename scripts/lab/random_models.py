@@ -75,6 +75,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 96,
         "tie_word_embeddings": True,
     },
+    "smollm3": {
+        **_COMMON,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "layer_types": ["full_attention"] * 4,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0, 1, 0],
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "use_sliding_window": False,
+    },
+    "olmo2": {
+        **_COMMON,
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+    },
 }
 MODELS = tuple(_CONFIGS)
 
@@ -91,10 +109,12 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
     ----------
     folder : str or Path
         Where to; made if it is missing.
-    name : {"llama", "qwen3", "gemma3"}
+    name : {"llama", "qwen3", "gemma3", "smollm3", "olmo2"}
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
-        other layer with a window of 96 tokens, four query heads per KV head.
+        other layer with a window of 96 tokens, four query heads per KV head. "smollm3": SmolLM3,
+        every other layer without rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP,
+        and over all heads of queries and keys at once. vLLM has no model class for the last two.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -183,6 +203,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return (weight - is_gemma).astype(np.float32)  # Gemma's are added to one
 
     is_gemma = config["model_type"].startswith("gemma")
+    is_olmo = config["model_type"] == "olmo2"
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
         # Gemma enlarges embeddings by the root of their size, and they are its output layer, too:
@@ -199,7 +220,8 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     kv_size = config["num_key_value_heads"] * HEAD_DIM
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
+        if not is_olmo:
+            put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.k_proj", kv_size, HIDDEN_SIZE)
         put(linear, f"{layer}.self_attn.v_proj", kv_size, HIDDEN_SIZE)
@@ -211,6 +233,10 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             # The norms undo the gains of the projections and have to bring them themselves.
             put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
             put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
+        if is_olmo:
+            put(norm, f"{layer}.self_attn.q_norm", NUM_HEADS * HEAD_DIM, _GAINS["q_proj"])
+            put(norm, f"{layer}.self_attn.k_norm", kv_size, _GAINS["k_proj"])
+            put(norm, f"{layer}.post_feedforward_layernorm", HIDDEN_SIZE)
         put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
         put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)

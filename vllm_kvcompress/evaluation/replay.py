@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
+from vllm_kvcompress.host.attention_probe import ProbedLayer, probe
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
@@ -165,6 +166,13 @@ class Replay:
         config = self.model.config
         self.full_layers = full_layers(config, config.max_position_embeddings)
         self.rotary = Rotary(_inv_freq(self.model.model.rotary_emb), is_neox=True)
+        probed = probe(config)
+        self.rotaries = [
+            self.rotary if found is None else Rotary(found.inv_freq.to(self.device), found.is_neox)
+            for found in (
+                probed.get(number, ProbedLayer()).rotary for number in range(len(self.layers))
+            )
+        ]
         self._queries: list[torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
 
@@ -355,7 +363,7 @@ class Replay:
             scale=attention.scaling,
             layout=layout,
             cache=lambda: no_blocks,
-            rotary=self.rotary,
+            rotary=self.rotaries[number],
             output_projection=lambda: projection,
         )
 

@@ -17,6 +17,7 @@ from vllm_kvcompress.host.model_checks import (
     partial_attention,
     unsupported_kind,
 )
+from vllm_kvcompress.host.part_checks import check_parts
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
 
@@ -245,6 +246,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 f"codebook: keys are coded before their rotary embedding, and {model.model} scales "
                 "it; leave codebook out."
             )
+        check_parts(variant, model)
     if setting.drafts and vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe:
         raise ConfigError(
             f"mode: {model.model} has experts, which all data-parallel ranks run together, and "

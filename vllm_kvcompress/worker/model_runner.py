@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.model_checks import check_layer, has_plain_rotary
+from vllm_kvcompress.host.model_checks import check_layer
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
@@ -32,7 +32,7 @@ from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.compaction.layer_parts import find_output_projection, find_rotary
+from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, check_parts
 from vllm_kvcompress.worker.compaction.timer import CompactionTimer
 from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
@@ -121,7 +121,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         )
         state = self.model_state
         caches = self._layer_caches()
-        self._check_parts(caches)
+        check_parts(caches, state.config, self.model_config)
         tp_group = get_tp_group()
         # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
         num_kv_heads = self.model_config.get_total_num_kv_heads()
@@ -140,6 +140,7 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def _layer_caches(self) -> list[LayerCache]:
         layers = self.compacted_layers.by_name()
+        parts = LayerParts(self.model, self.model_config, self.device)
         return [
             LayerCache(
                 name=name,
@@ -148,34 +149,15 @@ class CompressionRunnerMixin(GPUModelRunner):
                 scale=layers[name].impl.scale,
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=partial(getattr, layers[name], "kv_cache"),
-                rotary=find_rotary(self.model, name, self.device),
-                output_projection=find_output_projection(
-                    self.model, name, layers[name].num_heads, layers[name].head_size
+                rotary=parts.rotary(name),
+                output_projection=parts.output_projection(
+                    name, layers[name].num_heads, layers[name].head_size
                 ),
             )
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names
             if name in layers
         ]
-
-    def _check_parts(self, layers: list[LayerCache]) -> None:
-        """Refuse models around whose layers a policy would not find what it needs.
-
-        A request may name any preset, so the output projection must be there whatever the server's
-        policy; rotary embeddings are checked against the model's configuration, on admission too.
-        """
-        config = self.model_state.config
-        policies = [each.build_policy() for each in (config, *config.by_task.values())]
-        expects_rotary = has_plain_rotary(self.model_config)
-        for layer in layers:
-            for policy in policies:
-                layer.require(policy)
-            if layer.output_projection is None or (expects_rotary and layer.rotary is None):
-                raise UnsupportedModelError(
-                    f"--kv-compression: around layer {layer.name} there is no output projection or "
-                    "rotary embedding of a kind that is known: choose another model, or drop "
-                    "--kv-compression."
-                )
 
     def _layout(self, layer: Attention, block_size: int) -> CacheLayout:
         return StridedLayout(layer.head_size, block_size)

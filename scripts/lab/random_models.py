@@ -156,6 +156,24 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "v_head_dim": 32,
     },
+    "smollm3": {
+        **_COMMON,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "layer_types": ["full_attention"] * 4,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0, 1, 0],
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "use_sliding_window": False,
+    },
+    "olmo2": {
+        **_COMMON,
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+    },
 }
 MODELS = tuple(_CONFIGS)
 
@@ -179,7 +197,9 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma2"
         (with a soft cap), "gpt_oss" (learned sinks, YaRN, four experts), "exaone4" and "cohere2"
         (whose full layers have no rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
-        only, latent attention of 512 + 64 numbers per token.
+        only, latent attention of 512 + 64 numbers per token. "smollm3": SmolLM3, every other layer
+        without rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all
+        heads of queries and keys at once. vLLM has no model class for the last two.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -268,7 +288,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return (weight - is_gemma).astype(np.float32)  # Gemma's are added to one
 
     kind = config["model_type"]
-    is_gemma = kind.startswith("gemma")
+    is_gemma, is_olmo = kind.startswith("gemma"), kind == "olmo2"
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
         # Gemma enlarges embeddings by the root of their size, and they are its output layer, too:
@@ -285,7 +305,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     is_latent = "kv_lora_rank" in config
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        if kind != "exaone4":
+        if kind not in ("exaone4", "olmo2"):
             put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
         for name, num_out, num_in in (_latent if is_latent else _plain)(config):
             put(linear, f"{layer}.self_attn.{name}", num_out, num_in)
@@ -301,6 +321,11 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             # The norms undo the gains of the projections and have to bring them themselves.
             put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
             put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
+        if is_olmo:
+            kv_size = config["num_key_value_heads"] * HEAD_DIM
+            put(norm, f"{layer}.self_attn.q_norm", NUM_HEADS * HEAD_DIM, _GAINS["q_proj"])
+            put(norm, f"{layer}.self_attn.k_norm", kv_size, _GAINS["k_proj"])
+            put(norm, f"{layer}.post_feedforward_layernorm", HIDDEN_SIZE)
         if kind != "cohere2":
             put(norm, f"{layer}.post_attention_layernorm", HIDDEN_SIZE)
         if kind == "gpt_oss":

@@ -25,6 +25,7 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.tracked_request import Phase
+from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan, StepReport, post_counts
 from vllm_kvcompress.metrics import CompressionStats
@@ -77,6 +78,7 @@ class CompressionMixin(Scheduler):
         self.stats = CompressionStats()
         ring = ring_shape(self.vllm_config, config)
         self.query_slots = QuerySlots(self.planner, ring.num_slots, self.stats)
+        probed_layers(self.vllm_config.model_config)  # now, so that no request waits for it
         self.admission = Admission(self.planner, self.vllm_config, self.max_model_len, self.stats)
         self.compactions = Compactions(
             self.planner,

@@ -22,7 +22,7 @@ from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay, check_all_full
 from vllm_kvcompress.evaluation.seeds import prompt_seed
-from vllm_kvcompress.host.model_checks import has_plain_rotary
+from vllm_kvcompress.host.part_checks import Turning, keys_turn
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups, score_leaders
 from vllm_kvcompress.lengths.codebook import coded_groups
@@ -114,8 +114,14 @@ def _check_fits_model(config: CompressionConfig, token_ids: list[int], replay: R
             f"them below {fields.vocab_size}; tokenizer and weights are not of one model."
         )
     policy = config.build_policy()
-    turns = policy.needs_rotary or policy.rerotates_keys or config.codebook is not None
-    if turns and not has_plain_rotary(SimpleNamespace(hf_text_config=fields)):
+    turns_alike = policy.rerotates_keys or config.codebook is not None
+    turning = keys_turn(SimpleNamespace(hf_text_config=fields))
+    if turns_alike and turning is Turning.PARTLY:
+        raise ConfigError(
+            f"--kv-compression: {config.policy.name} turns keys by whole positions, alike in all "
+            "layers, and some layers of the model have no rotary embedding; choose another policy."
+        )
+    if (turns_alike or policy.needs_rotary) and turning is Turning.UNKNOWN:
         raise ConfigError(
             f"--kv-compression: {config.policy.name} turns keys or queries by whole positions, "
             "and the model scales its rotary embedding; choose another policy."

@@ -31,6 +31,7 @@ from vllm_kvcompress.evaluation.replay_states import (
     states_of,
     with_states,
 )
+from vllm_kvcompress.host.attention_probe import ProbedLayer, probe
 from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
@@ -196,6 +197,13 @@ class Replay:
         limit = self.text_config.max_position_embeddings
         self.full_layers = full_layers(self.text_config, limit)
         self.rotary = find_rotary(decoder)
+        probed = probe(self.text_config)
+        self.rotaries = [
+            self.rotary if found is None else Rotary(found.inv_freq.to(self.device), found.is_neox)
+            for found in (
+                probed.get(number, ProbedLayer()).rotary for number in range(len(self.layers))
+            )
+        ]
         self._queries: dict[int, torch.Tensor] | None = None
         self._masks: Sequence[torch.Tensor] | None = None
 
@@ -400,7 +408,7 @@ class Replay:
             scale=attention.scaling,
             layout=layout,
             cache=lambda: no_blocks,
-            rotary=self.rotary,
+            rotary=self.rotaries[number],
             output_projection=lambda: projection,
             terms=softmax_terms(attention),
         )

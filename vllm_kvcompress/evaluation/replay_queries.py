@@ -55,7 +55,7 @@ class PromptSummaries:
                     start=start,
                     prompt_len=length,
                     num_sink_tokens=self.config.num_sink_tokens,
-                    rotary=self.replay.rotary if policy.needs_rotary else None,
+                    rotary=self.replay.rotaries[layer] if policy.needs_rotary else None,
                 ),
             )
         return summary

@@ -26,6 +26,7 @@ from vllm_kvcompress.host.model_checks import (
     text_model_kind,
     turns_layers_alike,
 )
+from vllm_kvcompress.host.part_checks import check_parts
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
 
@@ -271,6 +272,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
                 "layers have another rotary embedding; choose another policy, leave codebook out, "
                 "or set --max-model-len above the window."
             )
+        check_parts(variant, model)
         group_budgets(2**20, 2**18, variant, num_groups)
         coded = coded_groups(variant.codebook, num_groups)
         if has_eight_bits(vllm_config):

@@ -22,8 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
-from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.host.model_checks import check_layer, has_plain_rotary, is_latent
+from vllm_kvcompress.host.model_checks import check_layer, is_latent
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
@@ -32,11 +31,7 @@ from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.cache_numbers import numbers_of
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
-from vllm_kvcompress.worker.compaction.layer_parts import (
-    find_output_projection,
-    find_rotary,
-    softmax_terms,
-)
+from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, check_parts, softmax_terms
 from vllm_kvcompress.worker.compaction.timer import CompactionTimer
 from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
 from vllm_kvcompress.worker.features import Feature, make_features
@@ -122,7 +117,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         )
         state = self.model_state
         caches = self._layer_caches()
-        self._check_parts(caches)
+        check_parts(caches, state.config, self.model_config)
         tp_group = get_tp_group()
         # Ranks beyond the number of KV heads hold copies: rank r of t holds head r * heads // t.
         model = self.model_config
@@ -143,8 +138,7 @@ class CompressionRunnerMixin(GPUModelRunner):
 
     def _layer_caches(self) -> list[LayerCache]:
         layers = self.compacted_layers.by_name()
-        latent = self.model_config.use_mla  # no head has keys that turn, nor values that are cached
-        is_plain = not latent and has_plain_rotary(self.model_config)
+        parts = LayerParts(self.model, self.model_config, self.device)
         return [
             LayerCache(
                 name=name,
@@ -154,38 +148,15 @@ class CompressionRunnerMixin(GPUModelRunner):
                 terms=softmax_terms(layers[name].impl),
                 layout=self._layout(layers[name], spec.kv_cache_spec.block_size),
                 cache=cache_of(layers[name]),
-                rotary=find_rotary(self.model, name, self.device) if is_plain else None,
-                output_projection=None
-                if latent
-                else find_output_projection(
-                    self.model, name, layers[name].num_heads, layers[name].head_size
+                rotary=parts.rotary(name),
+                output_projection=parts.output_projection(
+                    name, layers[name].num_heads, layers[name].head_size
                 ),
             )
             for group, spec in enumerate(self.kv_cache_config.kv_cache_groups)
             for name in spec.layer_names
             if name in layers
         ]
-
-    def _check_parts(self, layers: list[LayerCache]) -> None:
-        """Refuse models around whose layers a policy would not find what it needs.
-
-        A request may name any preset, so the output projection must be there whatever the server's
-        policy; rotary embeddings are checked against the model's configuration, on admission too.
-        """
-        config = self.model_state.config
-        policies = [each.build_policy() for each in (config, *config.by_task.values())]
-        expects_rotary = has_plain_rotary(self.model_config)
-        for layer in layers:
-            for policy in policies:
-                layer.require(policy)
-            if self.model_config.use_mla:
-                continue  # policies that read these parts are refused
-            if layer.output_projection is None or (expects_rotary and layer.rotary is None):
-                raise UnsupportedModelError(
-                    f"--kv-compression: around layer {layer.name} there is no output projection or "
-                    "rotary embedding of a kind that is known: choose another model, or drop "
-                    "--kv-compression."
-                )
 
     def _layout(self, layer: Attention | MLAAttention, block_size: int) -> CacheLayout:
         if is_latent(layer):

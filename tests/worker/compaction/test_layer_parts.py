@@ -1,78 +1,111 @@
-"""Rotary embeddings that lie beside a layer and are not used."""
+"""What lies around vLLM's attention layers agrees with what transformers' layers do."""
 
-import ast
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from vllm_kvcompress.worker.compaction.layer_parts import TURNED_IF, softmax_terms
+from tests.host.test_attention_probe import config
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.errors import UnsupportedModelError
+from vllm_kvcompress.host.attention_probe import probe
+from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, check_parts
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
-CONDITIONS = {
-    "AfmoeAttention": "self.is_local_attention and self.rotary_emb is not None",
-    "CohereAttention": "self.v1 or self.sliding_window",
-    "Cohere2MoeAttention": "self.sliding_window or self.force_rope",
-    "Exaone4Attention": "self.sliding_window or self.apply_rope_all_layers",
-    "ExaoneMoeAttention": "self.use_rope",
-    "FalconAttention": "self.use_rotary",
-    "GraniteAttention": "self.use_rope",
-    "GraniteMoeAttention": "self.use_rope",
-    "OlmoHybridAttention": "self._use_rope",
-    "Step3p5Attention": "self.use_rope",
-}
-"""What vLLM's classes ask before they turn queries and keys."""
-
-OTHERS = {
-    "Gemma3nAttention": "self.is_kv_shared_layer",  # refused: `check_layer`
-    "Gemma4Attention": "self.is_kv_shared_layer",
-    "LoopCoderAttention": "loop_idx == 0",  # turned either way
-    "Zamba2Attention": "self.config.use_mem_rope",  # made only where it is used
-}
+NAME = "model.layers.{}.self_attn"
 
 
-def test_all_of_vllms_conditions_are_known() -> None:
-    """A new class that leaves its embedding unused must come into the table."""
-    models = pytest.importorskip("vllm.model_executor.models")
-    found = {}
-    for path in sorted(Path(models.__file__).parent.glob("*.py")):
-        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(owner, ast.ClassDef):
-                continue
-            for node in ast.walk(owner):
-                if isinstance(node, ast.If) and any(map(turns, node.body)):
-                    found[owner.name] = ast.unparse(node.test)
-    # Without an embedding there is nothing beside the layer to be found.
-    used = {name: test for name, test in found.items() if test != "self.rotary_emb is not None"}
-    assert used == CONDITIONS | OTHERS
-    assert TURNED_IF.keys() == CONDITIONS.keys()
+class Attention(nn.Module):
+    """As vLLM's model classes have it."""
+
+    def __init__(self, rotary: nn.Module, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.rotary_emb, self.sliding_window = rotary, sliding_window
+
+    def forward(self, positions, q, k):
+        return self.rotary_emb(positions, q, k)
 
 
-def turns(statement: ast.stmt) -> bool:
-    """Whether it calls ``self.rotary_emb``."""
-    return any(
-        isinstance(node, ast.Call) and ast.unparse(node.func) == "self.rotary_emb"
-        for node in ast.walk(statement)
+class Exaone4Attention(Attention):
+    """As vLLM's: made for every layer, called in those with a window. Known by its name."""
+
+    apply_rope_all_layers = False
+
+
+def parts(layers: list[nn.Module], text: Any) -> LayerParts:
+    model = nn.Module()
+    model.model = nn.Module()
+    model.model.layers = nn.ModuleList(nn.Module() for _ in layers)
+    for layer, attention in zip(model.model.layers, layers, strict=True):
+        layer.self_attn = attention
+    given = SimpleNamespace(
+        hf_text_config=text, max_model_len=512, using_transformers_backend=lambda: False
     )
+    return LayerParts(model, given, torch.device("cpu"))
 
 
-def test_each_condition_is_what_vllm_asks() -> None:
-    """Both answers of every name that a condition has."""
-    for name, turned in TURNED_IF.items():
-        words = {w.removeprefix("self.") for w in CONDITIONS[name].split() if "self." in w}
-        names = sorted(words - {"rotary_emb"})
-        for values in range(2 ** len(names)):
-            fields = {each: bool(values >> bit & 1) for bit, each in enumerate(names)}
-            if "sliding_window" in fields:
-                fields["sliding_window"] = 128 if fields["sliding_window"] else None  # type: ignore[assignment]
-            layer = SimpleNamespace(**fields, rotary_emb=nn.Identity())
-            assert bool(turned(layer)) == bool(eval(CONDITIONS[name], {"self": layer})), name
+def rope(text: Any, is_neox: bool) -> nn.Module:
+    with set_current_vllm_config(VllmConfig()):
+        return get_rope(
+            text.head_dim, max_position=512, is_neox_style=is_neox,
+            rope_parameters=text.rope_parameters,
+        )  # fmt: skip
 
 
-def test_terms_of_an_implementation() -> None:
-    plain = softmax_terms(SimpleNamespace(logits_soft_cap=None, sinks=None))
-    assert plain.soft_cap == 0.0 and plain.sinks is None
-    sinks = torch.ones(2)
-    capped = softmax_terms(SimpleNamespace(logits_soft_cap=30, sinks=sinks))
-    assert capped.soft_cap == 30.0 and capped.sinks is sinks
+@pytest.mark.parametrize(
+    ("name", "is_neox", "fields"),
+    [
+        ("llama", True, {}),
+        ("glm4", False, {"partial_rotary_factor": 0.5}),
+        ("glm4_moe", True, {"partial_rotary_factor": 0.25, "n_routed_experts": 2}),
+        ("minimax_m2", True, {"partial_rotary_factor": 0.5, "num_local_experts": 2}),
+    ],
+)
+def test_vllms_modules_and_transformers_turn_alike(name: str, is_neox: bool, fields: dict) -> None:
+    text = config(name, head_dim=32, **fields)
+    found = parts([Attention(rope(text, is_neox))] * 4, text).rotary(NAME.format(0) + ".attn")
+    expected = probe(text)[0].rotary
+    assert found is not None and expected is not None
+    assert found.is_neox == expected.is_neox is is_neox
+    torch.testing.assert_close(found.inv_freq, expected.inv_freq)
+
+
+def test_layers_that_make_an_embedding_and_do_not_call_it() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    text = config("exaone4", head_dim=32, layer_types=kinds, sliding_window=64)
+    windows = [64 if kind == "sliding_attention" else None for kind in kinds]
+    found = parts([Exaone4Attention(rope(text, True), window) for window in windows], text)
+    rotary = [found.rotary(NAME.format(number) + ".attn") for number in range(4)]
+    assert [each is not None and bool(each.inv_freq.any()) for each in rotary] == [True, False] * 2
+
+
+def layer(**fields: Any) -> LayerCache:
+    nothing: Any = None
+    return LayerCache(NAME.format(0), 0, 0, 1.0, nothing, nothing, **fields)
+
+
+def test_what_was_promised_must_be_there() -> None:
+    """Requests are admitted by the configuration alone."""
+    text = config("llama", head_dim=32)
+    given = SimpleNamespace(hf_text_config=text, max_model_len=512)
+    setting = parse_config("snapkv")
+    assert setting is not None
+    rotary = probe(text)[0].rotary
+    assert rotary is not None
+    whole = layer(rotary=rotary, output_projection=lambda: torch.ones(1))
+    check_parts([whole], setting, given)
+    still = replace(rotary, inv_freq=torch.zeros(16))
+    for broken in (
+        replace(whole, rotary=None),
+        replace(whole, rotary=still),
+        replace(whole, output_projection=None),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"around layer model\.layers\.0"):
+            check_parts([whole, broken], setting, given)
+    text.rope_parameters = {**text.rope_parameters, "rope_type": "yarn"}
+    check_parts([replace(whole, rotary=None)], setting, given)

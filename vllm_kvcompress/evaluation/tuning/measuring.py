@@ -30,7 +30,7 @@ from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
 from vllm_kvcompress.evaluation.tuning.preferences import layer_shares
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
-from vllm_kvcompress.host.model_checks import has_plain_rotary
+from vllm_kvcompress.host.part_checks import Turning, keys_turn
 
 AGREEMENT, ANSWERS = "agreement", "answers"
 MEASURES = (AGREEMENT, ANSWERS)
@@ -101,11 +101,17 @@ class LossMeter:
                     f"{prompt.place}: the prompt has {length} tokens and its answer up to "
                     f"{self.num_tokens}; the model takes {self.runner.longest}."
                 )
-        if has_plain_rotary(SimpleNamespace(hf_text_config=self.replay.text_config)):
-            return
+        turning = keys_turn(SimpleNamespace(hf_text_config=self.replay.text_config))
         for candidate in candidates:
             policy = candidate.config.build_policy()
-            if policy.needs_rotary or policy.rerotates_keys or candidate.config.codebook:
+            if turning is Turning.PARTLY and (policy.rerotates_keys or candidate.config.codebook):
+                raise ConfigError(
+                    f"--policies: {candidate.chain} turns keys by whole positions, alike in all "
+                    "layers, and some layers of the model have no rotary embedding; leave it out."
+                )
+            if turning is Turning.UNKNOWN and (
+                policy.needs_rotary or policy.rerotates_keys or candidate.config.codebook
+            ):
                 raise ConfigError(
                     f"--policies: {candidate.chain} turns keys or queries by whole positions, and "
                     "the model scales its rotary embedding; leave it out."

@@ -1,0 +1,190 @@
+"""Model families: rows of docs/compatibility.md.
+
+Configurations are the lines of published config.json files that the checks look at, without sizes.
+"""
+
+from lab.compatibility.rows import SIZES, StandIn, llama, model, options, refused, works
+
+HALF_WINDOWED = ["sliding_attention", "full_attention"] * 2
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+        "original_max_position_embeddings": 1024}  # fmt: skip
+
+FAMILIES = (
+    works(
+        "Full attention: Llama 3.x, SmolLM2, Mistral 7B v0.3, Phi-4, Granite 3",
+        "all policies, codebooks, drafts",
+        "tests/e2e/test_kvpress_parity.py::test_method",
+        "tests/e2e/test_oracle.py::test_tokens_equal_those_of_a_pruned_cache",
+        "tests/evaluation/test_real_model.py::test_a_cell_of_the_real_table",
+        given=llama(),
+    ),
+    works(
+        "Full attention with norms of queries and keys: Qwen3, Qwen3-MoE",
+        "the same; experts change nothing in attention",
+        "tests/e2e/test_kvpress_parity.py::test_method",
+        given=model("Qwen3ForCausalLM", "qwen3"),
+    ),
+    works(
+        "Partly rotated heads: GLM-4, Phi, MiniMax-M2",
+        "the same; vLLM's modules and transformers' agree on what is turned",
+        "tests/host/test_attention_probe.py::test_rotary_embeddings_and_projections_are_found",
+        "tests/worker/compaction/test_layer_parts.py::"
+        "test_vllms_modules_and_transformers_turn_alike",
+        given=model("Glm4ForCausalLM", "glm4", partial_rotary_factor=0.5),
+    ),
+    works(
+        "vLLM's Transformers backend: OLMo 2, Hunyuan dense, Seed-OSS, any with "
+        "`--model-impl transformers`",
+        "all policies and codebooks whose parts are found in the layers; others are refused by "
+        "name, at start-up and per request",
+        "tests/e2e/test_transformers_backend.py::test_olmo2_with_two_layer_groups_and_a_codebook",
+        "tests/host/test_part_checks.py::test_the_others_are_named",
+        given=model("Olmo2ForCausalLM", "olmo2"),
+    ),
+    works(
+        "Layers without rotary embedding (NoPE): SmolLM3",
+        "all policies but those that turn keys alike in all layers; expected attention turns "
+        "queries where the layer does",
+        "tests/e2e/test_transformers_backend.py::test_engine_and_transformers_agree",
+        "tests/e2e/test_transformers_backend.py::test_presets_that_a_request_names",
+        given=model("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 1, 1, 0]),
+    ),
+    refused(
+        "the same, with a codebook or re-rotation",
+        "policy.name: spindlekv turns keys by whole positions, alike in all layers, and "
+        "some layers of MODEL have no rotary embedding; choose one of the presets adakv, "
+        "auto, cake, chunkkv, criticalkv, expected_attention, h2o, keydiff, knorm, lagkv,"
+        " pyramidkv, random, rkv, snapkv, spindlekv-evict, streaming_llm, tova, windowkv,"
+        " windowkv_llama3, windowkv_qwen2.5.",
+        StandIn(
+            model={
+                **SIZES,
+                "architectures": ["SmolLM3ForCausalLM"],
+                "model_type": "smollm3",
+                "no_rope_layers": [1, 1, 1, 0],
+            },
+            setting="spindlekv",
+        ),
+    ),
+    refused(
+        "Rotary embedding scaled by length (YaRN, dynamic NTK), with a policy that turns",
+        "policy.name: expected_attention turns keys or queries by whole positions, and "
+        "MODEL scales its rotary embedding; choose another policy.",
+        StandIn(
+            model={
+                **SIZES,
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "rope_parameters": YARN,
+            },
+            setting="expected_attention",
+        ),
+    ),
+    works(
+        "the same, with any other policy",
+        "scores do not ask how keys were turned",
+        "tests/host/test_checks.py::test_settings_that_do_not_fit_the_model",
+        given=llama(rope_parameters=YARN),
+    ),
+    works(
+        "Windowed beside full layers: Gemma 3",
+        "full layers are compacted, windowed ones are vLLM's own; no drafts",
+        "tests/e2e/test_windowed_layers.py::test_the_full_layers_alone_are_compacted",
+        "tests/e2e/test_windowed_layers.py::"
+        "test_a_hit_that_ends_inside_the_window_gives_the_tokens_of_a_cold_run",
+        given=model(
+            "Gemma3ForCausalLM", "gemma3_text", sliding_window=96, layer_types=HALF_WINDOWED
+        ),
+    ),
+    refused(
+        "the same, in draft mode",
+        "mode: MODEL has windowed layers, over which drafts have not been tried; leave "
+        "out draft mode and draft.budget.",
+        StandIn(
+            model={
+                **SIZES,
+                "architectures": ["Gemma3ForCausalLM"],
+                "model_type": "gemma3_text",
+                "sliding_window": 96,
+                "layer_types": HALF_WINDOWED,
+            },
+            setting={"preset": "snapkv", "mode": "draft"},
+        ),
+    ),
+    refused(
+        "Windows in all layers: Mistral 7B v0.1",
+        "all layers of MODEL are sliding-window layers of 128 tokens, whose cache is "
+        "bounded already: choose a model with layers that attend to everything",
+        model("MistralForCausalLM", "mistral", sliding_window=128),
+    ),
+    refused(
+        "Chunked attention: Llama 4's text model",
+        "MODEL has layers of the kind chunked_attention: choose a model whose layers "
+        "attend to everything or to a window",
+        llama(layer_types=["chunked_attention", "full_attention"] * 2),
+    ),
+    refused(
+        "Soft caps of logits: Gemma 2",
+        "layer LAYER caps its logits, which scoring does not know: choose a model without"
+        " a soft cap",
+        StandIn(layer={"logits_soft_cap": 50.0}),
+    ),
+    refused(
+        "Learned sinks: gpt-oss",
+        "layer LAYER has learned attention sinks, which scoring does not know: choose "
+        "another model",
+        StandIn(layer={"sinks": [0.0]}),
+    ),
+    refused(
+        "ALiBi: BLOOM, MPT",
+        "layer LAYER uses ALiBi, which needs every key at its own index: choose a model with RoPE",
+        StandIn(layer={"alibi_slopes": [0.5]}),
+    ),
+    refused(
+        "Layers that share a cache: Gemma 3n",
+        "layer LAYER shares the KV cache of another layer: choose a model without KV sharing",
+        StandIn(layer={"kv_sharing_target_layer_name": "another"}),
+    ),
+    refused(
+        "Linear attention or Mamba beside full layers: Granite-4-H, Qwen3-Next, Nemotron-H, LFM2",
+        "MODEL is a hybrid or attention-free model: choose a decoder-only text model",
+        model(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            layer_types=["mamba", "attention"] * 2,
+            mamba_n_heads=4,
+            mamba_d_head=32,
+            mamba_expand=2,
+        ),
+    ),
+    refused(
+        "Without attention: Mamba",
+        "MODEL is a hybrid or attention-free model: choose a decoder-only text model",
+        model("MambaForCausalLM", "mamba"),
+    ),
+    refused(
+        "Multi-head latent attention: DeepSeek V3, Kimi K2, GLM-4.7-Flash",
+        "MODEL is a model with multi-head latent attention (MLA): choose a decoder-only text model",
+        model("DeepseekV3ForCausalLM", "deepseek_v3"),
+    ),
+    refused(
+        "Multimodal wrappers: Qwen-VL, Mistral 3.x, Gemma 3 with images",
+        "MODEL is a multimodal model: choose a decoder-only text model",
+        options("model_config", is_multimodal_model=True, model="MODEL"),
+    ),
+    refused(
+        "Encoder-decoder: Whisper, BART",
+        "MODEL is an encoder-decoder model: choose a decoder-only text model",
+        options("model_config", is_encoder_decoder=True, model="MODEL"),
+    ),
+    refused(
+        "Diffusion",
+        "MODEL is a diffusion model: choose a decoder-only text model",
+        options("model_config", is_diffusion=True, model="MODEL"),
+    ),
+    refused(
+        "Pooling models",
+        "only text generation has a cache to compress: remove --runner pooling",
+        options("model_config", runner_type="pooling"),
+    ),
+)

@@ -1,0 +1,212 @@
+"""Engine features: rows of docs/compatibility.md."""
+
+from types import SimpleNamespace
+
+from lab.compatibility.rows import StandIn, options, refused, untried, works
+
+FEATURES = (
+    works(
+        "vLLM 0.32",
+        "the version that all tests run with",
+        "tests/host/test_contract.py::test_overrides_stay_short",
+    ),
+    refused(
+        "vLLM 0.33.0",
+        "this release was tested with vLLM 0.32.x only, and 0.33.0 is installed, of which"
+        " only the sources were read: install vllm==0.32.0",
+        StandIn(version="0.33.0"),
+    ),
+    refused(
+        "Model runner V1",
+        "it works with model runner V2 only, and vLLM has chosen V1: unset "
+        "VLLM_USE_V2_MODEL_RUNNER and the option that vLLM's log names",
+        options(use_v2_model_runner=False),
+    ),
+    refused(
+        "Rust front end",
+        "the Rust front end takes requests without checking their vllm_xargs and shows "
+        "none of our metrics: unset VLLM_USE_RUST_FRONTEND",
+        StandIn(environment={"VLLM_USE_RUST_FRONTEND": "1"}),
+    ),
+    works(
+        "Prefix caching",
+        "what is hit is exact; compacted blocks are never found",
+        "tests/e2e/test_requests.py::test_a_repeated_prompt_hits_the_prefix_cache",
+        "tests/e2e/test_exact_prefix_cache.py::test_hashed_blocks_are_exact",
+    ),
+    works(
+        "Chunked prefill",
+        "chunks change no token",
+        "tests/e2e/test_variants.py::test_chunking_does_not_matter",
+    ),
+    works(
+        "Preemption",
+        "compacted again, same tokens",
+        "tests/e2e/test_pressure.py::test_preempted_requests_give_the_same_tokens",
+    ),
+    works(
+        "Asynchronous scheduling",
+        "same tokens",
+        "tests/e2e/test_variants.py::test_async_scheduling",
+        "tests/e2e/test_decoding.py::test_async_scheduling_gives_the_same_tokens",
+    ),
+    works(
+        "CUDA graphs: `FULL_AND_PIECEWISE`, `FULL_DECODE_ONLY`, `PIECEWISE`, none",
+        "on a CPU by recorded graphs; on a GPU not run yet",
+        "tests/host/test_checks.py::test_full_decode_graphs_are_welcome",
+        "tests/e2e/test_requests.py::"
+        "test_captured_graphs_and_real_batches_read_lengths_at_one_address",
+    ),
+    refused(
+        "CUDA graphs: `FULL`",
+        "full CUDA graphs of prefills hide the queries that policies need: set "
+        "-cc.cudagraph_mode=FULL_AND_PIECEWISE (full graphs for decodes stay on)",
+        options(
+            "compilation_config",
+            cudagraph_mode=SimpleNamespace(mixed_mode=lambda: SimpleNamespace(name="FULL")),
+        ),
+    ),
+    refused(
+        "Attention backends but CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
+        "layer LAYER uses the attention backend FLASHINFER: set --attention-backend to "
+        "CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
+        StandIn(layer={"backend": "FLASHINFER"}),
+    ),
+    works(
+        "n-gram drafts over an evicted cache",
+        "same tokens",
+        "tests/e2e/test_decoding.py::test_speculation_on_top_gives_the_same_tokens",
+        given=options(speculative_config=SimpleNamespace(method="ngram")),
+    ),
+    works(
+        "Draft models over an evicted cache",
+        "the draft's own cache is kept whole",
+        "tests/e2e/test_draft_model.py::test_drafts_give_the_same_tokens",
+    ),
+    refused(
+        "EAGLE over an evicted cache",
+        "speculative decoding with the method eagle3 over a compressed cache is not "
+        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
+        "--speculative-config",
+        options(speculative_config=SimpleNamespace(method="eagle3")),
+    ),
+    refused(
+        "MTP over an evicted cache",
+        "speculative decoding with the method mtp over a compressed cache is not "
+        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
+        "--speculative-config",
+        options(speculative_config=SimpleNamespace(method="mtp")),
+    ),
+    works(
+        "Draft mode",
+        "tokens of stock vLLM",
+        "tests/e2e/test_draft.py::test_greedy_tokens_are_those_of_stock_vllm",
+        given=StandIn(setting={"preset": "snapkv", "mode": "draft"}),
+    ),
+    works(
+        "Tensor parallelism",
+        "ranks keep the same tokens",
+        "tests/e2e/test_tensor_parallel.py::test_two_ranks_give_the_tokens_of_one",
+    ),
+    works(
+        "Data parallelism",
+        "every engine compresses",
+        "tests/e2e/test_two_engines.py::test_every_engine_compresses_and_is_counted_once",
+    ),
+    refused(
+        "Pipeline parallelism",
+        "--pipeline-parallel-size 2 is not supported: set it to 1",
+        options("parallel_config", pipeline_parallel_size=2),
+    ),
+    refused(
+        "Context parallelism, decode",
+        "--decode-context-parallel-size 2 is not supported: set it to 1",
+        options("parallel_config", decode_context_parallel_size=2),
+    ),
+    refused(
+        "Context parallelism, prefill",
+        "--prefill-context-parallel-size 2 is not supported: set it to 1",
+        options("parallel_config", prefill_context_parallel_size=2),
+    ),
+    refused(
+        "Dual batch overlap",
+        "dual batch overlap is not supported: remove --enable-dbo and --ubatch-size",
+        options("parallel_config", use_ubatching=True),
+    ),
+    untried(
+        "Ray executor",
+        "no check looks at it",
+        options("parallel_config", distributed_executor_backend="ray"),
+    ),
+    works(
+        "LoRA, without drafts",
+        "stock's tokens; tokens are ranked by the model's own projection",
+        "tests/e2e/test_modes_of_use.py::test_adapters_give_stocks_tokens",
+        "tests/e2e/test_modes_of_use.py::test_adapters_are_compacted_beside_the_model_itself",
+        given=options(lora_config=object()),
+    ),
+    refused(
+        "LoRA in draft mode",
+        "mode: a draft step has other rows than the step whose adapters LoRA has laid "
+        "out; leave out draft mode and draft.budget, or --enable-lora.",
+        StandIn(changes={"lora_config": object()}, setting={"preset": "snapkv", "mode": "draft"}),
+    ),
+    refused(
+        "fp8 KV cache",
+        "a quantised KV cache (fp8) is not supported: set --kv-cache-dtype auto",
+        options("cache_config", cache_dtype="fp8"),
+    ),
+    untried("Quantised weights", "attention sees none of it; no check looks at it"),
+    refused(
+        "KV connectors",
+        "KV connectors read blocks by position: remove --kv-transfer-config",
+        options(kv_transfer_config=object()),
+    ),
+    refused(
+        "Encoder cache transfer",
+        "encoder cache transfer is not supported: remove --ec-transfer-config",
+        options(ec_transfer_config=object()),
+    ),
+    works(
+        "KV events",
+        "they tell what the cache holds",
+        "tests/e2e/test_modes_of_use.py::test_events_tell_what_the_cache_holds",
+    ),
+    refused(
+        "`--disable-hybrid-kv-cache-manager`",
+        "layer groups need vLLM's hybrid KV cache manager: remove "
+        "--disable-hybrid-kv-cache-manager",
+        options("scheduler_config", disable_hybrid_kv_cache_manager=True),
+    ),
+    refused(
+        "Sleep mode",
+        "sleeping discards device memory that compression keeps queries and lengths in: "
+        "remove --enable-sleep-mode",
+        options("model_config", enable_sleep_mode=True),
+    ),
+    works(
+        "Pausing generation",
+        "changes no token",
+        "tests/e2e/test_modes_of_use.py::test_a_pause_of_all_changes_no_token",
+    ),
+    works(
+        "Structured output in draft mode",
+        "the same as without drafts",
+        "tests/e2e/test_draft.py::test_structured_output_is_that_without_drafts",
+    ),
+    works(
+        "Streaming sessions",
+        "served uncompressed, and counted so",
+        "tests/e2e/test_one_request.py::test_a_session_is_served_uncompressed",
+    ),
+    refused(
+        "A scheduler of one's own",
+        "it brings its own scheduler: remove --scheduler-cls",
+        options("scheduler_config", scheduler_cls="my.Scheduler"),
+    ),
+    refused(
+        "A worker of one's own",
+        "it brings its own worker: remove --worker-cls my.Worker",
+        options("parallel_config", worker_cls="my.Worker"),
+    ),
+)

@@ -14,9 +14,8 @@ from vllm_kvcompress.host.model_checks import (
     layer_kinds,
     model_kind,
     num_full_layers,
-    partial_attention,
-    unsupported_kind,
 )
+from vllm_kvcompress.host.speculation_checks import speculation
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
 
@@ -93,46 +92,6 @@ def _connectors(config: Any) -> str | None:
     return None
 
 
-def _speculation(config: Any) -> str | None:
-    speculative = config.speculative_config
-    if speculative is None or speculative.method in ("ngram", "ngram_gpu"):
-        return None
-    if speculative.method == "draft_model":
-        return _draft_model(config, speculative)
-    return (
-        f"speculative decoding with the method {speculative.method} over a compressed cache is not "
-        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
-        "--speculative-config"
-    )
-
-
-def _draft_model(config: Any, speculative: Any) -> str | None:
-    """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
-    model = speculative.draft_model_config
-    reason = unsupported_kind(model) or partial_attention(model)
-    if reason is not None:
-        return f"--speculative-config: the draft model {reason}"
-    dtype = speculative.kv_cache_dtype
-    if dtype not in (None, "auto", config.cache_config.cache_dtype):
-        return (
-            f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
-            "supported: remove kv_cache_dtype from it"
-        )
-    size = config.parallel_config.tensor_parallel_size
-    if speculative.draft_tensor_parallel_size not in (None, size):
-        return (
-            f"--speculative-config: draft_tensor_parallel_size "
-            f"{speculative.draft_tensor_parallel_size} beside --tensor-parallel-size {size} is not "
-            "supported: remove draft_tensor_parallel_size from it"
-        )
-    if speculative.enable_adaptive_verification:
-        return (
-            "--speculative-config: drafts that the worker drops without the scheduler's knowledge "
-            "are not supported: remove enable_adaptive_verification from it"
-        )
-    return None
-
-
 def _cache(config: Any) -> str | None:
     dtype = config.cache_config.cache_dtype
     if dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -193,7 +152,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     _model_runner,
     _parallelism,
     _connectors,
-    _speculation,
+    speculation,
     _cache,
     _cudagraphs,
     _sleep_mode,

@@ -194,6 +194,8 @@ class CompressedModelState(DefaultModelState):
         def build(group: int) -> dict[str, Any]:
             return build_of((group,), self._seen_by(group, input_batch, seq_lens))
 
+        if groups.first is None:
+            return build_of(groups.whole, input_batch)
         metadata = build(groups.first)
         built = groups.alike + groups.rest
         first = next(iter(metadata.values()))

@@ -15,6 +15,7 @@ from vllm_kvcompress.host.model_checks import (
     model_kind,
     num_full_layers,
 )
+from vllm_kvcompress.host.pipeline_checks import check_pipeline_setting, pipeline
 from vllm_kvcompress.host.speculation_checks import speculation
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
@@ -74,7 +75,6 @@ def _parallelism(config: Any) -> str | None:
     options = {
         "--decode-context-parallel-size": parallel.decode_context_parallel_size,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
     }
     for option, size in options.items():
         if size > 1:
@@ -151,6 +151,7 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     layer_kinds,
     _model_runner,
     _parallelism,
+    pipeline,
     _connectors,
     speculation,
     _cache,
@@ -183,6 +184,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     ConfigError
         With the first reason found.
     """
+    check_pipeline_setting(setting, vllm_config)
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
     if setting.drafts and num_layers < model.hf_text_config.num_hidden_layers:

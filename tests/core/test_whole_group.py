@@ -213,6 +213,18 @@ def test_the_line_at_start_counts_the_draft_model_as_kept() -> None:
     assert "keeps 36 of 160 blocks" in line
 
 
+def test_the_line_at_start_names_blocks_that_lie_idle_on_a_stage() -> None:
+    """A group without layers on the first pipeline stage takes as much there as any other."""
+    stage = [KVCacheGroupSpec(["layer.0"], Books.specs[0]), KVCacheGroupSpec([], Books.specs[1])]
+    one = [KVCacheGroupSpec([f"layer.{n}"], each) for n, each in enumerate(Books.specs[:2])]
+    lines = []
+    for groups in (stage, one):
+        config = KVCacheConfig(num_blocks=65, kv_cache_tensors=[], kv_cache_groups=groups)
+        lines.append(savings_line(parse_config(SETTING), config, 1024))
+    idle = ", blocks of 1 of them idle on the first pipeline stage"
+    assert lines[0].replace(idle, "") == lines[1] != lines[0]
+
+
 # --- drafts under way ---------------------------------------------------------------------
 
 

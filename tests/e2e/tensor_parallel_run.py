@@ -1,6 +1,8 @@
 """Run by test_tensor_parallel.py in a process of its own: prints tokens per policy as JSON.
 
-python tensor_parallel_run.py MODEL NUM_RANKS evict|draft
+python tensor_parallel_run.py MODEL NUM_RANKS evict|draft|few [ray]
+
+With `ray`, vLLM's Ray executor has the ranks, on a cluster of this machine alone.
 """
 
 import json
@@ -33,6 +35,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
     # Views of windowkv_qwen2.5 are blocks of the request's own, snapkv's are copies. The small
     # budget keeps drafts from being right by themselves: what is accepted tells views apart.
     "draft": (DRAFT, ("snapkv", "windowkv_qwen2.5"), 700, 24, 24),
+    "few": (BOTH, ("snapkv", "keydiff"), 700, 24, 8),
 }
 COUNTED = (
     "vllm:kv_compression_requests",
@@ -45,7 +48,13 @@ COUNTED = (
 
 def main() -> None:
     """Two prompts under every policy."""
-    model, num_ranks, mode = sys.argv[1:]
+    model, num_ranks, mode, *executor = sys.argv[1:]
+    options: dict[str, Any] = {}
+    if executor:
+        import ray
+
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False)
+        options["distributed_executor_backend"] = "ray"
     setting, policies, prompt_len, own_len, other_len = MODES[mode]
     llm = LLM(
         model,
@@ -58,6 +67,7 @@ def main() -> None:
         tensor_parallel_size=int(num_ranks),
         additional_config={"kv_compression": {"preset": policies[0], **setting}},
         disable_log_stats=False,  # counts take their way to Prometheus, as in a server
+        **options,
     )
     prompts = [s.prompt for s in make_samples(2, prompt_len, llm.get_tokenizer().encode, seed=11)]
     tokens = {}

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import (
@@ -19,8 +20,10 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.interface import PauseState
 
 from tests.e2e.conftest import assert_idle, opened
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.evaluation.engine import Engine, Result
+from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
 both = pytest.mark.parametrize("engine", ["evict", "draft"], indirect=True)
@@ -67,6 +70,19 @@ def adapters(probe_model: str, tmp_path_factory) -> list[LoRARequest]:
         (folder / "adapter_config.json").write_text(json.dumps(settings))
         requests.append(LoRARequest(f"adapter-{number}", number, str(folder)))
     return requests
+
+
+def merged(model: str, adapter: LoRARequest, folder: Path) -> str:
+    """The model with an adapter's weights in its own."""
+    copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    parts = load_file(Path(adapter.lora_path) / "adapter_model.safetensors")
+    for name in [each for each in parts if ".lora_A." in each]:
+        own = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        change = parts[name.replace(".lora_A.", ".lora_B.")] @ parts[name]
+        weights[own] = (weights[own].float() + change).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +197,20 @@ def test_adapters_share_no_prefix(engine: Engine, prompt, adapters) -> None:
         cached.append(engine.results[name].num_cached_tokens)
     assert cached[:2] == [0, 0]
     assert cached[2] == cached[3] > 700
+
+
+@with_adapters
+def test_compacted_adapters_give_the_tokens_of_merged_weights(
+    engine: Engine, probe_model: str, prompt, adapters, tmp_path: Path
+) -> None:
+    """On transformers, over the same survivors; both adapters in one batch."""
+    expected, config = [], parse_config(SETTINGS["evict"])
+    for adapter in adapters:
+        replay = Replay(merged(probe_model, adapter, tmp_path / adapter.lora_name))
+        expected.append(replay.generate(replay.prefill(prompt), config, 16))
+    before = num_changed(engine)
+    assert answers(engine, prompt, adapters) == expected
+    assert num_changed(engine) == before + 2
 
 
 @with_adapters

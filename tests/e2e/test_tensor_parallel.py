@@ -1,27 +1,34 @@
 """Two tensor-parallel ranks, one KV head each, give what one rank with both heads gives."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.e2e import ray_on_cpu
 
 pytestmark = pytest.mark.engine
 
 SCRIPT = Path(__file__).with_name("tensor_parallel_run.py")
 
 
-def run(model: str, num_ranks: int, mode: str) -> dict[str, Any]:
+def run(
+    model: str, num_ranks: int, mode: str, *executor: str, own: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
     environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        **own,
+        # The Ray cluster belongs to the script's process, so the engine must be there.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if executor else "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(num_ranks)),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(num_ranks), mode],
+        [sys.executable, str(SCRIPT), model, str(num_ranks), mode, *executor],
         capture_output=True,
         text=True,
         timeout=900,  # both cores may be busy with other things
@@ -57,3 +64,20 @@ def test_two_ranks_draft_and_accept_what_one_does(probe_model: str) -> None:
     for policy in ("snapkv", "windowkv"):
         assert counts[f"kv_compression_views/{policy}/prompt"] == 2
         assert counts[f"kv_compression_views/{policy}/refresh"] >= 2
+
+
+@needs_two_cores
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="Ray is not installed: pip install ray, which nothing here needs otherwise",
+)
+def test_two_workers_of_ray_give_the_tokens_of_one(
+    probe_model: str, root: Path, tmp_path: Path
+) -> None:
+    """Ray's actors load the plugin, build its workers, and get its plans."""
+    own = dict(ray_on_cpu.environment(tmp_path))
+    own["PYTHONPATH"] = os.pathsep.join([str(root), own["PYTHONPATH"]])
+    one, two = run(probe_model, 1, "few"), run(probe_model, 2, "few", "ray", own=own)
+    assert two == one
+    for policy in one["tokens"]:
+        assert one["counts"][f"kv_compression_requests/{policy}"] == 2, one["counts"]

@@ -88,7 +88,11 @@ REFUSALS = [
     ),
     ("parallel_config", {"decode_context_parallel_size": 2}, ["--decode-context-parallel-size 2"]),
     ("parallel_config", {"prefill_context_parallel_size": 2}, ["--prefill-context-parallel-size"]),
-    ("parallel_config", {"pipeline_parallel_size": 2}, ["--pipeline-parallel-size 2", "1"]),
+    (
+        "parallel_config",
+        {"pipeline_parallel_size": 5},  # of four layers
+        ["--pipeline-parallel-size 5", "lower it", "VLLM_PP_LAYER_PARTITION"],
+    ),
     ("parallel_config", {"use_ubatching": True}, ["--enable-dbo"]),
     ("parallel_config", {"worker_cls": "my.Worker"}, ["--worker-cls my.Worker"]),
     ("scheduler_config", {"scheduler_cls": "my.Scheduler"}, ["--scheduler-cls"]),
@@ -109,9 +113,9 @@ REFUSALS = [
         (
             None,
             {"speculative_config": SimpleNamespace(method=method)},
-            [f"method {method}", "ngram, ngram_gpu or draft_model", "--speculative-config"],
+            [f"method {method}", "ngram_gpu, draft_model, eagle, eagle3", "--speculative-config"],
         )
-        for method in ("eagle", "eagle3", "medusa", "mtp", "suffix")
+        for method in ("dflash", "medusa", "suffix")
     ),
     (None, {"use_v2_model_runner": False}, ["model runner V2", "VLLM_USE_V2_MODEL_RUNNER"]),
 ]

@@ -142,6 +142,12 @@ def test_others_are_built_for_themselves(other: Any) -> None:
     assert Families.of([[group(0), group(0)], [group(1)]]) == Families(0, (), (1,))
 
 
+def test_a_drafters_groups_alone_are_a_family_of_none() -> None:
+    """Of a speculator's own layers; a pipeline stage may have none that are compacted either."""
+    found = Families.of([[], [], [group(None)]], frozenset({2}))
+    assert found == Families(None, (), (), (), frozenset({2}))
+
+
 def test_schedules_are_switched_off() -> None:
     groups = [[group(0)], [], [group(1, builder={"aot_schedule": False})]]
     without_schedule(groups)

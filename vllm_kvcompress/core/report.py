@@ -29,9 +29,11 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
     )
     full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = 0
+    # A block lies on every pipeline stage, and is as large as the largest group's there.
+    most_layers = max(len(group.layer_names) for group in groups)
     for group, number in zip(groups, group_map.layer_groups, strict=True):
         spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
-        page = spec.page_size_bytes * len(group.layer_names)
+        page = spec.page_size_bytes * (len(group.layer_names) or most_layers)
         num_held = max_model_len
         if isinstance(spec, SlidingWindowSpec):
             num_windowed += 1
@@ -61,6 +63,8 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     has_eight_bits = all(spec.dtype.itemsize == 1 for spec in specs)
     if has_eight_bits:
         what += ", cache of 8 bits"
+    if num_idle := sum(not group.layer_names for group in groups):
+        what += f", blocks of {num_idle} of them idle on the first pipeline stage"
     if num_windowed:
         what += f", windowed layers left to vLLM in {num_windowed} more"
     if num_recurrent:

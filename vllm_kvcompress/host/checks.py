@@ -10,7 +10,7 @@ from typing import Any
 from vllm_kvcompress.config.cache_dtypes import check_eight_bits
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
-from vllm_kvcompress.host.cache_checks import cache_dtype, cache_kind, has_eight_bits
+from vllm_kvcompress.host.cache_checks import cache_kind, has_eight_bits
 from vllm_kvcompress.host.hybrid_checks import hybrid_model
 from vllm_kvcompress.host.latent_checks import check_latent_setting, latent_attention
 from vllm_kvcompress.host.model_checks import (
@@ -21,12 +21,12 @@ from vllm_kvcompress.host.model_checks import (
     multimodal_options,
     num_full_layers,
     odd_rotary,
-    partial_attention,
     takes_embeddings,
-    text_model_kind,
     turns_layers_alike,
 )
 from vllm_kvcompress.host.part_checks import check_parts
+from vllm_kvcompress.host.pipeline_checks import check_pipeline_setting, pipeline
+from vllm_kvcompress.host.speculation_checks import speculation
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
 
@@ -85,7 +85,6 @@ def _parallelism(config: Any) -> str | None:
     options = {
         "--decode-context-parallel-size": parallel.decode_context_parallel_size,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
     }
     for option, size in options.items():
         if size > 1:
@@ -100,58 +99,6 @@ def _connectors(config: Any) -> str | None:
         return "KV connectors read blocks by position: remove --kv-transfer-config"
     if config.ec_transfer_config is not None:
         return "encoder cache transfer is not supported: remove --ec-transfer-config"
-    return None
-
-
-def _speculation(config: Any) -> str | None:
-    speculative = config.speculative_config
-    if speculative is None or speculative.method in ("ngram", "ngram_gpu"):
-        return None
-    if speculative.method == "draft_model":
-        return _draft_model(config, speculative)
-    return (
-        f"speculative decoding with the method {speculative.method} over a compressed cache is not "
-        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
-        "--speculative-config"
-    )
-
-
-def _draft_model(config: Any, speculative: Any) -> str | None:
-    """A draft model's cache is kept whole, and so are the rules for how its blocks are laid out."""
-    if config.model_config.supports_multimodal_inputs:
-        return (
-            f"--speculative-config: a draft model sees no images, and beside "
-            f"{config.model_config.model} it has not been tried: set the method to ngram, or add "
-            "--language-model-only"
-        )
-    model = speculative.draft_model_config
-    reason = text_model_kind(model) or partial_attention(model)
-    if reason is not None:
-        return f"--speculative-config: the draft model {reason}"
-    dtype = speculative.kv_cache_dtype
-    if has_eight_bits(config):
-        return (
-            "--speculative-config: a draft model beside a cache of 8 bits "
-            f"({cache_dtype(config)}) has not been tried: set --kv-cache-dtype auto, "
-            "or the method to ngram"
-        )
-    if dtype not in (None, "auto", config.cache_config.cache_dtype):
-        return (
-            f"--speculative-config: a cache of another type for the draft model ({dtype}) is not "
-            "supported: remove kv_cache_dtype from it"
-        )
-    size = config.parallel_config.tensor_parallel_size
-    if speculative.draft_tensor_parallel_size not in (None, size):
-        return (
-            f"--speculative-config: draft_tensor_parallel_size "
-            f"{speculative.draft_tensor_parallel_size} beside --tensor-parallel-size {size} is not "
-            "supported: remove draft_tensor_parallel_size from it"
-        )
-    if speculative.enable_adaptive_verification:
-        return (
-            "--speculative-config: drafts that the worker drops without the scheduler's knowledge "
-            "are not supported: remove enable_adaptive_verification from it"
-        )
     return None
 
 
@@ -214,8 +161,9 @@ CONFIG_CHECKS: tuple[Check, ...] = (
     multimodal_options,
     _model_runner,
     _parallelism,
+    pipeline,
     _connectors,
-    _speculation,
+    speculation,
     cache_kind,
     _cache,
     _cudagraphs,
@@ -247,6 +195,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
     ConfigError
         With the first reason found.
     """
+    check_pipeline_setting(setting, vllm_config)
     model = vllm_config.model_config
     num_layers = num_full_layers(model)
     if model.use_mla:

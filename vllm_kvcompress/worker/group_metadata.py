@@ -100,8 +100,9 @@ class Families:
 
     Attributes
     ----------
-    first : int
-        The first group that has layers and may be compacted.
+    first : int or None
+        The first group that has layers and may be compacted; None where there is none: among the
+        layers of a drafter, or on a pipeline stage without such layers.
     alike : tuple[int, ...]
         Further groups whose layers differ from the first's in their layer group alone.
     rest : tuple[int, ...]
@@ -112,7 +113,7 @@ class Families:
         Groups that are never compacted: of a draft model, or of windowed layers.
     """
 
-    first: int
+    first: int | None
     alike: tuple[int, ...]
     rest: tuple[int, ...]
     alike_layers: tuple[Sequence[str], ...] = ()
@@ -123,10 +124,12 @@ class Families:
     def of(
         cls, attn_groups: Sequence[Sequence[Any]], whole: frozenset[int] = frozenset()
     ) -> "Families":
-        """Compare backends, specs and builders of all groups but `whole`; one has layers."""
-        compacted = (
+        """Compare backends, specs and builders of all groups but `whole`."""
+        compacted = [
             number for number, groups in enumerate(attn_groups) if groups and number not in whole
-        )
+        ]
+        if not compacted:
+            return cls(None, (), (), (), whole)
         first, *others = compacted
         traits = _traits(attn_groups[first])
         alike = tuple(

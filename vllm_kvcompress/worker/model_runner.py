@@ -310,7 +310,9 @@ class CompressionRunnerMixin(GPUModelRunner):
             measured: dict[str, Any] = {}
             for feature in self.features:
                 measured |= feature.report()
-            StepReport(seconds=tuple(self._timer.take()), **measured).attach(carrier)
+            report = StepReport(seconds=tuple(self._timer.take()), **measured)
+            if self.is_last_pp_rank:  # else nobody reads it, and vLLM may return one object for all
+                report.attach(carrier)
         return output
 
 

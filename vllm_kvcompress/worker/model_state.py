@@ -201,6 +201,8 @@ class CompressionStateMixin(DefaultModelState):
         def build_group(group: int) -> dict[str, Any]:
             return build((group,), self._seen_by(group, input_batch, seq_lens, req_ids))
 
+        if groups.first is None:
+            return build(groups.whole, input_batch)
         metadata = build_group(groups.first)
         built = groups.alike + groups.rest
         first = next(iter(metadata.values()))

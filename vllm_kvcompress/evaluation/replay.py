@@ -24,6 +24,7 @@ from vllm_kvcompress.evaluation.replay_attention import (
     softmax_terms,
 )
 from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
+from vllm_kvcompress.evaluation.replay_rows import RememberedCodes, RowsOfPrompt
 from vllm_kvcompress.evaluation.replay_states import (
     attention_of,
     output_weight,
@@ -32,7 +33,6 @@ from vllm_kvcompress.evaluation.replay_states import (
     with_states,
 )
 from vllm_kvcompress.host.attention_probe import ProbedLayer, probe
-from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 from vllm_kvcompress.lengths.budgets import (
@@ -42,9 +42,8 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
 )
 from vllm_kvcompress.lengths.layer_kinds import full_layers
-from vllm_kvcompress.plans import BookLengths, CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch
-from vllm_kvcompress.worker.codebook.slots import BookSlots
+from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
+from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.layout.base import CacheLayout
@@ -52,53 +51,6 @@ from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 ATTENTION = "kvcompress_replay"
 _numbers = itertools.count()
-
-
-class _Rows(CacheLayout):
-    """One layer's rows of the current prompt, in logical order; blocks do not matter."""
-
-    def __init__(self, prefilled: "Prefilled", layer: int) -> None:
-        self.prefilled, self.layer = prefilled, layer
-        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.positions: torch.Tensor | None = None
-        self.num_entries: torch.Tensor | None = None
-
-    def move(
-        self,
-        caches: Sequence[torch.Tensor],
-        group: GroupBatch,
-        indices: torch.Tensor,
-        rotary: Rotary | None,
-    ) -> None:
-        """Remember which tokens survive, too."""
-        self.positions = indices[0, 0]
-        super().move(caches, group, indices, rotary)
-
-    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.prefilled.keys[self.layer], self.prefilled.values[self.layer]
-
-    def write(
-        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        self.kept = keys, values
-
-    def pages(self, *args: Any) -> Any:
-        raise NotImplementedError("there are no blocks")
-
-
-class _Codes(BookSlots):
-    """Remembers what codes and entries are read as, codes as rounded as slots hold them."""
-
-    def store(
-        self, layer: LayerCache, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
-    ) -> None:
-        layout: Any = layer.layout
-        keys = layout.prefilled.keys[layout.layer]
-        rows = coded.pack(book.num_code_rows, keys.shape[-1] * keys.element_size())
-        entries = coded.keys.entries.to(keys.dtype), coded.values.entries.to(keys.dtype)
-        stored = CodedTokens.unpack(entries, coded.num_entries, rows, book.num_tokens)
-        layout.kept = stored.read(layout.prefilled.rotary)
-        layout.num_entries, layout.positions = coded.num_entries, coded.positions
 
 
 @dataclass
@@ -359,7 +311,7 @@ class Replay:
 
     def _compact(
         self, prompt: Prefilled, config: CompressionConfig, seed: int
-    ) -> dict[int, tuple[_Rows, int | None]]:
+    ) -> dict[int, tuple[RowsOfPrompt, int | None]]:
         """By layer, what was written, and the region's length; None: it is left alone.
 
         Windowed and recurrent layers are not among them.
@@ -369,7 +321,7 @@ class Replay:
         codes = codes_per_row(prompt.keys[0].shape[-1] * prompt.keys[0].element_size())
         by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size, codes)
         lengths = [by_group[group] for group in group_of]
-        layouts = [_Rows(prompt, layer) for layer in self.full_layers]
+        layouts = [RowsOfPrompt(prompt, layer) for layer in self.full_layers]
         compactor = Compactor(
             layers=[self._layer_cache(place, layouts[place]) for place in range(num_layers)],
             num_layers=num_layers,
@@ -383,7 +335,7 @@ class Replay:
             num_ranks=1,
             first_kv_head=0,
         )
-        CodebookWriter(None, None, _Codes()).register(compactor)
+        CodebookWriter(None, None, RememberedCodes()).register(compactor)
         held = GroupCache(length, permanent_ranges(length, config))
         forced = forced_ranges(held, config.observation_window)
         groups = tuple(GroupPlan(e, held, forced, (), (), ()) if e else None for e in lengths)

@@ -1,0 +1,61 @@
+"""Where a replay's compactor finds rows and puts survivors: in the place of a paged cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.kernels.codebook.coded_tokens import CodedTokens
+from vllm_kvcompress.kernels.formulas.rotary import Rotary
+from vllm_kvcompress.plans import BookLengths
+from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.worker.codebook.slots import BookSlots
+from vllm_kvcompress.worker.layout.base import CacheLayout
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+
+
+class RowsOfPrompt(CacheLayout):
+    """One layer's rows of the current prompt, in logical order; blocks do not matter."""
+
+    def __init__(self, prefilled: Any, layer: int) -> None:
+        self.prefilled, self.layer = prefilled, layer
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.positions: torch.Tensor | None = None
+        self.num_entries: torch.Tensor | None = None
+
+    def move(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """Remember which tokens survive, too."""
+        self.positions = indices[0, 0]
+        super().move(caches, group, indices, rotary)
+
+    def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.prefilled.keys[self.layer], self.prefilled.values[self.layer]
+
+    def write(
+        self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        self.kept = keys, values
+
+    def pages(self, *args: Any) -> Any:
+        raise NotImplementedError("there are no blocks")
+
+
+class RememberedCodes(BookSlots):
+    """Remembers what codes and entries are read as, codes as rounded as slots hold them."""
+
+    def store(
+        self, layer: LayerCache, blocks: torch.Tensor, coded: CodedTokens, book: BookLengths
+    ) -> None:
+        layout: Any = layer.layout
+        keys = layout.prefilled.keys[layout.layer]
+        rows = coded.pack(book.num_code_rows, keys.shape[-1] * keys.element_size())
+        entries = coded.keys.entries.to(keys.dtype), coded.values.entries.to(keys.dtype)
+        stored = CodedTokens.unpack(entries, coded.num_entries, rows, book.num_tokens)
+        layout.kept = stored.read(layout.prefilled.rotary)
+        layout.num_entries, layout.positions = coded.num_entries, coded.positions

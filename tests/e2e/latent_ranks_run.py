@@ -13,11 +13,11 @@ from lab.random_models import distinct_tokens
 
 RATIO = 0.25
 POLICIES = ("snapkv", "random")
-NUM_TOKENS, PROMPTS = 6, (distinct_tokens(600), distinct_tokens(530, seed=2))
+NUM_TOKENS, PROMPTS = 4, (distinct_tokens(600),)
 
 
 def main() -> None:
-    """Two prompts under every policy."""
+    """The prompts under every policy."""
     model, num_ranks = sys.argv[1:]
     with as_on_a_gpu():
         llm = LLM(

@@ -358,7 +358,8 @@ IMPLEMENTATIONS = ("model_executor/layers/attention", "v1/attention/backends/com
 """Where vLLM calls the attention of a layer, whose `forward` we wrap object by object."""
 
 FORWARD_WRAPPERS = {
-    "vllm_kvcompress.worker.queries.taps:QueryTaps.watch",
-    "vllm_kvcompress.worker.codebook.reader:read_codebooks",
+    "vllm_kvcompress.worker.queries.taps:QueryTaps.watch": "forward",
+    "vllm_kvcompress.worker.queries.taps:QueryTaps.watch_latent": "forward_impl",
+    "vllm_kvcompress.worker.codebook.reader:read_codebooks": "forward",
 }
-"""Functions of ours that wrap it."""
+"""Functions of ours that wrap it, or in layers of latent attention the layer's `forward_impl`."""

@@ -13,7 +13,9 @@ TRIED_HYBRIDS = (
     "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
 )
-"""Architectures with recurrent layers that tests run from end to end; others are refused."""
+"""Architectures with recurrent layers that were held against transformers; others are refused.
+
+By ``tests/e2e/test_linear_layers.py``, Nemotron-H by ``scripts/hybrid_tokens.py``."""
 
 
 def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:

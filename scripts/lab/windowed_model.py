@@ -132,7 +132,7 @@ def serve(args: argparse.Namespace) -> bool:
     texts = load_texts(args.model)
     prompts = make_prompts(texts)[: args.prompts]
     _, stock, _ = next(completions(args.model, [], prompts, {"stock": {}}))
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "none": {"kv_compression": "none"},
         "1.0": {"kv_budget_ratio": 1.0},
         "0.25": {"kv_budget_ratio": 0.25},

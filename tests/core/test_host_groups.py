@@ -20,7 +20,7 @@ def request(name: str, num_tokens: int) -> Any:
     return SimpleNamespace(
         request_id=name, block_hashes=hashes, num_tokens=num_tokens, lora_request=None,
         all_token_ids=list(range(num_tokens)), skip_reading_prefix_cache=False, mm_features=[],
-        cache_salt=None, prompt_embeds=None,
+        cache_salt=None, prompt_embeds=None, shared_prefix_boundary=0,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ ENGINE: dict[str, Any] = {
     "max_model_len": 1024,
     "max_num_batched_tokens": 160,
     "block_size": BLOCK,
+    # Hash all blocks of windowed layers, not only those at the end of prompts: more to be found.
+    "prefix_cache_retention_interval": None,
 }
 
 

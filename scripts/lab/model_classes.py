@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,12 +118,10 @@ def judge(model: Any, config: Any) -> tuple[str, str]:
 
 
 def _check_layer(name: str, layer: Any) -> None:
-    from vllm_kvcompress.host import checks
-
-    check = getattr(checks, "check_layer", None)
-    if check is None:
-        from vllm_kvcompress.host.model_checks import check_layer as check
-    check(name, layer)
+    place = "vllm_kvcompress.host.model_checks"
+    if find_spec(place) is None:  # the earlier tree has it in another file
+        place = "vllm_kvcompress.host.checks"
+    import_module(place).check_layer(name, layer)
 
 
 def _layer(model: Any) -> Any:

@@ -93,11 +93,12 @@ def run_engine(
 def run(args: argparse.Namespace) -> None:
     """Measure, and write one row per preset and prompt."""
     console = Console(stderr=True)
+    words = " ".join(["python", *public_words(sys.argv, ROOT)])
+    notes = provenance(words, ROOT)
     samples, plain = run_engine(args, "auto", console)
     _, eight = run_engine(args, "fp8", console)
-    words = " ".join(["python", *public_words(sys.argv, ROOT)])
     with args.out.open("w", encoding="utf-8", newline="") as file:
-        for name, value in provenance(words, ROOT).items():
+        for name, value in notes.items():
             file.write(f"# {name}: {value}\n")
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

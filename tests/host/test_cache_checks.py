@@ -1,4 +1,4 @@
-"""Which caches are served, and which settings go with those of 8 bits; refusals in one sentence."""
+"""Which caches are served, and which settings go with those of 8 bits; refusals in a sentence."""
 
 from types import SimpleNamespace
 from typing import Any

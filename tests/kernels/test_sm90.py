@@ -29,12 +29,9 @@ NARROW_TOO = {"_split_kernel"}  # a token's codes are six numbers of 16 bits
 WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
 
 
-SHARED = {
-    80: 163 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-}  # bytes that one block may have
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that one block may have."""
+
 ELSEWHERE = ["cache.test_store_rows", "scores.test_window"]
 
 

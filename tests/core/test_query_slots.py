@@ -213,6 +213,7 @@ def vllm_config(max_num_seqs: int, num_drafts: int = 0) -> SimpleNamespace:
     """Llama-3-8B on one rank."""
     model = SimpleNamespace(
         hf_text_config=SimpleNamespace(num_hidden_layers=32),
+        use_mla=False,
         max_model_len=131072,
         get_num_attention_heads=lambda parallel: 32,
         get_head_size=lambda: 128,

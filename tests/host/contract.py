@@ -331,6 +331,13 @@ GIVEN_LATER = {"Attention": {"isa"}}
 """Attributes that something else than the class itself sets on its objects."""
 
 TEXTS = {
+    # Where places of images come from that see each other both ways: a request without its name has
+    # none.
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": (
+        "req_ids=input_batch.req_ids",
+        "mm_features=self.encoder_cache.mm_features",
+    ),
+    "vllm.v1.worker.gpu.attn_utils:compute_mm_prefix_ranges": ("mm_features.get(req_id, ())",),
     # Which layers are a draft model's.
     "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model": (
         "is_draft_layer = True",

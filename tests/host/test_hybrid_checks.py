@@ -30,11 +30,23 @@ def config(
         architecture=architecture,
         is_hybrid=True,
         is_moe=False,
+        use_mla=False,
+        uses_mrope=False,
+        supports_multimodal_inputs=False,
+        enable_prompt_embeds=False,
         max_model_len=1024,
         hf_text_config=SimpleNamespace(**fields),
     )
-    cache = SimpleNamespace(use_replayssm=False, prefix_match_unit=None)
-    made = SimpleNamespace(model_config=model, cache_config=cache, speculative_config=None)
+    cache = SimpleNamespace(use_replayssm=False, prefix_match_unit=None, cache_dtype="auto")
+    made = SimpleNamespace(
+        model_config=model,
+        cache_config=cache,
+        speculative_config=None,
+        quant_config=None,
+        lora_config=None,
+        watermark_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
+    )
     for place, value in changes.items():
         part, _, name = place.partition("__")
         if name:

@@ -39,7 +39,7 @@ STRANGE = model(config("bloom", n_head=4, n_layer=2, rope_parameters={"rope_type
     [
         (ALL, Turning.ALIKE, True),
         (SOME_WITHOUT, Turning.PARTLY, True),
-        (GATED, Turning.PARTLY, False),
+        (GATED, Turning.ALIKE, False),  # none turns
         (STRANGE, Turning.UNKNOWN, False),
         # vLLM's own classes: what the configuration says, but for layers that are known not to turn
         (model(STRANGE.hf_text_config, on_transformers=False), Turning.ALIKE, True),

@@ -16,7 +16,13 @@ def config(size: int, layer_types: list[str] | None = None, **changes: Any) -> S
     if layer_types is None:
         text.sliding_window = None
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_text_config=text, max_model_len=1024),
+        model_config=SimpleNamespace(
+            hf_text_config=text,
+            max_model_len=1024,
+            use_mla=False,
+            is_hybrid=False,
+            supports_multimodal_inputs=False,
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=size),
         speculative_config=changes.get("speculative_config"),
     )

@@ -13,7 +13,7 @@ from vllm_kvcompress.host.speculation_checks import HEADS, speculation
 
 def model(num_layers: int = 2, window: int | None = None, **kinds: bool) -> SimpleNamespace:
     names = ("is_encoder_decoder", "use_mla", "is_hybrid", "is_attention_free")
-    names += ("is_multimodal_model", "is_diffusion")
+    names += ("is_multimodal_model", "is_diffusion", "supports_multimodal_inputs")
     return SimpleNamespace(
         model="MODEL",
         max_model_len=1024,
@@ -36,6 +36,7 @@ def config(method: str, target: Any = None, **changes: Any) -> SimpleNamespace:
         model_config=target or model(),
         speculative_config=SimpleNamespace(**speculative | changes),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        quant_config=None,
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
 

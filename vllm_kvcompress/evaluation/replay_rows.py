@@ -18,6 +18,7 @@ class RowsOfPrompt(CacheLayout):
     """One layer's rows of the current prompt, in logical order; blocks do not matter."""
 
     def __init__(self, prefilled: Any, layer: int) -> None:
+        super().__init__()
         self.prefilled, self.layer = prefilled, layer
         self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
         self.positions: torch.Tensor | None = None

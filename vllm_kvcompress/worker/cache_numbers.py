@@ -1,15 +1,16 @@
 """What the cache elements of one of vLLM's attention layers stand for."""
 
+from typing import Any
+
 import torch
-from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 
 from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 
 
-def numbers_of(layer: Attention) -> CacheNumbers:
-    """How a layer's cache holds its numbers.
+def numbers_of(layer: Any) -> CacheNumbers:
+    """How the cache of one of vLLM's ``Attention`` layers holds its numbers.
 
     Only the CPU's attention tells e4m3 from e5m2 by the name of the cache's type; the others read
     bytes as the platform's 8-bit float, whatever the name. vLLM keeps scales on the host as well,

@@ -4,7 +4,7 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from vllm_kvcompress.worker.queries.prompt import PromptQueries
 from vllm_kvcompress.worker.queries.ring import QueryRing
 from vllm_kvcompress.worker.queries.taps import QueryTaps
 from vllm_kvcompress.worker.queries.window import QueryWindow
+
+Build = Callable[[Collection[int], InputBatch], dict[str, Any]]
+"""Builds the metadata of some KV cache groups as the host does, for a batch."""
 
 
 class CompressionStateMixin(DefaultModelState):
@@ -179,17 +182,7 @@ class CompressionStateMixin(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Build attention metadata of every KV cache group with the group's own lengths.
-
-        One build for all groups that are alike, where the backend's metadata allows it; one each
-        for others and for captures, in which a builder may write to what it is given. Groups that
-        are never compacted are built as in stock vLLM, all at once: what a host's state prepares
-        for its recurrent layers is prepared there, once a step.
-        """
-        assert self.lengths is not None
-        seq_lens = self.lengths.group_seq_lens(input_batch)
-        groups = self._families_of(attn_groups)
-        req_ids = self._still_at_images(input_batch)
+        """Build attention metadata of every KV cache group with the group's own lengths."""
 
         def build(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
             only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
@@ -198,21 +191,38 @@ class CompressionStateMixin(DefaultModelState):
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 
-        def build_group(group: int) -> dict[str, Any]:
+        groups = self._families_of(attn_groups)
+        tables = None if for_capture else (block_tables, slot_mappings)
+        metadata = {} if groups.first is None else self._of_own(groups, input_batch, build, tables)
+        # As in stock vLLM, all at once: what a host's state prepares for its recurrent layers is
+        # prepared here, once a step.
+        return metadata | (build(groups.whole, input_batch) if groups.whole else {})
+
+    def _of_own(
+        self, groups: Families, input_batch: InputBatch, build: Build, tables: tuple | None
+    ) -> dict[str, Any]:
+        """Metadata of the groups that are compacted.
+
+        One build for all that are alike, where the backend's metadata allows it; one each for
+        others and for captures (no `tables`), in which a builder may write to what it is given.
+        """
+        assert self.lengths is not None and groups.first is not None
+        seq_lens = self.lengths.group_seq_lens(input_batch)
+        req_ids = self._still_at_images(input_batch)
+
+        def build_one(group: int) -> dict[str, Any]:
             return build((group,), self._seen_by(group, input_batch, seq_lens, req_ids))
 
-        if groups.first is None:
-            return build(groups.whole, input_batch)
-        metadata = build_group(groups.first)
+        metadata = build_one(groups.first)
         built = groups.alike + groups.rest
         first = next(iter(metadata.values()))
-        if groups.alike and not for_capture and derives(first):
+        if groups.alike and tables is not None and derives(first):
             built = groups.rest
             longest = self.lengths.max_seq_lens(input_batch, len(first.seq_lens))
-            metadata |= groups.derive(first, seq_lens, longest, block_tables, slot_mappings)
+            metadata |= groups.derive(first, seq_lens, longest, *tables)
         for each in built:
-            metadata |= build_group(each)
-        return metadata | (build(groups.whole, input_batch) if groups.whole else {})
+            metadata |= build_one(each)
+        return metadata
 
     def _still_at_images(self, batch: InputBatch) -> list[str]:
         """The batch's requests, those that have lost tokens without name.

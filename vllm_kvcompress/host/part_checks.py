@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.host.attention_probe import ProbedLayer, probe
 from vllm_kvcompress.host.model_checks import has_plain_rotary
 from vllm_kvcompress.lengths.layer_kinds import full_layers
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.host.attention_probe import ProbedLayer
 
 
 class Turning(IntEnum):
@@ -54,13 +56,17 @@ def on_transformers_backend(model_config: Any) -> bool:
     return asked is not None and asked()
 
 
-def probed_layers(model_config: Any) -> Mapping[int, ProbedLayer]:
+def probed_layers(model_config: Any) -> Mapping[int, "ProbedLayer"]:
     """Attention layers by number; remote code only where it is what vLLM runs."""
+    from vllm_kvcompress.host.attention_probe import probe  # needs torch; `kvcompress` may not
+
     trusts = on_transformers_backend(model_config) and model_config.trust_remote_code
     return probe(model_config.hf_text_config, trusts)
 
 
-def _probed_full_layers(model_config: Any) -> list[ProbedLayer]:
+def _probed_full_layers(model_config: Any) -> list["ProbedLayer"]:
+    from vllm_kvcompress.host.attention_probe import ProbedLayer
+
     layers = probed_layers(model_config)
     max_len = getattr(model_config, "max_model_len", None)
     numbers = full_layers(model_config.hf_text_config, max_len)

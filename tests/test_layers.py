@@ -81,7 +81,7 @@ ALLOWED = {
     "core.scheduler": 4,
     "core.tracked_request": 1,
     "doctor.savings": 2,
-    "host.checks": 26,
+    "host.checks": 29,
     "host.cli_options": 7,
     "host.hooks": 11,
     "host.prometheus": 12,

@@ -100,7 +100,7 @@ ALLOWED = {
     "host.part_checks": 1,
     "host.pipeline_checks": 8,
     "host.prometheus": 12,
-    "host.speculation_checks": 13,
+    "host.speculation_checks": 15,
     "lengths.budgets": 6,
     "lengths.decode_queries": 4,
     "kernels.dispatch": 6,

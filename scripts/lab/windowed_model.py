@@ -39,7 +39,7 @@ PRESET = "snapkv"
 PROMPT_TOKENS, SHARED_TOKENS, ANSWER_TOKENS, READ_TOKENS = 3000, 2600, 16, 200
 NUM_PROMPTS, BLOCK_SIZE, START_LIMIT = 20, 32, 900
 RATIOS = (1.0, 0.5, 0.25, 0.12)
-PAGES = ("speculation", "performance", "policies", "kernels")
+PAGES = ("benchmarks/speculation", "performance", "benchmarks/policies", "kernels")
 TOLERANCE = 0.01
 """Of a perplexity: rounding of two engines in float32, and text that is near ties."""
 

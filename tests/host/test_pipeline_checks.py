@@ -96,3 +96,20 @@ def test_drafts_beside_stages_are_refused() -> None:
     drafting = config(2, speculative_config=SimpleNamespace(method="eagle"))
     with pytest.raises(ConfigError, match="--speculative-config: .*pipeline stages"):
         check_pipeline_setting(setting, drafting)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("use_mla", "multi-head latent attention (MLA)"),
+        ("is_hybrid", "recurrent layers"),
+        ("supports_multimodal_inputs", "images"),
+    ],
+)
+def test_kinds_of_models_that_have_not_been_tried_on_stages(kind: str, words: str) -> None:
+    given = config(2)
+    setattr(given.model_config, kind, True)
+    sentence = f"--pipeline-parallel-size 2 with {words} has not been tried: set it to 1"
+    assert pipeline(given) == sentence
+    given.parallel_config.pipeline_parallel_size = 1
+    assert pipeline(given) is None

@@ -29,11 +29,17 @@ def config(max_len: int, **fields: Any) -> Any:
     }  # fmt: skip
     model = SimpleNamespace(
         model="m", hf_text_config=SimpleNamespace(**{**text, **fields}), max_model_len=max_len,
-        is_moe=False,
+        is_moe=False, is_hybrid=False, use_mla=False, uses_mrope=False, enable_prompt_embeds=False,
+        supports_multimodal_inputs=False,
     )  # fmt: skip
-    parallel = SimpleNamespace(data_parallel_size=1)
     return SimpleNamespace(
-        model_config=model, parallel_config=parallel, lora_config=None, watermark_config=None
+        model_config=model,
+        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        quant_config=None,
+        lora_config=None,
+        watermark_config=None,
+        speculative_config=None,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.worker.gpu.attn_utils import compute_mm_prefix_ranges
 
 from vllm_kvcompress.worker.lengths import EvictedLengths
-from vllm_kvcompress.worker.model_state import CompressedModelState
+from vllm_kvcompress.worker.model_state import CompressionStateMixin
 
 
 class Place:
@@ -24,9 +24,9 @@ FEATURES: Any = {
 
 
 @pytest.fixture()
-def state() -> CompressedModelState:
+def state() -> CompressionStateMixin:
     """A model state of two groups, in the second of which row 3 has lost tokens."""
-    state = object.__new__(CompressedModelState)
+    state = object.__new__(CompressionStateMixin)
     state.model_config = SimpleNamespace(is_mm_prefix_lm=True)  # type: ignore[assignment]
     state.lengths = EvictedLengths(2, 4, torch.device("cpu"))
     state.lengths.add_evicted(1, 3, 224)

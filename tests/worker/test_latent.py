@@ -35,7 +35,7 @@ def latent_layer(**more: Any) -> Any:
 
 def test_a_latent_layer_shows_all_its_queries_before_it_splits_them() -> None:
     layer, recorder = latent_layer(), Recorder()
-    taps = QueryTaps([recorder])
+    taps = QueryTaps([recorder], torch.float32)
     watch_queries(taps, "layers.0", layer)
     query, output = torch.ones(3, HEADS, NOPE + ROTATED), torch.zeros(2)
     assert layer.forward_impl(query, None, output=output) is output
@@ -61,7 +61,7 @@ def test_a_layer_with_keys_and_values_is_reached_as_ever() -> None:
     recorder = Recorder()
     impl = SimpleNamespace(forward=lambda layer, query, *rest: query)
     layer = SimpleNamespace(head_size=128, kv_cache=torch.zeros(5, 2, 16, 256), impl=impl)
-    watch_queries(QueryTaps([recorder]), "layers.0", layer)
+    watch_queries(QueryTaps([recorder], torch.float32), "layers.0", layer)
     query = torch.ones(3, 8, 128)
     impl.forward(layer, query, None)
     assert recorder.seen[0][1] is query

@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from lab.random_models import write_random_model
 from vllm_kvcompress.host.model_checks import check_layer
 from vllm_kvcompress.lengths.layer_kinds import UNTURNED, full_layers
-from vllm_kvcompress.worker.compaction.layer_parts import find_rotary, softmax_terms
+from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, softmax_terms
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 THREE_TO_ONE = [SLIDING] * 3 + [FULL] + [SLIDING] * 2
@@ -118,7 +118,7 @@ def test_windows_are_where_the_configuration_says(
         assert (terms.sinks is not None) == (name == "gpt_oss")
         if terms.sinks is not None:
             assert terms.sinks.shape == (layer.num_heads,)
-        rotary = find_rotary(model, layer_name, torch.device("cpu"))
+        rotary = LayerParts(model, config.model_config, torch.device("cpu")).rotary(layer_name)
         if name == "gpt_oss":
             assert rotary is None, "YaRN is not plain"
             continue

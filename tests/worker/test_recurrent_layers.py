@@ -120,6 +120,7 @@ class State(CompressionStateMixin, Host):
     def __init__(self, specs: list[Any]) -> None:
         Host.__init__(self)
         self._groups, self._families = GroupMap.of(specs), None
+        self.model_config = SimpleNamespace(is_mm_prefix_lm=False)
         self.lengths = EvictedLengths(len(specs), 4, torch.device("cpu"))
 
 
@@ -133,6 +134,7 @@ def test_states_are_prepared_once_a_step_with_whole_lengths() -> None:
         for number in range(4)
     ]
     batch: Any = Batch()
+    batch.req_ids = ["a", "b"]
     batch.seq_lens = torch.tensor([200, 90], dtype=torch.int32)
     batch.seq_lens_cpu_upper_bound = batch.seq_lens
     batch.idx_mapping, batch.idx_mapping_np = torch.arange(2), np.arange(2)

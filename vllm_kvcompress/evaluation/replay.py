@@ -144,10 +144,11 @@ class Replay:
         self.block_size = block_size
         decoder = self.model.get_decoder()
         self.layers, self.text_config = decoder.layers, decoder.config
-        self._attention, mask = attention_and_mask(attention_of(self.layers[0]))
-        AttentionMaskInterface.register(attention, mask)
         limit = self.text_config.max_position_embeddings
         self.full_layers = full_layers(self.text_config, limit)
+        some = attention_of(self.layers[self.full_layers[0]])
+        self._attention, mask = attention_and_mask(some)
+        AttentionMaskInterface.register(attention, mask)
         self.rotary = find_rotary(decoder)
         probed = probe(self.text_config)
         self.rotaries = [

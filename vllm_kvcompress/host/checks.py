@@ -224,6 +224,11 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         check_parts(variant, model)
         group_budgets(2**20, 2**18, variant, num_groups)
         coded = coded_groups(variant.codebook, num_groups)
+        if coded and model.is_hybrid:
+            raise ConfigError(
+                f"codebook: {model.model} has recurrent layers, beside which codebooks have not "
+                "been tried; leave codebook out."
+            )
         if has_eight_bits(vllm_config):
             check_eight_bits(variant, coded)
         if coded and not has_plain_rotary(model):

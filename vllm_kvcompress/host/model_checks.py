@@ -60,6 +60,8 @@ def multimodal_options(config: Any) -> str | None:
 def layer_kinds(config: Any) -> str | None:
     """Layers of other kinds are left to vLLM; without full ones there is no work."""
     model = config.model_config
+    if getattr(model.hf_text_config, "num_hidden_layers", None) is None:
+        return f"the configuration of {model.model} has no num_hidden_layers: choose another model"
     types = set(layer_types(model.hf_text_config, model.max_model_len))
     if strange := types - SERVED:
         return (

@@ -3,7 +3,7 @@
 Configurations are the lines of published config.json files that the checks look at, without sizes.
 """
 
-from lab.compatibility.rows import SIZES, StandIn, llama, model, options, refused, works
+from lab.compatibility.rows import SIZES, StandIn, llama, model, options, refused, untried, works
 
 HALF_WINDOWED = ["sliding_attention", "full_attention"] * 2
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
@@ -120,21 +120,63 @@ FAMILIES = (
     refused(
         "Chunked attention: Llama 4's text model",
         "MODEL has layers of the kind chunked_attention: choose a model whose layers "
-        "attend to everything or to a window",
+        "attend to everything or to a window, or have a recurrent state",
         llama(layer_types=["chunked_attention", "full_attention"] * 2),
     ),
-    refused(
-        "Soft caps of logits: Gemma 2",
-        "layer LAYER caps its logits, which scoring does not know: choose a model without"
-        " a soft cap",
-        StandIn(layer={"logits_soft_cap": 50.0}),
+    works(
+        "Soft caps of logits: Gemma 2; full layers without rotary embedding: EXAONE 4",
+        "as Gemma 3; the cap enters scores and codebooks",
+        "tests/e2e/test_windowed_models.py::test_policies",
+        "tests/worker/test_layer_patterns.py::test_windows_are_where_the_configuration_says",
+        given=model("Gemma2ForCausalLM", "gemma2", sliding_window=96, attn_logit_softcapping=50.0),
     ),
-    refused(
+    works(
         "Learned sinks: gpt-oss",
-        "layer LAYER has learned attention sinks, which scoring does not know: choose "
-        "another model",
-        StandIn(layer={"sinks": [0.0]}),
+        "policies that turn no keys (its rotary embedding is scaled); a sink is no token",
+        "tests/e2e/test_windowed_models.py::test_policies",
+        given=model(
+            "GptOssForCausalLM",
+            "gpt_oss",
+            sliding_window=96,
+            layer_types=HALF_WINDOWED,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters=YARN,
+        ),
     ),
+    works(
+        "A window above the longest sequence: Phi-4-mini",
+        "all layers are full in effect",
+        "tests/worker/test_layer_patterns.py::test_windows_are_where_the_configuration_says",
+        given=llama(sliding_window=262144),
+    ),
+    works(
+        "Recurrent beside full layers: Granite 4, LFM2, Qwen3-Next, Nemotron-H",
+        "layers with attention are compacted, states are vLLM's own; no drafts. Nemotron-H: "
+        "`scripts/hybrid_tokens.py`, by hand",
+        "tests/e2e/test_linear_layers.py::test_attention_alone_is_compacted",
+        "tests/e2e/test_linear_layers.py::test_short_convolutions_two_layer_groups_and_decoding",
+        "tests/e2e/test_linear_layers.py::test_the_delta_rule_in_bfloat16",
+    ),
+    works(
+        "Multi-head latent attention (MLA): DeepSeek V2 and V3, Kimi K2, GLM-4.7-Flash",
+        "scores of the window and of cached rows; no drafts, codebooks, fp8. Run: DeepSeek V3",
+        "tests/e2e/test_latent_attention.py::test_other_policies",
+        "tests/e2e/test_latent_ranks.py::test_two_ranks_keep_what_all_heads_attend_to",
+        "tests/host/test_latent_checks.py::test_what_is_not_served",
+    ),
+    works(
+        "Images, with M-RoPE: PaddleOCR-VL; Qwen2.5-VL and Qwen3-VL where torchvision is installed",
+        "policies and settings that turn no keys; tokens of images are tokens",
+        "tests/e2e/test_multimodal.py::TestWithSeveralPositions::test_compressed_with_a_cold_cache_and_a_warm_one",
+        "tests/e2e/test_multimodal.py::test_qwen_vl",
+    ),
+    works(
+        "Images beside windowed layers: Gemma 3 multimodal, where torchvision is installed",
+        "as Gemma 3",
+        "tests/e2e/test_multimodal.py::TestWithWindowedLayers::test_images",
+    ),
+    untried("Images: Mistral 3, LLaVA, Gemma 4; videos", "no check refuses them"),
     refused(
         "ALiBi: BLOOM, MPT",
         "layer LAYER uses ALiBi, which needs every key at its own index: choose a model with RoPE",
@@ -146,31 +188,9 @@ FAMILIES = (
         StandIn(layer={"kv_sharing_target_layer_name": "another"}),
     ),
     refused(
-        "Linear attention or Mamba beside full layers: Granite-4-H, Qwen3-Next, Nemotron-H, LFM2",
-        "MODEL is a hybrid or attention-free model: choose a decoder-only text model",
-        model(
-            "GraniteMoeHybridForCausalLM",
-            "granitemoehybrid",
-            layer_types=["mamba", "attention"] * 2,
-            mamba_n_heads=4,
-            mamba_d_head=32,
-            mamba_expand=2,
-        ),
-    ),
-    refused(
         "Without attention: Mamba",
-        "MODEL is a hybrid or attention-free model: choose a decoder-only text model",
+        "MODEL is an attention-free model: choose a decoder-only text model",
         model("MambaForCausalLM", "mamba"),
-    ),
-    refused(
-        "Multi-head latent attention: DeepSeek V3, Kimi K2, GLM-4.7-Flash",
-        "MODEL is a model with multi-head latent attention (MLA): choose a decoder-only text model",
-        model("DeepseekV3ForCausalLM", "deepseek_v3"),
-    ),
-    refused(
-        "Multimodal wrappers: Qwen-VL, Mistral 3.x, Gemma 3 with images",
-        "MODEL is a multimodal model: choose a decoder-only text model",
-        options("model_config", is_multimodal_model=True, model="MODEL"),
     ),
     refused(
         "Encoder-decoder: Whisper, BART",

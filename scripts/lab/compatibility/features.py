@@ -83,19 +83,12 @@ FEATURES = (
         "the draft's own cache is kept whole",
         "tests/e2e/test_draft_model.py::test_drafts_give_the_same_tokens",
     ),
-    refused(
-        "EAGLE over an evicted cache",
-        "speculative decoding with the method eagle3 over a compressed cache is not "
-        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
-        "--speculative-config",
-        options(speculative_config=SimpleNamespace(method="eagle3")),
-    ),
-    refused(
-        "MTP over an evicted cache",
-        "speculative decoding with the method mtp over a compressed cache is not "
-        "supported: set the method to ngram, ngram_gpu or draft_model, or remove "
-        "--speculative-config",
-        options(speculative_config=SimpleNamespace(method="mtp")),
+    works(
+        "EAGLE, EAGLE 3 and MTP over an evicted cache",
+        "the head's own cache is kept whole; `eagle3` was run by hand",
+        "tests/e2e/test_heads_and_stages.py::test_eagle_drafts_give_the_same_tokens",
+        "tests/e2e/test_heads_and_stages.py::test_mtp_drafts_give_the_same_tokens",
+        "tests/host/test_speculation_checks.py::test_heads_are_welcome",
     ),
     works(
         "Draft mode",
@@ -113,10 +106,11 @@ FEATURES = (
         "every engine compresses",
         "tests/e2e/test_two_engines.py::test_every_engine_compresses_and_is_counted_once",
     ),
-    refused(
+    works(
         "Pipeline parallelism",
-        "--pipeline-parallel-size 2 is not supported: set it to 1",
-        options("parallel_config", pipeline_parallel_size=2),
+        "every stage compacts its own layers; no drafts, codebooks, shared rankings across stages",
+        "tests/e2e/test_heads_and_stages.py::test_two_pipeline_stages_give_the_same_tokens",
+        given=options("parallel_config", pipeline_parallel_size=2),
     ),
     refused(
         "Context parallelism, decode",
@@ -133,14 +127,16 @@ FEATURES = (
         "dual batch overlap is not supported: remove --enable-dbo and --ubatch-size",
         options("parallel_config", use_ubatching=True),
     ),
-    untried(
+    works(
         "Ray executor",
-        "no check looks at it",
-        options("parallel_config", distributed_executor_backend="ray"),
+        "tokens and counts of one worker; run where Ray is installed",
+        "tests/e2e/test_tensor_parallel.py::test_two_workers_of_ray_give_the_tokens_of_one",
+        given=options("parallel_config", distributed_executor_backend="ray"),
     ),
     works(
         "LoRA, without drafts",
-        "stock's tokens; tokens are ranked by the model's own projection",
+        "tokens of merged weights; tokens are ranked by the model's own projection",
+        "tests/e2e/test_modes_of_use.py::test_compacted_adapters_give_the_tokens_of_merged_weights",
         "tests/e2e/test_modes_of_use.py::test_adapters_give_stocks_tokens",
         "tests/e2e/test_modes_of_use.py::test_adapters_are_compacted_beside_the_model_itself",
         given=options(lora_config=object()),
@@ -151,10 +147,16 @@ FEATURES = (
         "out; leave out draft mode and draft.budget, or --enable-lora.",
         StandIn(changes={"lora_config": object()}, setting={"preset": "snapkv", "mode": "draft"}),
     ),
+    works(
+        "fp8 KV cache, one scale for the keys of a layer and one for its values",
+        "moved as bytes, scored as what they stand for; in draft mode too",
+        "tests/e2e/test_fp8_cache.py::test_drafts_are_lossless",
+        given=options("cache_config", cache_dtype="fp8"),
+    ),
     refused(
-        "fp8 KV cache",
-        "a quantised KV cache (fp8) is not supported: set --kv-cache-dtype auto",
-        options("cache_config", cache_dtype="fp8"),
+        "Other quantised KV caches",
+        "a quantised KV cache (nvfp4) that is not supported: set --kv-cache-dtype auto or fp8",
+        options("cache_config", cache_dtype="nvfp4"),
     ),
     untried("Quantised weights", "attention sees none of it; no check looks at it"),
     refused(

@@ -171,7 +171,7 @@ def test_blocks_of_queries_make_no_difference(max_logits: int) -> None:
     """Blocks of 1, 1, 7, 40 and all 40 queries; 40 is no multiple of 7."""
     arrays = random_case(111, 40, (8, 2))
     queries, keys = (torch.from_numpy(array).float() for array in arrays)
-    found = dense_attention_sums(queries, keys, 0.3, max_logits)
+    found = dense_attention_sums(queries, keys, 0.3, max_logits=max_logits)
     np.testing.assert_allclose(found.numpy(), loops(*arrays, 0.3), rtol=2e-5, atol=1e-6)
 
 

@@ -40,6 +40,12 @@ WRAPPED = {
 """Functions that host/hooks.py wraps, and what makes the wrapper."""
 
 PARAMETERS: dict[str, tuple[str, ...]] = {
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader.create_model": (
+        "self",
+        "vllm_config",
+        "model_config",
+        "prefix",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self", "throttle_prefills"),
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("self", "request"),

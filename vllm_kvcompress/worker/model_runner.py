@@ -29,6 +29,7 @@ from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan, Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.built_layers import looked_at_once_built
 from vllm_kvcompress.worker.cache_numbers import numbers_of
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, check_parts, softmax_terms
@@ -76,7 +77,9 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.features = make_features(MODES, config, self)
         for feature in self.features:
             feature.before_load()
-        super().load_model(*args, **kwargs)
+        with looked_at_once_built(self._check_layers):
+            super().load_model(*args, **kwargs)
+        self._check_layers()  # a loader may make its model in another way
         self.model_state = state = compressed(type(self.model_state))(
             config, self.features, self.vllm_config, self.model, self.encoder_cache, self.device
         )
@@ -84,7 +87,6 @@ class CompressionRunnerMixin(GPUModelRunner):
             feature.after_load()
         self._timer = CompactionTimer(self.device)
         for name, layer in self.compacted_layers.by_name().items():
-            check_layer(name, layer)
             state.ring.add_layer(name, layer.num_heads, query_size(layer), self.dtype)
             watch_queries(state.taps, name, layer)
             # What features do in a layer is done to keys and values.
@@ -92,6 +94,10 @@ class CompressionRunnerMixin(GPUModelRunner):
                 feature.watch_layer(name, layer)
         if state.ring.num_bytes:
             logger.info("KV compression: %s", state.ring)
+
+    def _check_layers(self) -> None:
+        for name, layer in self.compacted_layers.by_name().items():
+            check_layer(name, layer)
 
     @cached_property
     def compacted_layers(self) -> CompactedLayers:

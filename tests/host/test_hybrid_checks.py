@@ -112,7 +112,5 @@ def test_without_rotary_embeddings_policies_that_turn_keys_are_refused() -> None
         check_setting(turning, granite)
     coded = parse_config({"preset": "snapkv", "codebook": {"groups": [0]}})
     assert coded is not None
-    with pytest.raises(
-        ConfigError, match="recurrent layers, beside which codebooks have not"
-    ):
+    with pytest.raises(ConfigError, match="recurrent layers, beside which codebooks have not"):
         check_setting(coded, granite)

@@ -127,6 +127,15 @@ class StridedLayout(CacheLayout):
             rotary=rotary,
         )
 
+    def gather(
+        self, cache: torch.Tensor, blocks: torch.Tensor, chosen: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the region, nothing but the survivors is copied."""
+        size = cache.shape[2]
+        heads = torch.arange(cache.shape[1], device=cache.device)[:, None]
+        rows = cache[self._kernel_blocks(cache, blocks)[chosen // size], heads, chosen % size]
+        return rows[..., : self.head_size], rows[..., self.head_size :]
+
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = cache[self._kernel_blocks(cache, blocks)]  # [b, KV, N', C]
         rows = rows.transpose(0, 1).flatten(1, 2)  # [KV, n, C]

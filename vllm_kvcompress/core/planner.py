@@ -318,7 +318,7 @@ class Planner:
         if tracked is not None:
             tracked.queries_since = start
 
-    def is_overdue(self, request_id: str, num_tokens: int) -> bool:
-        """Whether `num_tokens` of a request were enough for its next compaction while decoding."""
-        tracked = self.upcoming(request_id)
-        return tracked is not None and tracked.while_decoding and num_tokens >= tracked.next_at
+    def must_record(self, request_id: str) -> bool:
+        """Whether a request's tokens depend on queries that are recorded while it decodes."""
+        tracked = self.requests.get(request_id)
+        return tracked is not None and not tracked.view.is_alone

@@ -63,7 +63,7 @@ class Compactions:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
         self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
-        self._planned: list[str] = []
+        self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
 
     # --- plan -----------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class Compactions:
             self.planner.put_off(tracked)
             return []
         self.planner.note_planned(tracked)
-        self._planned.append(request.request_id)
+        self._planned[request.request_id] = sum(own)
         return [self._make_plan(request, tracked, *each, own) for each in work]
 
     def _has_room_for_view(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
@@ -153,8 +153,8 @@ class Compactions:
 
     def commit(self) -> None:
         """Swap the blocks of what the previous step compacted, and free the old ones."""
-        planned, self._planned = self._planned, []
-        for request_id in planned:
+        planned, self._planned = self._planned, {}
+        for request_id, num_own in planned.items():
             tracked = self.planner.planned(request_id)
             if tracked is None:
                 continue  # finished, aborted or preempted since; its blocks are free already
@@ -162,7 +162,7 @@ class Compactions:
                 if purpose.is_view:
                     self._commit_view(request_id, tracked, lengths)
                 else:
-                    self._commit_eviction(request_id, tracked, lengths)
+                    self._commit_eviction(request_id, tracked, lengths, num_own)
             self.planner.commit(tracked)
 
     def _commit_view(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
@@ -173,7 +173,9 @@ class Compactions:
         is_first = tracked.position == tracked.prompt_len
         self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
 
-    def _commit_eviction(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
+    def _commit_eviction(
+        self, request_id: str, tracked: TrackedRequest, lengths: Lengths, num_own: int
+    ) -> None:
         before = self.room.num_free
         for manager in self.managers:
             manager.commit(request_id)
@@ -187,7 +189,7 @@ class Compactions:
             "decode" if tracked.while_decoding else "prompt",
             [each.tokens_evicted if each else 0 for each in lengths],
             kept_ratio=(held - evicted) / (len(lengths) * tracked.position),
-            blocks_taken=self.room.num_needed(lengths),
+            blocks_taken=self.room.num_needed(lengths) - num_own,
             blocks_returned=self.room.num_free - before,
             first=not tracked.counted,
         )

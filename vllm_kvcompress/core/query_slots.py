@@ -92,8 +92,8 @@ class QuerySlots:
         for request_id, start, end in step:
             first = self.planner.queries_from(request_id)
             if first is not None and end > first and request_id not in self.owned:
-                wanting.append((first - end, request_id, start, end))
-        for _, request_id, start, end in sorted(wanting, key=itemgetter(0)):
+                wanting.append((first - end, request_id, start))
+        for _, request_id, start in sorted(wanting, key=itemgetter(0)):
             if self._free:
                 self._hand_out(request_id, start)
 

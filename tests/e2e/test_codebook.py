@@ -332,6 +332,7 @@ def test_a_preempted_request_is_coded_again_and_says_the_same(
     assert sum(stats.compactions.values()) == compactions + 2
     assert result.token_ids == tokens[: INTERVAL + 2]
     preempt(engine, engine.live()["full"])
+    engine.step()
     engine.pool.free_blocks(taken)
     books = feature_of(engine, CodebookFeature).books
     assert not books._sizes.np.any(), "its row starts over"

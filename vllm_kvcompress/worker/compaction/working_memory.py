@@ -8,7 +8,7 @@ holds at once is reckoned here, from above, for the server's setting.
     one layer what the policy holds while it scores (`Policy.working_bytes`)
     indices   8 bytes per survivor, KV head and layer; while pins are put first, twice that and
               what sorting them takes
-    writing   one layer's survivors of one request, `_ASIDE` times, where they are copied aside
+    writing   one head's survivors of one request, `_ASIDE` times, where they are copied aside
               because blocks of theirs are overwritten; or what it takes to write them in another
               form than they have
 """
@@ -126,8 +126,8 @@ def _bytes_of(config: CompressionConfig, shape: RankShape, writers: Sequence[Wri
         scoring += _absorbed_bytes(config, shape)
     num_kept = int(share * per_layer * most_layers)
     choosing = max(scores + 8 * num_kept, (8 + _SORT_BYTES) * num_kept)
-    longest = int(share * shape.max_model_len) * shape.num_kv_heads
-    writing = [_ASIDE * 2 * longest * shape.head_dim * shape.cache_dtype.itemsize]
+    row = (1 if shape.absorbs_queries else 2) * shape.head_dim * shape.cache_dtype.itemsize
+    writing = [_ASIDE * row * int(share * shape.max_model_len)]
     writing += [each(lengths, shape, most_layers) for each in writers for lengths in kept]
     largest = max(scoring, choosing, 8 * num_kept + max(writing))
     # The host's numbers: block tables, lengths and which tokens stay.

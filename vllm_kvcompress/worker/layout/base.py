@@ -129,7 +129,19 @@ class CacheLayout(ABC):
             Turn keys to neighbouring positions that end where the uncompressed tail begins. Not in
             caches of 8 bits, whose elements are no numbers.
         """
-        self.move_in_place(caches, group, indices, rotary)
+        assert rotary is None or self.numbers.eight_bits is None, "refused when settings are read"
+        for cache, layer_indices in zip(caches, indices, strict=True):
+            for request, plan in enumerate(group.plans):
+                chosen = layer_indices[request, :, : plan.lengths.kept_len]  # [KV, K]
+                keys, values = self.read(cache, group.blocks(request))
+                kept = gather_rows(keys, chosen)
+                if rotary is not None:
+                    # Indices and positions differ by what earlier compactions evicted, the same
+                    # before and after.
+                    region, evicted = plan.lengths.region_len, plan.lengths.evicted
+                    targets = torch.arange(evicted, region, device=chosen.device)
+                    kept = rotary.rotate(kept, targets - chosen)
+                self.write(cache, group.destination(request), kept, gather_rows(values, chosen))
 
     def move_in_place(
         self,
@@ -138,29 +150,11 @@ class CacheLayout(ABC):
         indices: torch.Tensor,
         rotary: Rotary | None,
     ) -> None:
-        """Do what `move` does where destinations may be source blocks: copy survivors aside first.
+        """Do what `move` does where destinations may be source blocks; its arguments.
 
-        One layer of one request at a time; `move`'s arguments.
+        Survivors are copied aside before any of them is written.
         """
-        assert rotary is None or self.numbers.eight_bits is None, "refused when settings are read"
-        for cache, layer_indices in zip(caches, indices, strict=True):
-            for request, plan in enumerate(group.plans):
-                chosen = layer_indices[request, :, : plan.lengths.kept_len]  # [KV, K]
-                kept, values = self.gather(cache, group.blocks(request), chosen)
-                if rotary is not None:
-                    # Indices and positions differ by what earlier compactions evicted, the same
-                    # before and after.
-                    region, evicted = plan.lengths.region_len, plan.lengths.evicted
-                    targets = torch.arange(evicted, region, device=chosen.device)
-                    kept = rotary.rotate(kept, targets - chosen)
-                self.write(cache, group.destination(request), kept, values)
-
-    def gather(
-        self, cache: torch.Tensor, blocks: torch.Tensor, chosen: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of tokens `chosen` [KV, K] int64 of `blocks`: [KV, K, D] and [KV, K, Dv]."""
-        keys, values = self.read(cache, blocks)
-        return gather_rows(keys, chosen), gather_rows(values, chosen)
+        CacheLayout.move(self, caches, group, indices, rotary)
 
     def kernel_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Block table [R, P] int32 in blocks of the cache tensor, which may be smaller ones."""

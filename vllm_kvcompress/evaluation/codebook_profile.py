@@ -281,6 +281,7 @@ class CodedPrompt:
     def _coded(self, layer: int, positions: torch.Tensor) -> CodedLayer:
         heads = torch.arange(len(positions), device=positions.device)[:, None]
         size, dtype = self.options.block_size, self.options.dtype
+        assert self.replay.rotary is not None, "codebooks are refused where nothing turns"
         survivors = Survivors(
             keys=self.prompt.keys[layer][heads, positions].to(dtype),
             values=self.prompt.values[layer][heads, positions].to(dtype),

@@ -305,7 +305,7 @@ class MultimodalReplay(Replay):
         tokens = torch.tensor([token_ids])
         if "image_grid_thw" in inputs:  # for M-RoPE
             inputs["mm_token_type_ids"] = (tokens == prompt.model.seen).long()
-        self._queries = []
+        self._queries = {}
         output = self.model(tokens, **inputs, use_cache=True, logits_to_keep=1)
         queries, self._queries = self._queries, None
         cache = output.past_key_values

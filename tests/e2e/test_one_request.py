@@ -129,6 +129,7 @@ def test_a_prompt_that_cannot_be_read_is_no_task(engine) -> None:
 
     class Unreadable:
         prompt_token_ids = (-(2**70), 3)
+        mm_features = ()
 
     assert classify(Unreadable()) is None
 

@@ -336,6 +336,12 @@ ATTRIBUTES = {
 GIVEN_LATER = {"Attention": {"isa"}}
 """Attributes that something else than the class itself sets on its objects."""
 
+INSTALLED_ONLY = {
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+    "vllm.v1.worker.gpu.attn_utils:compute_mm_prefix_ranges",
+}
+"""Statements that 0.33 has elsewhere, in other words (`docs/host-overrides.md`): it is refused."""
+
 TEXTS = {
     # Where places of images come from that see each other both ways: a request without its name has
     # none.

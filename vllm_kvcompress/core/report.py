@@ -2,6 +2,7 @@
 
 from vllm.utils.mem_utils import format_gib
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     KVCacheConfig,
     MambaSpec,
     SlidingWindowSpec,
@@ -60,7 +61,9 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         f"{num_tables} block table(s), block size {block_size}"
     )
     specs = [next(iter(iter_layer_specs(group.kv_cache_spec))) for group in groups]
-    has_eight_bits = all(spec.dtype.itemsize == 1 for spec in specs)
+    # States of recurrent layers have types of their own.
+    cached = [spec for spec in specs if isinstance(spec, AttentionSpec)]
+    has_eight_bits = all(spec.dtype.itemsize == 1 for spec in cached)
     if has_eight_bits:
         what += ", cache of 8 bits"
     if num_idle := sum(not group.layer_names for group in groups):

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 
+from vllm_kvcompress.config.cache_dtypes import EIGHT_BITS
 from vllm_kvcompress.worker.layout.numbers import CacheNumbers
 
 
@@ -16,7 +16,7 @@ def numbers_of(layer: Any) -> CacheNumbers:
     bytes as the platform's 8-bit float, whatever the name. vLLM keeps scales on the host as well,
     so that reading them does not wait for the device.
     """
-    if not is_quantized_kv_cache(layer.kv_cache_dtype):
+    if layer.kv_cache_dtype not in EIGHT_BITS:
         return CacheNumbers()
     eight_bits = current_platform.fp8_dtype()
     if layer.get_attn_backend().get_name() == "CPU_ATTN":

@@ -128,8 +128,8 @@ def test_a_prompt_that_cannot_be_read_is_no_task(engine) -> None:
     classify = engine.scheduler.admission.classifier.classify
 
     class Unreadable:
-        prompt_token_ids = (-(2**70), 3)
-        mm_features = ()
+        prompt_token_ids = [-(2**70), 3]
+        mm_features: list = []
 
     assert classify(Unreadable()) is None
 

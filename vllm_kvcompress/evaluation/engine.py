@@ -202,7 +202,9 @@ class Engine:
         """Shut the engine down, so that another can start in this process."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self.core.shutdown()
+        # The client's own: once it has run, it does not run again when the client is collected,
+        # which may be while another engine is at work.
+        self.engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
 

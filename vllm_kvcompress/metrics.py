@@ -55,7 +55,7 @@ class CompressionStats:
         Of "key" and "value" vectors, by "kind/what": coded "vectors", "entries" added, "forced"
         ones, and their "forced_distance".
     deferrals : int
-        Steps in which a due compaction found no room for its survivors, or no slot for queries.
+        Steps that a request had to wait for a slot for its queries, or a view for blocks.
     kept_ratios : deque of (str, float)
         Per compaction: policy, and share of the sequence so far that is still held, averaged
         over layer groups.

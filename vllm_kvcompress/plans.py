@@ -102,11 +102,13 @@ class GroupCache:
 class PlanKind(Enum):
     """What the destinations of one group hold.
 
-    ``TOKENS``: survivors as they are. ``CODES``: survivors as entries of a new codebook.
-    ``MORE_CODES``: the codebook that is there, and codes of all full blocks behind it.
+    ``TOKENS``: survivors as they are. ``TOKENS_IN_PLACE``: likewise, where some destinations are
+    source blocks too. ``CODES``: survivors as entries of a new codebook. ``MORE_CODES``: the
+    codebook that is there, and codes of all full blocks behind it.
     """
 
     TOKENS = "tokens"
+    TOKENS_IN_PLACE = "tokens in place"
     CODES = "codes"
     MORE_CODES = "more codes"
 
@@ -124,10 +126,11 @@ class GroupPlan:
     forced : tuple[Span, ...]
         Physical indices that survive whatever their score.
     source_blocks : tuple[int, ...]
-        The ``region_len / block_size`` blocks that hold the region; never written.
+        The ``region_len / block_size`` blocks that hold the region.
     destination_blocks : tuple[int, ...]
         The ``kept_len / block_size`` private blocks that receive the survivors, or their codebook:
-        entries first, then codes.
+        entries first, then codes. Where the pool had too few, some are source blocks: everything
+        must be read before anything is written.
     tail_blocks : tuple[int, ...]
         The request's blocks behind the region; they are re-linked, not copied.
     """
@@ -143,7 +146,8 @@ class GroupPlan:
     def kind(self) -> PlanKind:
         """What the destination blocks will hold."""
         if self.lengths.book is None:
-            return PlanKind.TOKENS
+            in_place = not set(self.destination_blocks).isdisjoint(self.source_blocks)
+            return PlanKind.TOKENS_IN_PLACE if in_place else PlanKind.TOKENS
         return PlanKind.MORE_CODES if self.lengths.coded_before else PlanKind.CODES
 
     @property

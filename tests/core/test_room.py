@@ -1,4 +1,4 @@
-"""What a compaction gains, what is kept free for it, and what gives way: vLLM's real block pool."""
+"""What a compaction gains, where its survivors go, and what gives way: vLLM's real block pool."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.core.test_block_manager import BLOCK, fill, manager
 from tests.inside import has_declined
-from vllm_kvcompress.core.room import RESERVED_STEPS, Room
+from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.plans import GroupLengths
 
 
@@ -48,8 +48,7 @@ def due(num_blocks: int, num_kept: int) -> list[GroupLengths | None]:
 
 def worth(pool: Pool, due: dict[str, Any]) -> set[str]:
     """Those that are compacted now."""
-    chosen, _ = pool.room.worthwhile(due)
-    return chosen
+    return pool.room.worthwhile(due)
 
 
 # --- what a compaction gains --------------------------------------------------------------
@@ -88,7 +87,7 @@ def test_siblings_need_room_for_all() -> None:
     both = {"a": due(10, 3), "b": due(10, 3)}
     pool.take_view("a", 1)
     for _ in range(2):
-        assert pool.room.worthwhile(both) == (set(), {"a", "b"}), "6 are taken, 4 are free"
+        assert worth(pool, both) == set(), "6 are taken, 4 are free"
     assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}
     pool.add("other", 1)
     assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == set()
@@ -129,30 +128,32 @@ def test_a_declined_compaction_is_looked_at_again_when_it_has_grown() -> None:
     assert worth(pool, {"r": due(20, 3)}) == {"r"}
 
 
-# --- what is kept free --------------------------------------------------------------------
+# --- where survivors go -------------------------------------------------------------------
 
 
-def test_blocks_are_reserved_by_turns() -> None:
-    pool = Pool()
-    pool.add("r", 10)
-    reserved = []
-    for waited in range(4 * RESERVED_STEPS):
-        pool.room.reserve([("r", due(10, 3), waited)])
-        reserved.append(pool.room.num_reserved)
-    assert reserved[:RESERVED_STEPS] == [3] * RESERVED_STEPS
-    assert reserved[RESERVED_STEPS : 2 * RESERVED_STEPS] == [0] * RESERVED_STEPS
-    assert reserved[2 * RESERVED_STEPS] == 3
-    pool.room.reserve([])
-    assert pool.room.num_reserved == 0
-
-
-def test_nothing_is_reserved_for_what_can_never_be() -> None:
+def test_free_blocks_are_taken_before_any_of_its_own() -> None:
     pool = Pool(1 + 12)
     pool.add("r", 10)
-    pool.room.reserve([("r", due(10, 3), 1)])
-    assert pool.room.num_reserved == 0, "10 held and 3 taken are more than the pool's 12"
-    pool.room.reserve([("r", due(10, 2), 1)])
-    assert pool.room.num_reserved == 2
+    assert pool.room.own_destinations("r", due(10, 2)) == [0]
+    assert pool.room.own_destinations("r", due(10, 5)) == [3]
+    pool.add("other", 2)
+    assert pool.room.own_destinations("r", due(10, 5)) == [5]
+
+
+def test_views_give_way_before_a_block_is_overwritten() -> None:
+    pool = Pool(1 + 20)
+    pool.add("a", 10)
+    pool.take_view("a", 8)
+    assert pool.room.own_destinations("a", due(10, 4)) == [0]
+    assert not pool.books.views
+
+
+def test_blocks_that_others_hold_are_never_overwritten() -> None:
+    pool = Pool(1 + 10)
+    pool.add("other", 8)
+    pool.add("r", 10, "other", 8)
+    assert pool.room.own_destinations("r", due(10, 2)) == [2]
+    assert pool.room.own_destinations("r", due(10, 3)) is None
 
 
 # --- admission and what gives way ---------------------------------------------------------
@@ -178,27 +179,6 @@ class Host:
         if missing > self.pool.room.num_free:
             return None
         return self.pool.books.allocate_new_blocks(request.request_id, num_tokens, num_tokens)
-
-
-def test_a_waiting_request_leaves_what_is_reserved() -> None:
-    pool = Pool(1 + 20)
-    pool.add("r", 10)
-    pool.room.reserve([("r", due(10, 5), 1)])
-    host = Host(pool)
-    new = request("new", 6 * BLOCK, RequestStatus.WAITING)
-    options = {"full_sequence_must_fit": True}
-    assert pool.room.allocate(host, new, 2 * BLOCK, **options) is None, "6 + 5 of 10 in the end"
-    assert host.calls == 0
-    new.num_tokens = 5 * BLOCK
-    assert len(pool.room.allocate(host, new, 2 * BLOCK, **options)) == 2
-
-
-def test_a_running_request_takes_what_is_reserved() -> None:
-    pool = Pool(1 + 12)
-    pool.add("r", 10)
-    pool.room.num_reserved = 2
-    running = request("r", 12 * BLOCK, RequestStatus.RUNNING, 10 * BLOCK)
-    assert len(pool.room.allocate(Host(pool), running, 2 * BLOCK)) == 2
 
 
 @pytest.mark.parametrize("status", [RequestStatus.RUNNING, RequestStatus.WAITING])

@@ -8,7 +8,7 @@ import torch
 
 from tests.e2e.codes_by_hand import Coded, Vectors, cosines, decode, rotated
 from tests.e2e.conftest import assert_idle
-from tests.inside import managers, pending
+from tests.inside import managers, pending, preempt
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.plans import BookLengths
@@ -202,7 +202,8 @@ def vectors_of(
 def rush(engine: Engine, prompts: list[list[int]]) -> None:
     """A coded request and a prompt fit the pool, and nothing beside them.
 
-    So a book has to wait, a request is preempted, and one is aborted between plan and commit.
+    So books overwrite what they code; besides, one request is preempted, and one is aborted between
+    plan and commit.
     """
     stats, pool = engine.scheduler.stats, engine.pool
     deferrals, preemptions = stats.deferrals, engine.num_preemptions
@@ -219,8 +220,11 @@ def rush(engine: Engine, prompts: list[list[int]]) -> None:
         request = engine.live().get(victim)
         if request is not None and engine.scheduler.compactions.is_planned(request.request_id):
             engine.abort(victim)
+        last = engine.live().get(names[3])
+        if engine.num_preemptions == preemptions and len(engine.results[names[3]].token_ids) > 1:
+            preempt(engine, last)
     pool.free_blocks(taken)
-    assert stats.deferrals > deferrals and engine.num_preemptions > preemptions
+    assert stats.deferrals == deferrals and engine.num_preemptions > preemptions
     assert [engine.results[name].finished for name in names] == [True, True, False, True]
     assert_idle(engine)
 

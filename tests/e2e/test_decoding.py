@@ -181,7 +181,7 @@ class Record:
 def test_one_slot_for_all_requests(
     probe_model, run, requests, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compactions wait for their turn, are counted, and read the queries that were computed."""
+    """Requests wait for their turn, are counted, and say what they say alone."""
     expected, _ = run
     monkeypatch.setattr(decode_queries, "MIN_SLOTS", 1)
     monkeypatch.setattr(decode_queries, "RING_BYTES", 0)
@@ -193,14 +193,16 @@ def test_one_slot_for_all_requests(
         assert alone == expected[:1], "nobody else wants the slot"
         stats = engine.scheduler.stats
         assert stats.deferrals == 0
+        own = [engine.generate([each[0]], NUM_TOKENS, ignore_eos=True)[0] for each in requests[:2]]
         before = record.num_taken
-        for number in range(4):
-            engine.add(str(number), *requests[number % 2][:1], NUM_TOKENS, ignore_eos=True)
+        for number in range(2):
+            engine.add(str(number), *requests[number][:1], NUM_TOKENS, ignore_eos=True)
         engine.add("4", requests[2][0], NUM_TOKENS, requests[2][1], ignore_eos=True)
         while engine.engine.has_unfinished_requests():
             engine.step()
             engine.scheduler.check_integrity()
         assert engine.results["4"].token_ids == expected[2]
+        assert [engine.results[str(i)].token_ids for i in range(2)] == own
         assert stats.deferrals > 0
         assert record.num_taken > before
         assert_idle(engine)

@@ -1,4 +1,4 @@
-"""A pool that is too small: preemption, deferral, churn."""
+"""A pool that is too small: preemption, compactions in place, churn."""
 
 from collections.abc import Iterator
 
@@ -38,32 +38,42 @@ def test_preempted_requests_give_the_same_tokens(engine: Engine, prompts) -> Non
     assert_idle(engine)
 
 
-def test_a_compaction_without_room_waits_and_then_runs(engine: Engine, prompts) -> None:
+def test_a_compaction_without_room_happens_in_place(engine: Engine, prompts) -> None:
+    """It once waited, and the request decoded over its whole cache: other tokens under load."""
     filler = [5 + token % 900 for token in prompts[0]][:1100]
     prompt = (prompts[1] + prompts[2])[:2000]
-    expected = engine.generate([prompt], 60, ignore_eos=True)[0]
-    deferrals = engine.scheduler.stats.deferrals
-    compactions = engine.scheduler.stats.compactions.get("windowkv/prompt", 0)
-    engine.add("filler", filler, 30, {"kv_compression": "none"}, ignore_eos=True)
-    engine.add("late", prompt, 60, ignore_eos=True)
-    engine.drain()
-    stats = engine.scheduler.stats
-    assert stats.deferrals > deferrals, "there was room at once; the test shows nothing"
-    assert stats.compactions["windowkv/prompt"] == compactions + 1
-    # Until then it decoded over its whole cache, so only its length is the same.
-    assert len(engine.results["late"].token_ids) == len(expected)
-    assert_idle(engine)
+    stats, taken, gained = engine.scheduler.stats, [], []
+    for name in ("alone", "crowded"):
+        assert engine.scheduler.reset_prefix_cache()
+        before = stats.blocks_taken.get("windowkv", 0), stats.blocks_returned.get("windowkv", 0)
+        if name == "crowded":
+            engine.add("filler", filler, 30, {"kv_compression": "none"}, ignore_eos=True)
+        engine.add(name, prompt, 60, ignore_eos=True)
+        engine.drain()
+        taken.append(stats.blocks_taken["windowkv"] - before[0])
+        returned = stats.blocks_returned["windowkv"] - before[1]
+        gained.append(returned - taken[-1])
+        assert_idle(engine)
+    assert taken[0] > taken[1], "there was room at once; the test shows nothing"
+    assert gained[0] == gained[1] > 4 * 62 // 2
+    assert stats.deferrals == 0
+    assert engine.results["crowded"].token_ids == engine.results["alone"].token_ids
 
 
-def test_a_request_that_never_found_room_is_counted(engine: Engine, prompts) -> None:
-    filler = [5 + token % 800 for token in prompts[0]][:1100]
+def test_what_is_overwritten_is_found_by_nobody(engine: Engine, prompts) -> None:
+    """The prompt again: its first blocks are hits, the overwritten ones are computed anew."""
     prompt = (prompts[3] + prompts[4])[:2000]
-    before = engine.scheduler.stats.uncompressed.get("no_room", 0)
-    engine.add("filler", filler, 40, {"kv_compression": "none"}, ignore_eos=True)
-    engine.add("short", prompt, 3, ignore_eos=True)
+    none = {"kv_compression": "none"}
+    assert engine.scheduler.reset_prefix_cache()
+    expected = engine.generate([prompt], 12, none, ignore_eos=True)[0]
+    assert engine.scheduler.reset_prefix_cache()
+    taken = engine.pool.get_new_blocks(engine.pool.get_num_free_blocks() - 4 * 63)
+    engine.add("first", prompt, 12, ignore_eos=True)
     engine.drain()
-    assert engine.scheduler.stats.uncompressed["no_room"] == before + 1
-    assert len(engine.results["short"].token_ids) == 3
+    engine.pool.free_blocks(taken)
+    engine.add("again", prompt, 12, none, ignore_eos=True)
+    engine.drain()
+    assert engine.results["again"].token_ids == expected
     assert_idle(engine)
 
 

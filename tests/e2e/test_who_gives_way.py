@@ -1,4 +1,4 @@
-"""Small pools: views are given back before anybody waits, and no compaction starves."""
+"""Small pools: views are given back before anybody waits, and no compaction waits."""
 
 import pytest
 
@@ -61,8 +61,8 @@ def test_a_view_over_an_evicted_cache_gives_way_too(probe_model: str) -> None:
         assert_idle(engine)
 
 
-def test_a_due_compaction_gets_its_blocks_under_sustained_load(probe_model: str) -> None:
-    """It needs 6 blocks, up to 18 come free at a time, and waiting prompts once took them all."""
+def test_a_due_compaction_does_not_wait_under_sustained_load(probe_model: str) -> None:
+    """It needs 6 blocks, and waiting prompts take all that come free."""
     setting = {"preset": "snapkv", "budget": {"ratio": 0.12}, "min_prompt_len": 512}
     options = {"max_model_len": 2048, "num_blocks": 67, "max_num_batched_tokens": 2048}
     with opened(probe_model, setting, max_num_seqs=64, **options) as engine:
@@ -86,6 +86,6 @@ def test_a_due_compaction_gets_its_blocks_under_sustained_load(probe_model: str)
             engine.scheduler.check_integrity()
         stats = engine.scheduler.stats
         assert stats.compactions == {"snapkv/prompt": 1}
-        assert 0 < stats.deferrals <= 64, "there was room at once, or it starved"
+        assert stats.deferrals == 0
         served = sum(result.finished for result in engine.results.values())
         assert served > 30, "the others go on meanwhile"

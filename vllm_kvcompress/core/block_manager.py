@@ -2,19 +2,21 @@
 
 Life of a compaction, per request and group:
 
-1. `plan` takes destination blocks from the pool. The request keeps all it has.
+1. `plan` takes destination blocks from the pool. The request keeps all it has. Where the pool has
+   too few, blocks of the region itself that only this request holds are destinations as well: the
+   worker copies survivors aside before it writes them.
 2. The worker copies survivors into them, after the forward pass of that step.
 3. `commit`, at the start of the next step's scheduling, replaces the region's blocks by the
    destinations in the request's block list and returns the old ones to the pool. They may be
    handed out at once: the copy was queued on the device before any later step's writes.
 
-Source blocks are never written, so blocks that are shared or hashed stay valid in the prefix
-cache. Freeing, preempting or aborting a request between 1 and 3 returns both sets.
+No other source block is written, so blocks that are shared or hashed stay valid in the prefix
+cache; those that are overwritten leave it first. Freeing, preempting or aborting a request between
+1 and 3 returns both sets.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -30,6 +32,12 @@ from vllm_kvcompress.spec import CompressedAttentionSpec, CompressedMLASpec
 class _Pending:
     lengths: GroupLengths
     destination: list[KVCacheBlock]
+    num_new: int
+
+    @property
+    def new(self) -> list[KVCacheBlock]:
+        """Destination blocks that are not among the region's own."""
+        return self.destination[: self.num_new]
 
 
 class CompressedAttentionManager(FullAttentionManager):
@@ -64,15 +72,22 @@ class CompressedAttentionManager(FullAttentionManager):
         lengths: GroupLengths,
         cache: GroupCache,
         forced: tuple[Span, ...],
+        num_own: int = 0,
     ) -> GroupPlan:
         """Take what destination blocks the purpose needs, and describe what the worker does.
 
-        The caller has checked for room.
+        The caller has checked for room. Of an eviction's destinations, `num_own` are private blocks
+        of the region.
         """
         blocks = self.req_to_blocks[request_id]
         num_source = lengths.region_len // self.block_size
         assert num_source <= len(blocks)
-        destination = self._TAKE[purpose](self, request_id, lengths)
+        if purpose is Purpose.EVICT:
+            destination = self._take_for_eviction(request_id, lengths, num_own)
+        elif purpose is Purpose.COPIED_VIEW:
+            destination = self._take_for_view(request_id, lengths)
+        else:
+            destination = []  # a linked view is made of blocks that are there
         ids = [block.block_id for block in blocks]
         return GroupPlan(
             lengths=lengths,
@@ -83,28 +98,33 @@ class CompressedAttentionManager(FullAttentionManager):
             tail_blocks=tuple(ids[num_source:]),
         )
 
-    def _new_blocks(self, lengths: GroupLengths) -> list[KVCacheBlock]:
-        return self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
-
-    def _take_for_eviction(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
+    def _take_for_eviction(
+        self, request_id: str, lengths: GroupLengths, num_own: int
+    ) -> list[KVCacheBlock]:
         assert request_id not in self._pending
-        destination = self._new_blocks(lengths)
-        self._pending[request_id] = _Pending(lengths, destination)
+        num_new = lengths.kept_len // self.block_size - num_own
+        own = self.private_blocks(request_id, lengths)[-num_own:] if num_own else []
+        assert len(own) == num_own
+        destination = self.block_pool.get_new_blocks(num_new) + own
+        if own:
+            # Before anybody can find them again, and before they could be hashed once more.
+            self.block_pool.evict_blocks({block.block_id for block in own})
+            self.mark_lossy(request_id)
+        self._pending[request_id] = _Pending(lengths, destination, num_new)
         return destination
+
+    def private_blocks(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
+        """Blocks of the region that no other request holds, in order."""
+        num_source = lengths.region_len // self.block_size
+        return [
+            block for block in self.req_to_blocks[request_id][:num_source] if block.ref_cnt == 1
+        ]
 
     def _take_for_view(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
         assert request_id not in self._pending_views
-        self._pending_views[request_id] = self._new_blocks(lengths)
-        return self._pending_views[request_id]
-
-    def _take_nothing(self, request_id: str, lengths: GroupLengths) -> list[KVCacheBlock]:
-        return []
-
-    _TAKE: ClassVar = {
-        Purpose.EVICT: _take_for_eviction,
-        Purpose.COPIED_VIEW: _take_for_view,
-        Purpose.LINKED_VIEW: _take_nothing,
-    }
+        view = self.block_pool.get_new_blocks(lengths.kept_len // self.block_size)
+        self._pending_views[request_id] = view
+        return view
 
     def commit(self, request_id: str) -> bool:
         """Swap the request's blocks and free the region. False if nothing was pending."""
@@ -113,7 +133,8 @@ class CompressedAttentionManager(FullAttentionManager):
             return False
         blocks = self.req_to_blocks[request_id]
         num_source = pending.lengths.region_len // self.block_size
-        source = blocks[:num_source]
+        own = {block.block_id for block in pending.destination[pending.num_new :]}
+        source = [block for block in blocks[:num_source] if block.block_id not in own]
         blocks[:num_source] = pending.destination
         self.evicted[request_id] = self.evicted.get(request_id, 0) + pending.lengths.evicted
         self.mark_lossy(request_id)
@@ -181,7 +202,7 @@ class CompressedAttentionManager(FullAttentionManager):
         self.lossy.discard(request_id)
         pending = self._pending.pop(request_id, None)
         views = self.views.pop(request_id, []) + self._pending_views.pop(request_id, [])
-        return [*blocks, *views, *(pending.destination if pending else ())]
+        return [*blocks, *views, *(pending.new if pending else ())]
 
     # --- tests ----------------------------------------------------------------------------
 
@@ -189,7 +210,7 @@ class CompressedAttentionManager(FullAttentionManager):
         """Every block this group's requests hold now, pending destinations included."""
         held = [block for blocks in self.req_to_blocks.values() for block in blocks]
         for pending in self._pending.values():
-            held += pending.destination
+            held += pending.new
         for view in (*self.views.values(), *self._pending_views.values()):
             held += view
         return held
@@ -198,6 +219,10 @@ class CompressedAttentionManager(FullAttentionManager):
         """Raise AssertionError if the books contradict each other."""
         for block in self.held_blocks():
             assert block.is_null or block.ref_cnt > 0, f"block {block.block_id} is held and free"
+        for request_id, pending in self._pending.items():
+            own = pending.destination[pending.num_new :]
+            assert all(block in self.req_to_blocks[request_id] for block in own), request_id
+            assert all(block.ref_cnt == 1 and block.block_hash is None for block in own), request_id
         private = [b.block_id for p in self._pending.values() for b in p.destination]
         for views in (self.views, self._pending_views):
             private += [block.block_id for view in views.values() for block in view]

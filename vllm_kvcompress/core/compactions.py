@@ -63,7 +63,7 @@ class Compactions:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
         self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
-        self._planned: list[str] = []
+        self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
 
     # --- plan -----------------------------------------------------------------------------
@@ -73,21 +73,14 @@ class Compactions:
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
         found = {name: each.compaction.lengths for name, each in tracked.items()}
         evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
-        worthwhile, waiting = self.room.worthwhile(evictions) if evictions else (set(), set())
+        worthwhile = self.room.worthwhile(evictions) if evictions else set()
         plans: list[CompactionPlan] = []
         for request in due:
             name, each = request.request_id, tracked[request.request_id]
-            if name in waiting:
-                self._put_off(each)
-            elif name in evictions and name not in worthwhile:
+            if name in evictions and name not in worthwhile:
                 self.planner.decline(each)
             else:
                 plans += self._plan_one(request, each)
-        self.room.reserve(
-            (name, lengths, tracked[name].num_waited)
-            for name, lengths in evictions.items()
-            if tracked[name].lacks_room
-        )
         return plans
 
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
@@ -98,38 +91,43 @@ class Compactions:
             # An eviction gives memory back and must not wait for a view, which takes some.
             self.planner.drop_view(tracked)
             work.pop()
-        if not self._has_room(request, *work[0]):
-            self._put_off(tracked)
+        own: list[int] | None = [0] * len(self.managers)
+        if work[0][0] is Purpose.EVICT:
+            own = self.room.own_destinations(request.request_id, work[0][1])
+        elif not self._has_room_for_view(request, *work[0]):
+            own = None
+        if own is None:
+            self.stats.deferrals += 1
+            self.planner.put_off(tracked)
             return []
         self.planner.note_planned(tracked)
-        self._planned.append(request.request_id)
-        return [self._make_plan(request, tracked, *each) for each in work]
+        self._planned[request.request_id] = sum(own)
+        return [self._make_plan(request, tracked, *each, own) for each in work]
 
-    def _put_off(self, tracked: TrackedRequest) -> None:
-        self.stats.deferrals += 1
-        self.planner.put_off(tracked)
-
-    def _has_room(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
-        """Whether there are blocks for an eviction, or for a view that is taken alone."""
+    def _has_room_for_view(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
+        """Whether there are blocks for a view that is taken alone."""
         num_needed = self.room.num_needed(lengths)
         if purpose is Purpose.LINKED_VIEW:
             return True  # of blocks that are there
-        if purpose is Purpose.EVICT:
-            return self.room.make_free(num_needed)
         if request.num_preemptions:
             # The pool was too small once: a view must not be what makes it so again.
             end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
             num_needed += self.room.num_growth(request.request_id, end)
-        return num_needed + self.room.num_reserved <= self.room.num_free
+        return num_needed <= self.room.num_free
 
     def _make_plan(
-        self, request: Request, tracked: TrackedRequest, purpose: Purpose, lengths: Lengths
+        self,
+        request: Request,
+        tracked: TrackedRequest,
+        purpose: Purpose,
+        lengths: Lengths,
+        own: Sequence[int],
     ) -> CompactionPlan:
         assert tracked.config is not None
         window = tracked.config.observation_window
         caches = tracked.compaction.caches_at(tracked.position)
         groups: list[GroupPlan | None] = []
-        for manager, number in zip(self.managers, self.layer_group_of, strict=True):
+        for manager, number, num_own in zip(self.managers, self.layer_group_of, own, strict=True):
             each = None if number is None else lengths[number]
             if number is None or each is None:
                 groups.append(None)
@@ -137,7 +135,7 @@ class Compactions:
             assert isinstance(manager, CompressedAttentionManager)
             cache = caches[number]
             what = (request.request_id, each, cache, forced_ranges(cache, window))
-            groups.append(manager.plan(purpose, *what))
+            groups.append(manager.plan(purpose, *what, num_own))
         return CompactionPlan(
             request_id=request.request_id,
             position=tracked.position,
@@ -155,8 +153,8 @@ class Compactions:
 
     def commit(self) -> None:
         """Swap the blocks of what the previous step compacted, and free the old ones."""
-        planned, self._planned = self._planned, []
-        for request_id in planned:
+        planned, self._planned = self._planned, {}
+        for request_id, num_own in planned.items():
             tracked = self.planner.planned(request_id)
             if tracked is None:
                 continue  # finished, aborted or preempted since; its blocks are free already
@@ -164,7 +162,7 @@ class Compactions:
                 if purpose.is_view:
                     self._commit_view(request_id, tracked, lengths)
                 else:
-                    self._commit_eviction(request_id, tracked, lengths)
+                    self._commit_eviction(request_id, tracked, lengths, num_own)
             self.planner.commit(tracked)
 
     def _commit_view(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
@@ -175,7 +173,9 @@ class Compactions:
         is_first = tracked.position == tracked.prompt_len
         self.stats.record_view(tracked.policy, held, "prompt" if is_first else "refresh")
 
-    def _commit_eviction(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
+    def _commit_eviction(
+        self, request_id: str, tracked: TrackedRequest, lengths: Lengths, num_own: int
+    ) -> None:
         before = self.room.num_free
         for manager in self.managers:
             manager.commit(request_id)
@@ -189,7 +189,7 @@ class Compactions:
             "decode" if tracked.while_decoding else "prompt",
             [each.tokens_evicted if each else 0 for each in lengths],
             kept_ratio=(held - evicted) / (len(lengths) * tracked.position),
-            blocks_taken=self.room.num_needed(lengths),
+            blocks_taken=self.room.num_needed(lengths) - num_own,
             blocks_returned=self.room.num_free - before,
             first=not tracked.counted,
         )

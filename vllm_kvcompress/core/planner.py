@@ -11,10 +11,10 @@ or it is SKIPPED from the start, for a reason that is counted. `next_at` is the 
 or so many generated tokens after the last compaction: never an absolute length, so a long prompt
 alone triggers nothing while decoding. Nobody but the planner moves a request on.
 
-A request that is DUE while the pool has no room for its survivors is tried again every step, and
-one whose blocks others hold, too, whenever some of these are gone. What the end of its prompt will
-compact does not change meanwhile; a compaction while decoding takes in the tokens that came since,
-because the queries that the policy reads are the most recent ones.
+A request that is DUE and whose blocks others hold, too, is tried again whenever some of these are
+gone; any other is compacted at once, however full the pool. What the end of its prompt will compact
+does not change meanwhile; a compaction while decoding takes in the tokens that came since, because
+the queries that the policy reads are the most recent ones.
 
 What is planned is an eviction, a view (draft/views.py), or both from one region. Where views are
 all there is, a request that is DONE goes back to PLANNED whenever a new one is due.
@@ -121,7 +121,7 @@ class Planner:
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.compaction = CompactionSchedule([cache] * self.num_layer_groups)
         tracked.view = ViewSchedule.of(config, self.config, self.block_size)
-        tracked.num_waited, tracked.is_shared = 0, False
+        tracked.is_shared = False
         tracked.queries_since, tracked.lacks_queries = None, False
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
@@ -257,7 +257,6 @@ class Planner:
     def put_off(self, tracked: TrackedRequest) -> None:
         """There are no blocks for it; it is due again with the next step."""
         tracked.is_shared = False
-        tracked.num_waited += 1
 
     def drop_view(self, tracked: TrackedRequest) -> None:
         """Do the rest of its work without the view that it does not need."""
@@ -276,7 +275,7 @@ class Planner:
 
     def commit(self, tracked: TrackedRequest) -> None:
         """Note that the planned work has been done."""
-        tracked.counted, tracked.num_waited = True, 0
+        tracked.counted = True
         if any(tracked.compaction.lengths):
             tracked.compaction.commit(tracked.position)
         self._rearm(tracked)
@@ -319,7 +318,7 @@ class Planner:
         if tracked is not None:
             tracked.queries_since = start
 
-    def is_overdue(self, request_id: str, num_tokens: int) -> bool:
-        """Whether `num_tokens` of a request were enough for its next compaction while decoding."""
-        tracked = self.upcoming(request_id)
-        return tracked is not None and tracked.while_decoding and num_tokens >= tracked.next_at
+    def must_record(self, request_id: str) -> bool:
+        """Whether a request's tokens depend on queries that are recorded while it decodes."""
+        tracked = self.requests.get(request_id)
+        return tracked is not None and not tracked.view.is_alone

@@ -1,13 +1,14 @@
-"""Blocks of the pool: what a compaction gains, what is kept free for it, and what gives way.
+"""Blocks of the pool: what a compaction gains, where its survivors go, and what gives way.
 
-Three rules, so that compression never makes a server slower to serve than without it:
+Three rules, so that compression never makes a server slower to serve than without it, and tokens do
+not depend on how full the pool is:
 
 1. A compaction happens where it frees more blocks than it takes. A block that another request
    holds too does not come free, unless that request is compacted in the same step.
-2. A compaction that found no blocks has some kept free for it, before waiting requests get them.
-   Not for ever: one that waits in vain lets others in every other `RESERVED_STEPS` steps.
+2. Such a compaction never waits. It takes free blocks, and where there are too few of them it
+   overwrites blocks that its own request gives up: by rule 1 there are enough.
 3. Views that drafts read are memory for speed alone. They are given back before a request is
-   preempted, and before one has to wait.
+   preempted, before one has to wait, and before a compaction overwrites anything.
 """
 
 from collections import Counter
@@ -22,9 +23,6 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
-
-RESERVED_STEPS = 64
-"""Steps that blocks are kept free for one compaction before others are let in for as many."""
 
 Lengths = Sequence[GroupLengths | None]
 
@@ -45,8 +43,6 @@ class Room:
         Tokens of the longest sequence.
     give_up_view : callable
         Gives the blocks of one view back; False if there is none.
-    num_reserved : int
-        Blocks that waiting requests must leave free.
     """
 
     managers: Sequence[CompressedAttentionManager | HostGroup]
@@ -54,7 +50,6 @@ class Room:
     pool: Any
     max_model_len: int
     give_up_view: Callable[[], bool] = lambda: False
-    num_reserved: int = 0
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
 
@@ -115,12 +110,12 @@ class Room:
             for block in manager.req_to_blocks[request_id][: each.region_len // manager.block_size]
         ]
 
-    def worthwhile(self, due: Mapping[str, Lengths]) -> tuple[set[str], set[str]]:
+    def worthwhile(self, due: Mapping[str, Lengths]) -> set[str]:
         """Of the compactions that are due, those that give back more blocks than they take.
 
         Alone, a request gives back the blocks that only it holds. Requests that share blocks and
-        are due together give these back too, if nobody else holds them. The second set has those
-        that would, and for which there are too few free blocks to do it together.
+        are due together give these back too, if nobody else holds them and there are free blocks
+        for all of their survivors.
         """
         # What decides: who holds which blocks, and how far a region has grown.
         seen = {
@@ -128,14 +123,13 @@ class Room:
             for name, lengths in due.items()
         }
         if all(self._declined.get(name) == state for name, state in seen.items()):
-            return set(), set()
+            return set()
         needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
         sources = {name: self._sources(name, lengths) for name, lengths in due.items()}
         own = {name: sum(b.ref_cnt == 1 for b in blocks) for name, blocks in sources.items()}
         shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
         chosen = {name for name in due if own[name] > needs[name]}
-        num_free = self.num_free - sum(needs[name] for name in chosen)
-        waiting: set[str] = set()
+        num_free, lacking = self.num_free - sum(needs[name] for name in chosen), set[str]()
         for family in _families(shared):
             alone = family & chosen
             others = family - chosen
@@ -146,33 +140,35 @@ class Room:
                 num_free -= taken
                 chosen |= others
             elif given > taken:
-                waiting |= others
+                lacking |= others
         for name, state in seen.items():
-            if name in chosen or name in waiting:
+            if name in chosen or name in lacking:
                 self._declined.pop(name, None)
             else:
                 self._declined[name] = state
-        return chosen, waiting
+        return chosen
 
-    # --- what is kept free ----------------------------------------------------------------
+    # --- where survivors go ---------------------------------------------------------------
 
-    def reserve(self, waiting: Iterable[tuple[str, Lengths, int]]) -> None:
-        """Keep blocks free for compactions that found none.
+    def own_destinations(self, request_id: str, lengths: Lengths) -> list[int] | None:
+        """Blocks of its own that an eviction overwrites, for each KV cache group; None: no room.
 
-        Each comes with the steps it has waited. One that could not have its blocks even with the
-        pool to itself gets none.
+        As few as need be, once views have given way.
         """
-        self.num_reserved = 0
-        for request_id, lengths, num_waited in waiting:
-            held = sum(
-                not block.is_null
-                for manager in self.managers
-                for block in manager.req_to_blocks.get(request_id, ())
-            )
-            needed = self.num_needed(lengths)
-            is_turn = num_waited // RESERVED_STEPS % 2 == 0
-            if is_turn and needed + held < self.pool.num_gpu_blocks:
-                self.num_reserved += needed
+        needed = self.num_needed(lengths)
+        missing = 0 if self.make_free(needed) else needed - self.num_free
+        found = [0] * len(self.managers)
+        if not missing:
+            return found
+        for place, (manager, number) in enumerate(
+            zip(self.managers, self.layer_group_of, strict=True)
+        ):
+            each = None if number is None else lengths[number]
+            if each is not None and isinstance(manager, CompressedAttentionManager):
+                num_private = len(manager.private_blocks(request_id, each))
+                found[place] = min(each.kept_len // manager.block_size, num_private, missing)
+                missing -= found[place]
+        return found if not missing else None
 
     # --- what gives way -------------------------------------------------------------------
 
@@ -205,9 +201,6 @@ class Room:
             # Hits that nobody holds are among the free blocks.
             return growth - (sum(b.ref_cnt > 0 for g in hits.blocks for b in g) if hits else 0)
 
-        num_reserved = 0 if request.status == RequestStatus.RUNNING else self.num_reserved
-        if num_reserved and not self.make_free(num_missing() + num_reserved):
-            return None
         blocks = allocate_slots(request, num_new_tokens, **options)
         while blocks is None and self._give_way(num_missing()):
             blocks = allocate_slots(request, num_new_tokens, **options)

@@ -165,13 +165,14 @@ class CompressionMixin(Scheduler):
             # The host has padded one last token with others that will all be rejected, and relies
             # on getting all of them: they keep the step's rows alike.
             return clipped
-        return self.planner.clip_chunk(
+        clipped = self.planner.clip_chunk(
             request.request_id,
             num_computed_tokens,
             clipped,
             request.num_tokens + request.num_output_placeholders,
             num_unverified(request),
         )
+        return self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any

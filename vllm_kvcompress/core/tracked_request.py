@@ -90,8 +90,6 @@ class TrackedRequest:
         Whether it has been compressed at least once, before a preemption too.
     was_under_budget : bool
         Whether a compaction fell due that would have freed nothing.
-    num_waited : int
-        Steps since its compaction fell due in which it found no blocks.
     is_shared : bool
         Whether its compaction waits because others hold its blocks, too.
     query_window, query_gap : int
@@ -114,7 +112,6 @@ class TrackedRequest:
     skip_reason: str | None = None
     counted: bool = False
     was_under_budget: bool = False
-    num_waited: int = 0
     is_shared: bool = False
     query_window: int = 0
     query_gap: int = 0
@@ -135,11 +132,6 @@ class TrackedRequest:
         if any(self.view.lengths):
             found.append((self.view.purpose, self.view.lengths))
         return found
-
-    @property
-    def lacks_room(self) -> bool:
-        """Whether its compaction is due, would free blocks, and has found none for survivors."""
-        return self.phase is Phase.DUE and not self.is_shared
 
     @property
     def while_decoding(self) -> bool:

@@ -94,8 +94,8 @@ COUNTERS: dict[str, Family] = {
     ),
     "deferrals": Family(
         "deferrals",
-        "Steps in which a due compaction found no free blocks for its survivors, or had found no "
-        "free slot to record queries in.",
+        "Steps that a request had to wait for a slot to record queries in, or a view for free "
+        "blocks.",
         {},
     ),
     "codebook_vectors": Family(

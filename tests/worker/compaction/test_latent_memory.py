@@ -20,7 +20,7 @@ LONGEST, HEADS, NOPE, ROTATED, LATENT, WINDOW = 4096, 64, 128, 64, 512, 64
 SETTING = {
     "preset": "snapkv",
     "observation_window": WINDOW,
-    "budget": {"ratio": 0.25},
+    "budget": {"ratio": 0.05},
     "min_prompt_len": 1024,
 }
 

@@ -99,7 +99,7 @@ class Compactor:
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[CompactionJob]) -> None:
-        """Fill the plans' destination blocks in every layer. Source blocks are only read.
+        """Fill the plans' destination blocks in every layer. Other source blocks are only read.
 
         Requests under the same policy go through every launch together.
         """
@@ -109,7 +109,7 @@ class Compactor:
     def _run_batch(self, jobs: list[CompactionJob]) -> None:
         """Score layers in model order; choose and copy in each KV cache group once it is scored.
 
-        Destination blocks are new and belong to nobody else: what is copied early, no layer that
+        Destination blocks belong to one group of one request: what is copied early, no layer that
         is scored later reads.
         """
         policy: Policy = jobs[0].config.build_policy()
@@ -126,7 +126,7 @@ class Compactor:
         leaders = self._leaders(jobs[0].config, policy)
         last_user = {leaders[layer.index]: layer.index for layer in self.layers}
         for layer in self.layers:
-            for kind in (PlanKind.TOKENS, *self.writers):
+            for kind in (PlanKind.TOKENS, PlanKind.TOKENS_IN_PLACE, *self.writers):
                 place = layer.group, kind
                 if place not in scores:
                     continue
@@ -149,10 +149,12 @@ class Compactor:
         indices = self._select(group, layers, scores)
         if kind in self.writers:
             self.writers[kind](group, layers, indices)
-        else:
-            # vLLM lays out all layers of a group alike.
-            rotary = layers[0].rotary if policy.rerotates_keys else None
-            layers[0].layout.move([layer.cache() for layer in layers], group, indices, rotary)
+            return
+        # vLLM lays out all layers of a group alike.
+        layout = layers[0].layout
+        move = layout.move_in_place if kind is PlanKind.TOKENS_IN_PLACE else layout.move
+        rotary = layers[0].rotary if policy.rerotates_keys else None
+        move([layer.cache() for layer in layers], group, indices, rotary)
 
     def _layers_of(self, number: int) -> list[LayerCache]:
         return [layer for layer in self.layers if layer.group == number]

@@ -8,7 +8,9 @@ holds at once is reckoned here, from above, for the server's setting.
     one layer what the policy holds while it scores (`Policy.working_bytes`)
     indices   8 bytes per survivor, KV head and layer; while pins are put first, twice that and
               what sorting them takes
-    writing   what it takes to write survivors in another form than they have
+    writing   one head's survivors of one request, `_ASIDE` times, where they are copied aside
+              because blocks of theirs are overwritten; or what it takes to write them in another
+              form than they have
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +25,10 @@ from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.policies.layer_shape import LayerShape
 from vllm_kvcompress.worker.compaction.compactor import MAX_TOKENS
+
+_ASIDE = 4
+"""Copies of survivors that are moved in place: as gathered, their keys in float32 while they are
+turned, together again, and in the order of the cache."""
 
 _DECODED_BYTES = 5
 """Per number that is copied out of an 8-bit cache: as it is stored (1), and in float32 (4)."""
@@ -91,7 +97,7 @@ def compaction_bytes(
     shape : RankShape
         The model, and the longest request.
     writers : sequence of callable
-        Who writes survivors beside the compactor itself, whose copies take nothing.
+        Who writes survivors beside the compactor itself.
 
     Returns
     -------
@@ -120,8 +126,10 @@ def _bytes_of(config: CompressionConfig, shape: RankShape, writers: Sequence[Wri
         scoring += _absorbed_bytes(config, shape)
     num_kept = int(share * per_layer * most_layers)
     choosing = max(scores + 8 * num_kept, (8 + _SORT_BYTES) * num_kept)
-    writing = [each(lengths, shape, most_layers) for each in writers for lengths in kept]
-    largest = max(scoring, choosing, 8 * num_kept + max(writing, default=0))
+    row = (1 if shape.absorbs_queries else 2) * shape.head_dim * shape.cache_dtype.itemsize
+    writing = [_ASIDE * row * int(share * shape.max_model_len)]
+    writing += [each(lengths, shape, most_layers) for each in writers for lengths in kept]
+    largest = max(scoring, choosing, 8 * num_kept + max(writing))
     # The host's numbers: block tables, lengths and which tokens stay.
     return largest + (max(groups) + 1) * 2 * num_tokens
 

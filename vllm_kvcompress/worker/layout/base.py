@@ -143,6 +143,19 @@ class CacheLayout(ABC):
                     kept = rotary.rotate(kept, targets - chosen)
                 self.write(cache, group.destination(request), kept, gather_rows(values, chosen))
 
+    def move_in_place(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """Do what `move` does where destinations may be source blocks; its arguments.
+
+        Survivors are copied aside before any of them is written.
+        """
+        CacheLayout.move(self, caches, group, indices, rotary)
+
     def kernel_table(self, cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Block table [R, P] int32 in blocks of the cache tensor, which may be smaller ones."""
         return table

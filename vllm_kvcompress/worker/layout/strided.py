@@ -127,6 +127,40 @@ class StridedLayout(CacheLayout):
             rotary=rotary,
         )
 
+    def move_in_place(
+        self,
+        caches: Sequence[torch.Tensor],
+        group: GroupBatch,
+        indices: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """One head of one layer at a time: no more is copied aside, and no head reads another's."""
+        for cache, layer_indices in zip(caches, indices, strict=True):
+            for request, plan in enumerate(group.plans):
+                source = self._kernel_blocks(cache, group.blocks(request))
+                destination = self._kernel_blocks(cache, group.destination(request))
+                kept, region = plan.lengths.kept_len, plan.lengths.region_len
+                targets = torch.arange(region - kept, region, device=cache.device)
+                for head, chosen in enumerate(layer_indices[request, :, :kept]):
+                    self._move_head(cache[:, head], source, destination, chosen, targets, rotary)
+
+    def _move_head(
+        self,
+        cache: torch.Tensor,
+        source: torch.Tensor,
+        destination: torch.Tensor,
+        chosen: torch.Tensor,
+        targets: torch.Tensor,
+        rotary: Rotary | None,
+    ) -> None:
+        """Of a view [blocks, N, C]; survivors [K] go to positions `targets` [K] where keys turn."""
+        size = cache.shape[1]
+        rows = cache[source[chosen // size], chosen % size]  # [K, C]
+        if rotary is not None:
+            keys = rows[None, :, : self.head_size]
+            rows[:, : self.head_size] = rotary.rotate(keys, (targets - chosen)[None])[0]
+        cache[destination] = rows.unflatten(0, (-1, size))
+
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = cache[self._kernel_blocks(cache, blocks)]  # [b, KV, N', C]
         rows = rows.transpose(0, 1).flatten(1, 2)  # [KV, n, C]

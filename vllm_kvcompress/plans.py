@@ -133,6 +133,8 @@ class GroupPlan:
         must be read before anything is written.
     tail_blocks : tuple[int, ...]
         The request's blocks behind the region; they are re-linked, not copied.
+    in_place : bool
+        Whether destinations are among the source blocks.
     """
 
     lengths: GroupLengths
@@ -141,13 +143,13 @@ class GroupPlan:
     source_blocks: tuple[int, ...]
     destination_blocks: tuple[int, ...]
     tail_blocks: tuple[int, ...]
+    in_place: bool = False
 
     @property
     def kind(self) -> PlanKind:
         """What the destination blocks will hold."""
         if self.lengths.book is None:
-            in_place = not set(self.destination_blocks).isdisjoint(self.source_blocks)
-            return PlanKind.TOKENS_IN_PLACE if in_place else PlanKind.TOKENS
+            return PlanKind.TOKENS_IN_PLACE if self.in_place else PlanKind.TOKENS
         return PlanKind.MORE_CODES if self.lengths.coded_before else PlanKind.CODES
 
     @property

@@ -74,8 +74,12 @@ def test_the_scenarios_show_what_they_are_for(evict: Pair, draft: Pair) -> None:
     _, runs = evict
     assert {name for name, *_ in runs["policies"].plans} == set(policy_names())
     assert sum(position > 224 for _, position, *_ in runs["decoding"].plans) >= 2
-    kinds = {group.kind for *_, groups in runs["codebooks"].plans for group in groups if group}
-    assert kinds == set(PlanKind)
+    kinds = {
+        name: {group.kind for *_, groups in run.plans for group in groups if group}
+        for name, run in runs.items()
+    }
+    assert kinds["codebooks"] == set(PlanKind) - {PlanKind.TOKENS_IN_PLACE}
+    assert PlanKind.TOKENS_IN_PLACE in kinds["small pool"]
     assert runs["prefix hits"].said.cached["again"] == 224
     assert runs["preemption"].said.counts["preemptions"] == 1
     assert runs["small pool"].said.counts["preemptions"] > 0

@@ -96,6 +96,7 @@ class CompressedAttentionManager(FullAttentionManager):
             source_blocks=tuple(ids[:num_source]),
             destination_blocks=tuple(block.block_id for block in destination),
             tail_blocks=tuple(ids[num_source:]),
+            in_place=num_own > 0,
         )
 
     def _take_for_eviction(

@@ -29,7 +29,9 @@ def in_place(plan: CompactionPlan, names: str) -> CompactionPlan:
         if group is not None and plan.request_id in names:
             count = len(group.destination_blocks) - 1
             own = group.source_blocks[-count:] if count else ()
-            group = replace(group, destination_blocks=group.destination_blocks[:1] + own)
+            group = replace(
+                group, destination_blocks=group.destination_blocks[:1] + own, in_place=True
+            )
         groups.append(group)
     return replace(plan, groups=tuple(groups))
 

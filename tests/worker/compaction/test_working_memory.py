@@ -68,7 +68,9 @@ def in_place(jobs: list[CompactionJob]) -> list[CompactionJob]:
         groups = [
             group
             and replace(
-                group, destination_blocks=group.source_blocks[-len(group.destination_blocks) :]
+                group,
+                destination_blocks=group.source_blocks[-len(group.destination_blocks) :],
+                in_place=True,
             )
             for group in job.plan.groups
         ]

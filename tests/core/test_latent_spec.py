@@ -4,10 +4,10 @@ from dataclasses import fields
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.planning import groups_of_one_page_size
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager, register_manager
 from vllm_kvcompress.spec import CompressedAttentionSpec, CompressedMLASpec, GroupMap
 
@@ -50,7 +50,7 @@ def test_layers_of_one_group_merge_and_of_two_do_not() -> None:
 
 def test_every_layer_group_has_block_tables_of_its_own() -> None:
     layers = {f"layers.{number}": spec(number // 2) for number in range(4)}
-    groups = _get_kv_cache_groups_uniform_page_size(layers)  # type: ignore[arg-type]
+    groups = groups_of_one_page_size(layers)  # type: ignore[arg-type]
     assert [group.layer_names for group in groups] == [
         ["layers.0", "layers.1"],
         ["layers.2", "layers.3"],

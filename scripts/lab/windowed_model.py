@@ -205,10 +205,10 @@ def engine_losses(engine: Any, texts: Sequence[Text]) -> dict[float, list[float]
                 )  # fmt: skip
                 prompt = {"prompt_token_ids": text.tokens[:PROMPT_TOKENS]}
                 engine.engine.add_request(f"{text.page}-{ratio}", prompt, params)
-            while not all(losses[f"{text.page}-{ratio}"] for text in texts):
+            # To the end before the next ratio: of requests that hold the same blocks at a time none
+            # is compacted.
+            while engine.engine.has_unfinished_requests():
                 engine.engine.step()
-        while engine.engine.has_unfinished_requests():
-            engine.engine.step()
     assert all(len(found) == READ_TOKENS - 1 for found in losses.values())
     return {ratio: [mean(losses[f"{text.page}-{ratio}"]) for text in texts] for ratio in RATIOS}
 

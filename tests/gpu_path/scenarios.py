@@ -75,6 +75,7 @@ class Said:
 
 
 Scenario = Callable[[Engine, Prompts], Said]
+TURNED_ALONE = "turned alone"
 
 
 def finish(engine: Engine, names: Sequence[str]) -> Said:
@@ -106,8 +107,16 @@ def run_warm_up(engine: Engine, prompts: Prompts) -> Said:
 
 
 def run_policies(engine: Engine, prompts: Prompts) -> Said:
-    """Every preset, at the end of a prompt of its own; several policies in a step."""
+    """Every preset, at the end of a prompt of its own; several policies in a step.
+
+    The pool has not room for them all, so some are compacted in place. One that turns keys is alone
+    before, and is not.
+    """
     names = policy_names()
+    turning = {"preset": "streaming_llm_rerotated", **SMALL, "trigger": "end_of_prompt"}
+    with serving(engine, turning):
+        engine.add(TURNED_ALONE, [5, *prompts[0][1:]], 5, ignore_eos=True)
+        engine.drain()
     for number, name in enumerate(names):
         prompt = prompts[number % len(prompts)]
         own = [prompt[0], 7 + number, *prompt[2:]]  # no block in common with another
@@ -116,7 +125,7 @@ def run_policies(engine: Engine, prompts: Prompts) -> Said:
             own, setting["budget"] = own[:80], {"tokens": 48, "floor": 1}
         with serving(engine, setting):
             engine.add(name, own, 5, ignore_eos=True)
-    return finish(engine, names)
+    return finish(engine, [*names, TURNED_ALONE])
 
 
 def run_options(engine: Engine, prompts: Prompts) -> Said:

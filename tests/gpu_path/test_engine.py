@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from tests.gpu_path.runs import Run, assert_equal, run_all, table
-from tests.gpu_path.scenarios import DECODING, DRAFT, EVICT, VIEWS, Said, finish, policy_names
+from tests.gpu_path.scenarios import (
+    DECODING,
+    DRAFT,
+    EVICT,
+    TURNED_ALONE,
+    VIEWS,
+    Said,
+    finish,
+    policy_names,
+)
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 from vllm_kvcompress.plans import PlanKind, Purpose
@@ -72,7 +81,7 @@ def test_drafts_are_those_of_the_cpus_path(draft: Pair, name: str) -> None:
 
 def test_the_scenarios_show_what_they_are_for(evict: Pair, draft: Pair) -> None:
     _, runs = evict
-    assert {name for name, *_ in runs["policies"].plans} == set(policy_names())
+    assert {name for name, *_ in runs["policies"].plans} == {*policy_names(), TURNED_ALONE}
     assert sum(position > 224 for _, position, *_ in runs["decoding"].plans) >= 2
     kinds = {
         name: {group.kind for *_, groups in run.plans for group in groups if group}

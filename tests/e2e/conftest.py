@@ -12,6 +12,7 @@ import pytest
 
 from tests.inside import managers
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.tasks.needle import NeedleSample, make_samples
 from vllm_kvcompress.worker.codebook.feature import CodebookFeature
@@ -52,6 +53,16 @@ def serving(engine: Engine, setting: dict[str, Any]) -> Iterator[None]:
 def feature_of(engine: Engine, kind: type[Any]) -> Any:
     """The worker's feature of this kind."""
     return next(each for each in engine.runner.features if isinstance(each, kind))
+
+
+def held(engine: Engine, name: str) -> dict[bool, list[int]]:
+    """Blocks of a request, by whether the group is compacted."""
+    found: dict[bool, list[int]] = {True: [], False: []}
+    request_id = engine.live()[name].request_id
+    for manager in managers(engine):
+        blocks = [each for each in manager.req_to_blocks[request_id] if not each.is_null]
+        found[isinstance(manager, CompressedAttentionManager)].append(len(blocks))
+    return found
 
 
 def assert_idle(engine: Engine) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from lab.latent_engine import ENGINE, as_on_a_gpu
 from lab.random_models import distinct_tokens, write_random_model
-from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.conftest import assert_idle, held, opened, serving
+from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
@@ -78,12 +79,6 @@ def whole(replay: LatentReplay, prefilled: Prefilled) -> list[int]:
     return replay.generate(prefilled, None, NUM_TOKENS)
 
 
-def held(engine: Engine, name: str) -> list[int]:
-    """Blocks of a request, by group."""
-    request_id = engine.live()[name].request_id
-    return [len(manager.req_to_blocks[request_id]) for manager in managers(engine)]
-
-
 def test_a_compressed_request_holds_fewer_blocks_and_says_what_transformers_say(
     engine: Engine, replay: LatentReplay, prefilled: Prefilled, whole: list[int], prompt: list[int]
 ) -> None:
@@ -95,7 +90,9 @@ def test_a_compressed_request_holds_fewer_blocks_and_says_what_transformers_say(
     while len(engine.results["compressed"].token_ids) < 3:
         engine.step()
         engine.scheduler.check_integrity()
-    assert held(engine, "compressed") == [9], "25 % of 500 tokens is 8 blocks of 16, and the tail"
+    assert held(engine, "compressed")[True] == [9], (
+        "25 % of 500 tokens is 8 blocks of 16, and the tail"
+    )
     engine.drain()
     assert_idle(engine)
     expected = replay.generate(prefilled, parse_config(SETTING), NUM_TOKENS)
@@ -178,6 +175,11 @@ def test_requests_of_all_kinds_in_one_batch(
         replay.prefill(other), config, NUM_TOKENS
     )
     assert engine.results["plain"].token_ids == whole
+
+
+def test_a_crowd_in_a_small_pool(engine: Engine, replay: LatentReplay) -> None:
+    check_crowd(engine, replay, SETTING)
+    assert_idle(engine)
 
 
 def test_two_layer_groups_and_decoding(

@@ -26,7 +26,8 @@ from vllm.platforms import current_platform
 
 from lab.random_hybrids import write_random_hybrid
 from lab.random_models import distinct_tokens
-from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.conftest import assert_idle, held, opened, serving
+from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
@@ -103,16 +104,6 @@ def run(engine: Engine, name: str, tokens: list[int], count: int = NUM_TOKENS, *
     return engine.results[name]
 
 
-def held(engine: Engine, name: str) -> dict[bool, list[int]]:
-    """Blocks of a request, by whether the group is compacted."""
-    found: dict[bool, list[int]] = {True: [], False: []}
-    request_id = engine.live()[name].request_id
-    for manager in managers(engine):
-        blocks = [each for each in manager.req_to_blocks[request_id] if not each.is_null]
-        found[isinstance(manager, CompressedAttentionManager)].append(len(blocks))
-    return found
-
-
 def test_attention_alone_is_compacted(engine: Engine, replay: Replay) -> None:
     """In chunks of one block of 96 tokens, where states are kept."""
     prompt = distinct_tokens(500)
@@ -187,19 +178,9 @@ def test_preempted_and_compacted_again(engine: Engine, replay: Replay) -> None:
     assert engine.results["preempted"].token_ids == expected(replay, tokens, SETTING, 24)
 
 
-def test_together_and_aborted(engine: Engine, replay: Replay) -> None:
-    """Requests that are compacted in one batch with others that never are."""
-    prompts = {name: distinct_tokens(300 + 40 * name, seed=10 + name) for name in range(4)}
-    for name, tokens in prompts.items():
-        engine.add(f"r{name}", tokens, NUM_TOKENS, UNCOMPRESSED if name % 2 else None)
-    for _ in range(8):
-        engine.step()
-    engine.abort("r2")
-    engine.drain()
+def test_a_crowd_in_a_small_pool(engine: Engine, replay: Replay) -> None:
+    check_crowd(engine, replay, SETTING)
     assert_idle(engine)
-    for name in (0, 1, 3):
-        wanted = expected(replay, prompts[name], None if name % 2 else SETTING)
-        assert engine.results[f"r{name}"].token_ids == wanted
 
 
 def test_short_convolutions_two_layer_groups_and_decoding(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from lab.random_models import distinct_tokens, write_random_model
 from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
@@ -149,6 +150,11 @@ def test_prefix_hits_and_preemption(engine: Engine, replay: Replay) -> None:
         assert_idle(engine)
         assert engine.results[name].token_ids == expected, name
     assert engine.results["warm"].num_cached_tokens == 480
+
+
+def test_a_crowd_in_a_small_pool(engine: Engine, replay: Replay) -> None:
+    check_crowd(engine, replay, SETTING)
+    assert_idle(engine)
 
 
 def test_decoding_is_compacted_too(engine: Engine, prompt: list[int]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from lab.random_models import distinct_tokens, write_random_model
-from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.conftest import assert_idle, held, opened, serving
+from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
@@ -70,16 +71,6 @@ def prefilled(replay: Replay, prompt: list[int]) -> Prefilled:
 def whole(replay: Replay, prefilled: Prefilled) -> list[int]:
     """Tokens of the uncompressed model."""
     return replay.generate(prefilled, None, NUM_TOKENS)
-
-
-def held(engine: Engine, name: str) -> dict[bool, list[int]]:
-    """Blocks of a request, by whether the group is compacted."""
-    found: dict[bool, list[int]] = {True: [], False: []}
-    request_id = engine.live()[name].request_id
-    for manager in managers(engine):
-        blocks = [each for each in manager.req_to_blocks[request_id] if not each.is_null]
-        found[isinstance(manager, CompressedAttentionManager)].append(len(blocks))
-    return found
 
 
 def test_the_full_layers_alone_are_compacted(
@@ -170,6 +161,11 @@ def test_preempted_and_compacted_again(engine: Engine, prompt: list[int]) -> Non
     engine.drain()
     assert_idle(engine)
     assert engine.results["preempted"].token_ids == engine.results["alone"].token_ids
+
+
+def test_a_crowd_in_a_small_pool(engine: Engine, replay: Replay) -> None:
+    check_crowd(engine, replay, SETTING)
+    assert_idle(engine)
 
 
 def test_two_layer_groups_and_decoding(model: str, prompt: list[int], replay: Replay) -> None:

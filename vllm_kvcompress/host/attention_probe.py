@@ -12,6 +12,7 @@ keys really turned.
 """
 
 import inspect
+import logging
 import sys
 import zlib
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ import torch
 from torch import nn
 
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
+
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM may not be there, and decides if it is
 
 _INTERFACE = "kvcompress_attention_probe"
 _POSITIONS = (0, 1, 6, 301)
@@ -90,6 +93,7 @@ def _probe(text: Any, trust_remote_code: bool) -> Iterator[tuple[int, ProbedLaye
     try:
         model = _without_weights(text, trust_remote_code)
     except Exception:  # whatever a class says of a configuration that it does not take
+        logger.debug("KV compression: transformers make no such model", exc_info=True)
         return
     # Made again where there is memory: their frequencies are computed, not loaded.
     embeddings = [
@@ -102,6 +106,7 @@ def _probe(text: Any, trust_remote_code: bool) -> Iterator[tuple[int, ProbedLaye
         try:
             found = _run(module, embeddings, seen, text)
         except Exception:  # likewise: a layer that is called otherwise is one we do not know
+            logger.debug("KV compression: %s was not run", type(module).__name__, exc_info=True)
             continue
         number = _number(module)
         if seen.module is module and isinstance(number, int):

@@ -14,7 +14,7 @@ def test_a_steps_plan_is_pickled_with_its_carrier() -> None:
     """Workers of other ranks get it through shared memory."""
     config = parse_config({"preset": "snapkv", "pinned": [[0, 9]]})
     assert config is not None
-    plan = StepPlan(setups={"r": RequestSetup(config, True)}, query_slots={"r": 3})
+    plan = StepPlan(setups={"r": RequestSetup(config, (600,))}, query_slots={"r": 3})
     output = SimpleNamespace()
     plan.attach(output)
     assert len(vars(output)) == 1, "one attribute"

@@ -36,13 +36,13 @@ class RequestSetup:
     ----------
     config : CompressionConfig
         The setting it runs under.
-    awaits_prompt : bool
-        Whether its cache is compacted, or a view taken, when its prompt ends: the policy's queries
-        must be kept until then.
+    marks : tuple[int, ...]
+        Lengths of its prompt at which its cache is compacted, or a view taken: the policy's queries
+        must be kept until then. Empty if that happens while decoding only.
     """
 
     config: CompressionConfig
-    awaits_prompt: bool
+    marks: tuple[int, ...]
 
 
 @dataclass(frozen=True)

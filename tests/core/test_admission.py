@@ -34,7 +34,7 @@ def test_workers_are_told_what_was_decided() -> None:
     judge.admit(request({"kv_budget_tokens": 600, "other": 1}))
     assert judge.planner.requests["r"].phase is Phase.ARMED
     (setup,) = judge.planner.setups_of(["r", "nobody"]).values()
-    assert setup.awaits_prompt and setup.config.budget.tokens == 600
+    assert setup.marks == (2000,) and setup.config.budget.tokens == 600
     assert judge.stats == CompressionStats()
 
 

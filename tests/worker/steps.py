@@ -23,7 +23,7 @@ def prompt_ends(model: StandIn, config: CompressionConfig, lengths: list[int]) -
     policy = config.build_policy()
     for row, length in enumerate(lengths):
         if policy.queries is Queries.WINDOW:
-            model.window.add_request(str(row), length, config.observation_window)
+            model.window.add_request(str(row), [length], config.observation_window)
         elif policy.queries is Queries.PROMPT:
             model.prompt.add_request(str(row), policy, length, config.num_sink_tokens)
     first = [(row, 0, length - 3) for row, length in enumerate(lengths)]
@@ -99,7 +99,7 @@ def drafts(model: StandIn, config: CompressionConfig, lengths: list[int]) -> Non
     policy = config.build_policy()
     if policy.queries is Queries.WINDOW:
         for row, length in enumerate(lengths):
-            model.window.add_request(str(row), length, config.observation_window)
+            model.window.add_request(str(row), [length], config.observation_window)
         forward(model, [(row, 0, length) for row, length in enumerate(lengths)])
     if linked:
         blocks = choose_blocks(model.compactor, jobs)

@@ -55,7 +55,7 @@ def test_one_copy_per_compaction(monkeypatch, name: str, num_groups: int) -> Non
     model = StandIn(config, SHAPE if num_groups != 4 else Shape(num_layers=32))
     assert model.num_groups == num_groups
     for row, length in enumerate([777, 2003]):
-        model.window.add_request(str(row), length, config.observation_window)
+        model.window.add_request(str(row), [length], config.observation_window)
     steps.forward(model, [(row, 0, length) for row, length in enumerate([777, 2003])])
     with watched(monkeypatch) as sources:
         model.compactor.run(jobs_of(model, config, [777, 2003]))

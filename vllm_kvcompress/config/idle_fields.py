@@ -44,6 +44,10 @@ def refuse_idle(written: Mapping[str, Any], config: CompressionConfig, source: s
     if "min_prompt_len" in changed and "trigger" not in written and not ends:
         rule = "nothing is done when prompts end; set trigger to both, or leave it out"
         raise config_error(source, "min_prompt_len", rule)
+    inside = any(each.compresses_in_prompts for each in variants)
+    if "prompt_interval" in changed and "trigger" not in written and not inside:
+        rule = "nothing is done inside prompts; set trigger to prompt or all, or leave it out"
+        raise config_error(source, "prompt_interval", rule)
     shape = config.layer_budget.shape
     alone = config.layer_groups.count == 1 and shape != "uniform"
     spread = (written.get("layer_budget") or {}).get("shape") is not None

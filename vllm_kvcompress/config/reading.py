@@ -101,11 +101,16 @@ def _validate_policy(config: CompressionConfig, source: str, prefix: str) -> Non
     if config.refreshes_views and not policy.runs_while_decoding:
         rule = f"{name} cannot score while decoding; leave refresh_every and refresh_below out"
         raise config_error(source, f"{prefix}draft", rule)
+    if not config.compresses_while_decoding and not config.compresses_in_prompts:
+        return
+    if not policy.runs_while_decoding or (
+        config.compresses_in_prompts and policy.queries.value == "prompt"
+    ):
+        what = "while decoding" if config.compresses_while_decoding else "inside the prompt"
+        rule = f"{name} cannot compress {what}; set end_of_prompt"
+        raise config_error(source, f"{prefix}trigger", rule)
     if not config.compresses_while_decoding:
         return
-    if not policy.runs_while_decoding:
-        rule = f"{name} cannot compress while decoding; set end_of_prompt"
-        raise config_error(source, f"{prefix}trigger", rule)
     window = config.observation_window
     if policy.queries.value != "none" and config.interval < window:
         rule = f"must be at least observation_window ({window}), whose queries {name} reads"

@@ -235,9 +235,12 @@ class CompressionConfig(_Model):
         First tokens of the prompt, never evicted.
     observation_window : int, default 16
         Last tokens before a compaction, which always survive it; policies read their queries.
-    trigger : {"end_of_prompt", "interval", "both"}
+    trigger : {"end_of_prompt", "interval", "both", "prompt", "all"}
         When a request is compressed: once its prompt is done, every `interval` generated tokens,
-        or both.
+        or both; every `prompt_interval` tokens of its prompt and at the prompt's end, or then and
+        every `interval` generated tokens.
+    prompt_interval : int, default 2048
+        Prompt tokens between compactions, with the triggers "prompt" and "all".
     interval : int, default 128
         Generated tokens between compactions; with the trigger "end_of_prompt", between extensions
         of a codebook.
@@ -266,7 +269,8 @@ class CompressionConfig(_Model):
     codebook: CodebookConfig | None = None
     num_sink_tokens: int = Field(default=4, ge=0)
     observation_window: int = Field(default=16, ge=1)
-    trigger: Literal["end_of_prompt", "interval", "both"] = "end_of_prompt"
+    trigger: Literal["end_of_prompt", "interval", "both", "prompt", "all"] = "end_of_prompt"
+    prompt_interval: int = Field(default=2048, ge=1)
     interval: int = Field(default=128, ge=1)
     min_prompt_len: int = Field(default=512, ge=0)
     pinned: tuple[Range, ...] = ()
@@ -281,6 +285,7 @@ class CompressionConfig(_Model):
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
         self._check_drafts()
+        self._check_prompt_interval()
         if self.codebook is not None and not self.compresses_prompts:
             raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
         if self.tasks and len(self.tasks) != 2:
@@ -316,8 +321,23 @@ class CompressionConfig(_Model):
             )
         if draft.tokens == 0:
             raise ValueError("draft.tokens: draft at least one token per step")
-        if self.trigger != "end_of_prompt":
+        if self.mode == "draft" and self.compresses_in_prompts:
+            raise ValueError("trigger: the mode draft keeps the whole cache; set end_of_prompt")
+        if self.compresses_while_decoding:
             raise ValueError("trigger: views to draft over are taken at the end of the prompt")
+
+    def _check_prompt_interval(self) -> None:
+        if not self.compresses_in_prompts:
+            return
+        if self.prompt_interval < self.observation_window:
+            raise ValueError(
+                f"prompt_interval: must be at least observation_window ({self.observation_window})"
+            )
+        if self.codebook is not None:
+            raise ValueError(
+                "codebook: keys are coded by their positions, which a compaction inside the prompt "
+                "loses; set trigger end_of_prompt, or leave codebook out"
+            )
 
     @property
     def drafts(self) -> bool:
@@ -337,12 +357,17 @@ class CompressionConfig(_Model):
     @property
     def compresses_prompts(self) -> bool:
         """Whether the end of the prompt triggers a compaction."""
-        return self.trigger in ("end_of_prompt", "both")
+        return self.trigger != "interval"
+
+    @property
+    def compresses_in_prompts(self) -> bool:
+        """Whether tokens of the prompt trigger compactions before its end."""
+        return self.trigger in ("prompt", "all")
 
     @property
     def compresses_while_decoding(self) -> bool:
         """Whether generated tokens trigger compactions."""
-        return self.trigger in ("interval", "both")
+        return self.trigger in ("interval", "both", "all")
 
     @property
     def extends_codebooks(self) -> bool:

@@ -36,6 +36,7 @@ from vllm_kvcompress.lengths.budgets import (
     compacts_again,
     next_lengths,
     permanent_ranges,
+    prompt_marks,
 )
 from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.messages import RequestSetup
@@ -111,8 +112,7 @@ class Planner:
         for request_id in request_ids:
             tracked = self.requests.get(request_id)
             if tracked and tracked.config and tracked.phase is not Phase.SKIPPED:
-                awaits_prompt = not tracked.while_decoding
-                setups[request_id] = RequestSetup(tracked.config, awaits_prompt)
+                setups[request_id] = RequestSetup(tracked.config, tracked.marks)
         return setups
 
     def _arm(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
@@ -129,8 +129,9 @@ class Planner:
         lengths = compaction_lengths(
             prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
         )
-        if any(lengths):
-            tracked.next_at = prompt_len
+        tracked.marks = prompt_marks(prompt_len, config) if any(lengths) else ()
+        if tracked.marks:
+            tracked.next_at = tracked.marks[0]
         elif config.compresses_while_decoding:
             tracked.next_at = prompt_len + config.interval
         elif prompt_len < config.min_prompt_len:
@@ -186,10 +187,11 @@ class Planner:
         step are counted as computed (asynchronous scheduling), it waits for their verdict: 0.
         """
         tracked = self.upcoming(request_id)
-        if tracked is None or num_computed - unverified >= tracked.next_at:
+        stop = None if tracked is None else tracked.stop_behind(num_computed - unverified)
+        if stop is None:
             return num_new
         is_ahead = num_computed + num_new > num_known
-        room = tracked.next_at - num_computed - (1 if is_ahead or unverified else 0)
+        room = stop - num_computed - (1 if is_ahead or unverified else 0)
         return min(num_new, max(room, 0 if unverified else 1))
 
     def max_cached_tokens(self, request_id: str) -> int | None:
@@ -218,11 +220,16 @@ class Planner:
         tracked.lacks_queries = tracked.while_decoding and not tracked.has_queries(num_certain)
         if tracked.lacks_queries:
             return False
-        if tracked.phase is Phase.ARMED or tracked.while_decoding:
-            self._fit(tracked, num_certain if tracked.while_decoding else tracked.prompt_len)
+        position = num_certain
+        if not tracked.while_decoding:
+            # Of marks inside the prompt that have waited, the last one alone is made up for.
+            position = max(mark for mark in tracked.marks if mark <= num_certain)
+            tracked.next_at = position
+        if tracked.phase is Phase.ARMED or position != tracked.position:
+            self._fit(tracked, position)
             tracked.phase = Phase.DUE
         if not tracked.work:
-            tracked.was_under_budget = True
+            tracked.was_under_budget = position >= tracked.prompt_len
             self._rearm(tracked)
             return False
         return True
@@ -246,7 +253,8 @@ class Planner:
 
         evicted = [] if tracked.view.is_alone else lengths_of(tracked.config)
         tracked.compaction.lengths = evicted
-        tracked.view.fit(lengths_of, caches, evicted, self.block_size)
+        if position >= tracked.prompt_len:
+            tracked.view.fit(lengths_of, caches, evicted, self.block_size)
 
     # --- what becomes of work that is due -------------------------------------------------
 
@@ -282,7 +290,10 @@ class Planner:
 
     def _rearm(self, tracked: TrackedRequest) -> None:
         assert tracked.config is not None
-        if compacts_again(tracked.config, tracked.compaction.caches):
+        ahead = [mark for mark in tracked.marks if mark > tracked.position]
+        if ahead:
+            tracked.next_at, tracked.phase = ahead[0], Phase.ARMED
+        elif compacts_again(tracked.config, tracked.compaction.caches):
             tracked.next_at = tracked.position + tracked.config.interval
             tracked.phase = Phase.ARMED
         else:

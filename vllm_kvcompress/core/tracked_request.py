@@ -78,6 +78,8 @@ class TrackedRequest:
         The setting it runs under; None if it opted out.
     task : str or None
         The task its setting was chosen for.
+    marks : tuple[int, ...]
+        Lengths of the prompt at which it is compacted, ascending.
     next_at : int
         Sequence length at which the next compaction, or the first view, falls due.
     position : int
@@ -104,6 +106,7 @@ class TrackedRequest:
     prompt_len: int
     config: CompressionConfig | None
     task: str | None = None
+    marks: tuple[int, ...] = ()
     next_at: int = 0
     position: int = 0
     phase: Phase = Phase.ARMED
@@ -138,15 +141,25 @@ class TrackedRequest:
         """Whether the next or current compaction is triggered by generated tokens."""
         return self.next_at > self.prompt_len
 
+    def stop_behind(self, position: int) -> int | None:
+        """The next length behind `position` at which a step must end; None if there is none.
+
+        While a compaction inside the prompt waits, because others hold its blocks, the mark behind
+        it comes: then that one is due.
+        """
+        ahead = (mark for mark in (self.next_at, *self.marks) if mark > position)
+        return min(ahead, default=None)
+
     @property
     def queries_from(self) -> int | None:
         """Position from which its queries must be recorded; None if none will be read."""
         if not self.query_window or self.phase is Phase.SKIPPED:
             return None
         if self.phase is Phase.PLANNED:
-            following = self.position + self.query_gap
+            following = max(self.position, self.prompt_len) + self.query_gap
         elif self.phase is not Phase.DONE:
-            following = self.next_at + (0 if self.while_decoding else self.query_gap)
+            after_prompt = self.prompt_len + self.query_gap
+            following = self.next_at if self.while_decoding else after_prompt
         elif self.view.may_be_taken_again:
             following = self.view.taken_at + self.query_gap
         else:

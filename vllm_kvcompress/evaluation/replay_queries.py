@@ -20,9 +20,9 @@ class WindowQueries:
     def __init__(self, prompt: Any, size: int) -> None:
         self.prompt, self.size = prompt, size
 
-    def take(self, request_id: str, layer_name: str) -> torch.Tensor:
-        """The observation window's queries."""
-        return self.prompt.queries[int(layer_name)][:, -self.size :]
+    def take(self, request_id: str, layer_name: str, end: int) -> torch.Tensor:
+        """Queries of the observation window that ends at a position."""
+        return self.prompt.queries[int(layer_name)][:, max(end - self.size, 0) : end]
 
 
 class PromptSummaries:

@@ -154,6 +154,18 @@ def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:
     return GroupCache(cache.num_tokens - evicted, _merged([(0, inside), *behind]))
 
 
+def prompt_marks(prompt_len: int, config: CompressionConfig) -> tuple[int, ...]:
+    """Lengths of a prompt at which its cache is compacted, ascending; the last is its end.
+
+    None lies inside the last `observation_window` tokens: their queries are read at the end.
+    """
+    if prompt_len < config.min_prompt_len or not config.compresses_prompts:
+        return ()
+    step = config.prompt_interval
+    inside = range(step, prompt_len - config.observation_window + 1, step)
+    return (*(inside if config.compresses_in_prompts else ()), prompt_len)
+
+
 def compaction_lengths(
     prompt_len: int,
     config: CompressionConfig,
@@ -196,7 +208,7 @@ def next_lengths(
     shares = coded_groups(config.codebook, len(caches))
     # Where generated tokens trigger nothing but the extension of codebooks, other groups stay.
     evicts = (
-        position == prompt_len or config.compresses_while_decoding or not config.extends_codebooks
+        position <= prompt_len or config.compresses_while_decoding or not config.extends_codebooks
     )
     found: list[GroupLengths | None] = []
     for group, (cache, budget) in enumerate(zip(caches, budgets, strict=True)):

@@ -286,7 +286,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         for feature in self.features:
             feature.compact(jobs)
         for job in jobs:
-            self.model_state.forget_queries(job.plan.request_id)
+            self.model_state.forget_queries(job.plan.request_id, job.plan.position)
             if job.plan.purpose is Purpose.EVICT:
                 self._rewrite_row(job)
 

@@ -107,9 +107,9 @@ class CompressionStateMixin(DefaultModelState):
             return
         self.request_configs[request_id] = setup.config
         policy = setup.config.build_policy()
-        if setup.awaits_prompt and policy.queries is Queries.WINDOW:
-            self.window.add_request(request_id, prompt_len, setup.config.observation_window)
-        elif setup.awaits_prompt and policy.queries is Queries.PROMPT:
+        if policy.queries is Queries.WINDOW:
+            self.window.add_request(request_id, setup.marks, setup.config.observation_window)
+        elif setup.marks and policy.queries is Queries.PROMPT:
             sinks = setup.config.num_sink_tokens
             self.prompt_queries.add_request(request_id, policy, prompt_len, sinks)
 
@@ -133,9 +133,9 @@ class CompressionStateMixin(DefaultModelState):
         """The request's row; None if it has none any more."""
         return self._rows.get(req_id)
 
-    def forget_queries(self, req_id: str) -> None:
-        """Drop what was collected of a request's prompt."""
-        self.window.remove_request(req_id)
+    def forget_queries(self, req_id: str, end: int | None = None) -> None:
+        """Drop what was collected of a request's prompt, up to a compaction at `end` if given."""
+        self.window.remove_request(req_id, end)
         self.prompt_queries.remove_request(req_id)
 
     # --- batches --------------------------------------------------------------------------

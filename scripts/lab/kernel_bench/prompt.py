@@ -101,7 +101,7 @@ def whole_prompt(shape: Shape, generator: torch.Generator, preset: str) -> Case:
     class Sources:
         """Queries of every layer's window."""
 
-        def take(self, request_id: str, layer: str) -> torch.Tensor:
+        def take(self, request_id: str, layer: str, end: int) -> torch.Tensor:
             return queries[int(layer)]
 
     server = parse_config({"preset": preset, "budget": {"ratio": inputs.KEPT}})

@@ -225,7 +225,7 @@ class Compactor:
             return self.sources.ring.take(job.req_index, layer.name, plan.position, window), None
         if policy.queries is Queries.PROMPT:
             return None, self.sources.prompt.take(plan.request_id, layer.name)
-        return self.sources.window.take(plan.request_id, layer.name), None
+        return self.sources.window.take(plan.request_id, layer.name, plan.position), None
 
     def _inputs(
         self,

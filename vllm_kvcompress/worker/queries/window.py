@@ -1,12 +1,15 @@
 """Stash of the last queries of prompts that are about to be compressed.
 
-Prompts are computed in chunks and the last chunk may be shorter than the observation window, so
-queries are collected over several steps. A request's stash lives from the step that computes the
-first token of its window to its compaction, usually one step: nothing is reserved per row. Requests
-whose windows begin in the same step share a buffer, so that one launch per layer fills it.
+Prompts are computed in chunks and a chunk may be shorter than the observation window, so queries
+are collected over several steps. A stash lives from the step that computes the first token of its
+window to the compaction at its end, usually one step: nothing is reserved per row. Requests whose
+windows begin in the same step share a buffer, so that one launch per layer fills it. A request that
+is compacted inside its prompt, too, has a window before each of these compactions; windows do not
+overlap.
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +33,7 @@ class _Buffer:
 
 @dataclass
 class _Stash:
-    """One request's window of positions, and where its queries are once it has begun."""
+    """One window of a request's positions, and where its queries are once it has begun."""
 
     window_start: int
     window_end: int
@@ -64,16 +67,19 @@ class QueryWindow:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._store = backend_of(device).store_rows
-        self._stashes: dict[str, _Stash] = {}
+        self._stashes: dict[str, list[_Stash]] = {}  # in the order of the prompt
         self._captures: list[tuple[_Buffer, _Capture]] = []
 
-    def add_request(self, request_id: str, prompt_len: int, window: int) -> None:
-        """Expect the queries of positions [prompt_len - window, prompt_len)."""
-        self._stashes[request_id] = _Stash(max(prompt_len - window, 0), prompt_len)
+    def add_request(self, request_id: str, ends: Sequence[int], window: int) -> None:
+        """Expect the queries of positions [end - window, end) of all `ends`, ascending."""
+        self._stashes[request_id] = [_Stash(max(end - window, 0), end) for end in ends]
 
-    def remove_request(self, request_id: str) -> None:
-        """Drop what was collected; unknown ids are fine."""
-        self._stashes.pop(request_id, None)
+    def remove_request(self, request_id: str, end: int | None = None) -> None:
+        """Drop what was collected, up to `end` if it is given; unknown ids are fine."""
+        stashes = self._stashes.pop(request_id, [])
+        left = [] if end is None else [each for each in stashes if each.window_end > end]
+        if left:
+            self._stashes[request_id] = left
 
     @property
     def awaits_requests(self) -> bool:
@@ -82,12 +88,12 @@ class QueryWindow:
 
     def wants(self, request_id: str, num_computed: int, num_new: int) -> bool:
         """Whether tokens [num_computed, num_computed + num_new) touch the request's window."""
-        stash = self._stashes.get(request_id)
-        return (
-            stash is not None
-            and num_computed < stash.window_end
-            and num_computed + num_new > stash.window_start
-        )
+        return any(self._touched(request_id, num_computed, num_new))
+
+    def _touched(self, request_id: str, num_computed: int, num_new: int) -> Iterator[_Stash]:
+        for stash in self._stashes.get(request_id, ()):
+            if num_computed < stash.window_end and num_computed + num_new > stash.window_start:
+                yield stash
 
     def begin_batch(self, input_batch: "InputBatch") -> None:
         """Find out which of the batch's tokens to keep the queries of."""
@@ -100,23 +106,21 @@ class QueryWindow:
         for row, request_id in enumerate(input_batch.req_ids):
             computed = int(input_batch.num_computed_tokens_np[row])
             num_new = int(input_batch.num_scheduled_tokens[row])
-            if not self.wants(request_id, computed, num_new):
-                continue
-            stash = self._stashes[request_id]
-            if stash.buffer is None:
-                stash.buffer, stash.first_row = newcomers, newcomers.num_rows
-                newcomers.num_rows += stash.window
-            buffer = stash.buffer
-            if id(buffer) not in captures:
-                rows = np.full(int(starts[len(input_batch.req_ids)]), -1, dtype=np.int64)
-                captures[id(buffer)] = buffer, _Capture(rows)
-            capture = captures[id(buffer)][1]
-            first = max(stash.window_start, computed)
-            count = min(stash.window_end, computed + num_new) - first
-            token = int(starts[row]) + first - computed
-            place = stash.first_row + first - stash.window_start
-            capture.rows[token : token + count] = np.arange(place, place + count)
-            capture.counts.append((stash, count))
+            for stash in self._touched(request_id, computed, num_new):
+                if stash.buffer is None:
+                    stash.buffer, stash.first_row = newcomers, newcomers.num_rows
+                    newcomers.num_rows += stash.window
+                buffer = stash.buffer
+                if id(buffer) not in captures:
+                    rows = np.full(int(starts[len(input_batch.req_ids)]), -1, dtype=np.int64)
+                    captures[id(buffer)] = buffer, _Capture(rows)
+                capture = captures[id(buffer)][1]
+                first = max(stash.window_start, computed)
+                count = min(stash.window_end, computed + num_new) - first
+                token = int(starts[row]) + first - computed
+                place = stash.first_row + first - stash.window_start
+                capture.rows[token : token + count] = np.arange(place, place + count)
+                capture.counts.append((stash, count))
         self._captures = list(captures.values())
         sent = send_together([capture.rows for _, capture in self._captures], self.device)
         for (_, capture), slots in zip(self._captures, sent, strict=True):
@@ -147,8 +151,8 @@ class QueryWindow:
         slots = torch.full((len(query),), -1, dtype=torch.int64, device=self.device)
         self._store(query, slots, torch.empty_like(query))
 
-    def take(self, request_id: str, layer_name: str) -> torch.Tensor:
-        """Return a layer's queries [num_heads, window, head_dim].
+    def take(self, request_id: str, layer_name: str, end: int) -> torch.Tensor:
+        """Return a layer's queries [num_heads, window, head_dim] of the window that ends at `end`.
 
         Raises
         ------
@@ -156,7 +160,7 @@ class QueryWindow:
             If some of the window was never seen, as when a CUDA graph replayed the attention
             layers without Python. The start-up checks and `wants` exist to make this impossible.
         """
-        stash = self._stashes[request_id]
+        stash = next(each for each in self._stashes[request_id] if each.window_end == end)
         filled = stash.num_filled[layer_name]
         if stash.buffer is None or filled != stash.window:
             raise RuntimeError(

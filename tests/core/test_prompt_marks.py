@@ -1,0 +1,144 @@
+"""Compactions inside a prompt: where they fall due, and what happens where one has to wait."""
+
+import pytest
+
+from tests.core.test_planner import compact
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
+from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.lengths.budgets import prompt_marks
+from vllm_kvcompress.request_options import parse_request
+
+SETTING = {
+    "preset": "snapkv",
+    "trigger": "prompt",
+    "prompt_interval": 500,
+    "budget": {"tokens": 256},
+    "observation_window": 16,
+}
+
+
+def planner(**more: object) -> Planner:
+    config = parse_config({**SETTING, **more})
+    assert config is not None
+    return Planner(config, 1, block_size=32)
+
+
+def add(plan: Planner, prompt_len: int) -> TrackedRequest:
+    return plan.add("r", prompt_len, parse_request(None))
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "marks"),
+    [
+        (2000, (500, 1000, 1500, 2000)),
+        (2016, (500, 1000, 1500, 2000, 2016)),
+        (2015, (500, 1000, 1500, 2015)),
+        (499, ()),
+        (512, (512,)),
+    ],
+)
+def test_marks_are_multiples_that_the_last_window_does_not_touch(
+    prompt_len: int, marks: tuple[int, ...]
+) -> None:
+    config = parse_config({**SETTING, "min_prompt_len": 500})
+    assert config is not None
+    assert prompt_marks(prompt_len, config) == marks
+    ends = parse_config({**SETTING, "trigger": "end_of_prompt"})
+    assert ends is not None
+    assert prompt_marks(prompt_len, ends) == marks[-1:]
+
+
+def test_a_prompt_goes_back_to_its_budget_at_every_mark() -> None:
+    plan = planner()
+    tracked = add(plan, 1900)
+    (setup,) = plan.setups_of(["r"]).values()
+    assert setup.marks == (500, 1000, 1500, 1900)
+    done, most, chunks = 0, 0, []
+    while done < 1900:
+        count = plan.clip_chunk("r", done, min(400, 1900 - done), 1900)
+        done += count
+        chunks.append(count)
+        held = tracked.compaction.caches_at(done)[0].num_tokens
+        most = max(most, held)
+        if plan.note_progress("r", done):
+            compact(plan)
+    assert chunks == [400, 100, 400, 100, 400, 100, 400]
+    assert most == 256 + 20 + 500, "the budget in whole blocks, and one interval"
+    assert tracked.phase is Phase.DONE and tracked.compaction.compacted_at == 1900
+    assert plan.clip_chunk("r", 1900, 1, 1901) == 1
+
+
+def test_a_hit_ends_before_the_window_of_the_first_mark() -> None:
+    plan = planner()
+    add(plan, 1900)
+    assert plan.max_cached_tokens("r") == 500 - 16
+    plan = planner(policy={"name": "keydiff"})
+    add(plan, 1900)
+    assert plan.max_cached_tokens("r") == 499
+
+
+def test_of_marks_that_have_waited_the_last_is_made_up_for() -> None:
+    """Others hold the first blocks; the queries of older marks are not read any more."""
+    plan = planner()
+    tracked = add(plan, 1900)
+    for done in (500, 1000):
+        assert plan.clip_chunk("r", done - 500, 1400, 1900) == 500
+        assert plan.note_progress("r", done)
+        assert tracked.position == done
+        plan.decline(tracked)
+    assert plan.clip_chunk("r", 1000, 300, 1900) == 300
+    assert plan.note_progress("r", 1300) and tracked.position == 1000
+    compact(plan)
+    assert (tracked.next_at, tracked.phase) == (1500, Phase.ARMED)
+    assert plan.clip_chunk("r", 1300, 600, 1900) == 200
+
+
+def test_a_preempted_request_stops_at_its_marks_again() -> None:
+    plan = planner()
+    tracked = add(plan, 1900)
+    plan.note_progress("r", 500)
+    compact(plan)
+    plan.restart("r")
+    assert (tracked.next_at, tracked.compaction.compacted_at) == (500, 0)
+    assert plan.clip_chunk("r", 0, 1950, 1950) == 500
+
+
+def test_generated_tokens_trigger_more_where_the_setting_says_so() -> None:
+    plan = planner(trigger="all", interval=64)
+    tracked = add(plan, 1100)
+    for done in (500, 1000, 1100):
+        plan.note_progress("r", done)
+        compact(plan)
+    assert (tracked.next_at, tracked.phase) == (1164, Phase.ARMED)
+
+
+def test_a_request_that_ends_inside_its_prompt_is_no_uncompressed_one() -> None:
+    plan = planner(budget={"tokens": 1000})
+    add(plan, 1900)
+    assert not plan.note_progress("r", 500), "nothing to evict yet"
+    tracked = plan.remove("r")
+    assert tracked is not None and tracked.skip_reason is None
+    plan = planner(budget={"tokens": 2000})
+    assert add(plan, 1900).skip_reason == SkipReason.UNDER_BUDGET
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompt_interval": 15}, "prompt_interval: must be at least observation_window"),
+        ({"preset": "h2o"}, "trigger.*h2o cannot compress inside the prompt"),
+        ({"preset": "spindlekv"}, "codebook: keys are coded by their positions"),
+        ({"preset": "expected_attention"}, "expected_attention cannot compress inside the prompt"),
+        ({"mode": "draft"}, "the mode draft keeps the whole cache"),
+    ],
+)
+def test_settings_that_do_not_go_with_marks(more: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**SETTING, **more})
+
+
+def test_an_interval_of_prompts_without_the_trigger_does_nothing() -> None:
+    with pytest.raises(ConfigError, match="nothing is done inside prompts"):
+        parse_config({"preset": "snapkv", "prompt_interval": 500})

@@ -15,7 +15,7 @@ cache; those that are overwritten leave it first. Freeing, preempting or abortin
 1 and 3 returns both sets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -53,6 +53,8 @@ class CompressedAttentionManager(FullAttentionManager):
         uncompressed request computes, in any layer above, so none of it is hashed.
     views : dict[str, list[KVCacheBlock]]
         Private blocks that drafts read in the place of a request's own, held until it ends.
+    most_held : callable
+        Most slots that a request of so many tokens has ever needed. Whoever admits it counts these.
     """
 
     def __init__(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
@@ -62,6 +64,7 @@ class CompressedAttentionManager(FullAttentionManager):
         self._pending: dict[str, _Pending] = {}
         self._pending_views: dict[str, list[KVCacheBlock]] = {}
         self.views: dict[str, list[KVCacheBlock]] = {}
+        self.most_held: Callable[[str, int], int] = lambda request_id, num_tokens: num_tokens
 
     # --- compaction -----------------------------------------------------------------------
 
@@ -174,8 +177,10 @@ class CompressedAttentionManager(FullAttentionManager):
     def get_num_blocks_to_allocate(  # type: ignore[no-untyped-def, override]
         self, request_id: str, num_tokens: int, *args, **kwargs
     ) -> int:
-        """Count blocks for the physical length."""
+        """Count blocks for the physical length; for admission, for the most it will ever be."""
         physical = num_tokens - self.evicted.get(request_id, 0)
+        if kwargs.get("apply_admission_cap"):
+            physical = min(physical, self.most_held(request_id, num_tokens))
         return super().get_num_blocks_to_allocate(request_id, physical, *args, **kwargs)
 
     def allocate_new_blocks(

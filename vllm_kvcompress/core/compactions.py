@@ -6,6 +6,7 @@ What is due, and how large, is the planner's decision; here is where it meets th
 import zlib
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from vllm.v1.request import Request
@@ -63,6 +64,9 @@ class Compactions:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
         self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
+        for manager, number in zip(managers, layer_group_of, strict=True):
+            if number is not None and isinstance(manager, CompressedAttentionManager):
+                manager.most_held = partial(planner.most_held, number)
         self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
 

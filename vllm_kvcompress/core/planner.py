@@ -39,6 +39,7 @@ from vllm_kvcompress.lengths.budgets import (
     prompt_marks,
 )
 from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
+from vllm_kvcompress.lengths.peak import peak_tokens
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.plans import GroupCache, GroupLengths, RequestOptions
 from vllm_kvcompress.request_options import resolve_request
@@ -208,6 +209,15 @@ class Planner:
             return 0
         window = tracked.config.observation_window if queries != "none" else 1
         return tracked.next_at - window
+
+    def most_held(self, group: int, request_id: str, num_tokens: int) -> int:
+        """Most slots of a layer group that a request of so many tokens has ever needed."""
+        tracked = self.requests.get(request_id)
+        if tracked is None or tracked.config is None or len(tracked.marks) < 2:
+            return num_tokens
+        config, size = tracked.config, self.block_size
+        peaks = peak_tokens(tracked.prompt_len, num_tokens, config, self.num_layer_groups, size)
+        return peaks[group]
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:
         """Record how many tokens' keys are certain after this step; True if work is due."""

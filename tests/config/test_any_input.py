@@ -51,6 +51,7 @@ PATHS = [
     "observation_window",
     "trigger",
     "interval",
+    "prompt_interval",
     "min_prompt_len",
     "pinned",
     "mode",
@@ -75,7 +76,7 @@ PATHS = [
     "tasks.localization.policy.scorer.kernel_size",
 ]
 
-WORDS = ["name", "ratio", "scorer", "budget", "evict", "draft", "both", "interval", "linear"]
+WORDS = ["name", "ratio", "scorer", "budget", "evict", "draft", "both", "interval", "prompt", "linear"]
 WORDS += ["localization", "[key]", "tuple[", "function-after[x]", "a.b", "", "\n", "\ud800", "none"]
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -(10**4000), 0, 1, 2, 0.5])
 words = st.sampled_from(WORDS) | st.text(max_size=8) | st.just("x" * 5000)

@@ -84,6 +84,8 @@ class Room:
         missing = 0
         for manager in self.managers:
             physical = num_tokens - manager.evicted.get(request_id, 0)
+            if isinstance(manager, CompressedAttentionManager):
+                physical = min(physical, manager.most_held(request_id, num_tokens))
             held = len(manager.req_to_blocks.get(request_id, ()))
             grown = max(-(-physical // manager.block_size) - held, 0)
             bound = manager.most_blocks if isinstance(manager, HostGroup) else None

@@ -164,6 +164,12 @@ def _print_plan(plan: _Plan) -> None:
             + f". At most {usage.size(usage.blocks_peak)} are held,\nfor the one step that copies "
             "the survivors before the old blocks are free."
         )
+    if config.waits_for_pressure:
+        say(
+            f"Requests stay whole until they hold {config.pressure.when:.0%} of the blocks of the "
+            "pool, or one gets no blocks; then those that give\nmost are compressed, until "
+            f"{config.pressure.until:.0%} are held. What is shown is a request that was."
+        )
     if fit is not None:
         say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
         _print_capacity(fit, args.output_len)

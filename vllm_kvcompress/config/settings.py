@@ -11,12 +11,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from vllm_kvcompress.config.codebook import CodebookConfig
+from vllm_kvcompress.config.layers import LayerBudgetConfig, LayerGroupsConfig
 from vllm_kvcompress.config.merging import merge_fields
 from vllm_kvcompress.config.plain_values import build
+from vllm_kvcompress.config.pressure import PressureConfig
 from vllm_kvcompress.registry import load_policy_class
 
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Task = Literal["localization", "aggregation"]
+Trigger = Literal["end_of_prompt", "interval", "both", "prompt", "all", "pressure"]
 
 
 def _whole(value: Any) -> Any:
@@ -50,81 +53,6 @@ class BudgetConfig(_Model):
     def _one_of(self) -> "BudgetConfig":
         if (self.ratio is None) == (self.tokens is None):
             raise ValueError("set exactly one of ratio and tokens")
-        return self
-
-
-class LayerGroupsConfig(_Model):
-    """Runs of consecutive layers that share one block table and one budget.
-
-    Attributes
-    ----------
-    count : int or None
-        Number of groups, of sizes that differ by at most one. Exactly one of `count` and `size`.
-    size : int or None
-        Most layers of a group: as few groups as that allows, of sizes that differ by at most one.
-        vLLM gives all block tables equally many layers, so one small group would split the others.
-    """
-
-    count: int | None = Field(default=None, ge=1)
-    size: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_of(self) -> "LayerGroupsConfig":
-        if (self.count is None) == (self.size is None):
-            raise ValueError("set exactly one of count and size")
-        return self
-
-
-_SHAPE_FIELDS: dict[str, set[str]] = {
-    "uniform": set(),
-    "pyramid": {"beta"},
-    "windowkv": {"beta", "gamma", "form"},
-    "linear": {"beta"},
-    "preference": {"preferences"},
-}
-
-
-class LayerBudgetConfig(_Model):
-    """How the budget is spread over the layer groups; formulas are in ``lengths.layer_budgets``.
-
-    Attributes
-    ----------
-    shape : {"uniform", "pyramid", "windowkv", "linear", "preference"}
-        "pyramid" is PyramidKV's (arXiv 2406.02069), "windowkv" WindowKV's (2503.17922), "linear"
-        SpindleKV's (2507.06517), "preference" CAKE's with shares given beforehand (2503.12491).
-    beta : float or None
-        Steepness. pyramid: the last group gets 1/beta of the average (default 20, above 1);
-        windowkv: the paper's lambda (default 14, at least 1); linear: share of the prompt that the
-        last group gets (default 0.05, below 0.5).
-    gamma : int, default 8
-        windowkv, released form: layers per group in the formula.
-    form : {"released", "printed"}
-        windowkv: the authors' code, or the paper's equations 5 to 7.
-    preferences : tuple of float or None
-        preference: one positive number per layer group; `kvcompress tune --policies
-        preferences` measures them.
-    """
-
-    shape: Literal["uniform", "pyramid", "windowkv", "linear", "preference"] = "uniform"
-    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    gamma: int = Field(default=8, ge=1)
-    form: Literal["released", "printed"] = "released"
-    preferences: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
-
-    @model_validator(mode="after")
-    def _fits_shape(self) -> "LayerBudgetConfig":
-        for name in sorted(self.model_fields_set - {"shape"} - _SHAPE_FIELDS[self.shape]):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} means nothing to the shape {self.shape}")
-        if self.shape == "preference" and not self.preferences:
-            raise ValueError("the shape preference needs preferences, one per layer group")
-        beta = self.beta
-        limits = {"pyramid": (1, None), "windowkv": (1, None), "linear": (0, 0.5)}
-        if beta is not None and self.shape in limits:
-            low, high = limits[self.shape]
-            if beta <= low or (high is not None and beta >= high):
-                upper = "" if high is None else f" and below {high}"
-                raise ValueError(f"beta of the shape {self.shape} must be above {low}{upper}")
         return self
 
 
@@ -235,15 +163,17 @@ class CompressionConfig(_Model):
         First tokens of the prompt, never evicted.
     observation_window : int, default 16
         Last tokens before a compaction, which always survive it; policies read their queries.
-    trigger : {"end_of_prompt", "interval", "both", "prompt", "all"}
+    trigger : {"end_of_prompt", "interval", "both", "prompt", "all", "pressure"}
         When a request is compressed: once its prompt is done, every `interval` generated tokens,
         or both; every `prompt_interval` tokens of its prompt and at the prompt's end, or then and
-        every `interval` generated tokens.
+        every `interval` generated tokens; only while memory is scarce.
+    pressure : PressureConfig
+        When memory is scarce, with the trigger "pressure".
     prompt_interval : int, default 2048
         Prompt tokens between compactions, with the triggers "prompt" and "all".
     interval : int, default 128
-        Generated tokens between compactions; with the trigger "end_of_prompt", between extensions
-        of a codebook.
+        Generated tokens between compactions, at least so many with the trigger "pressure"; with
+        the trigger "end_of_prompt", between extensions of a codebook.
     min_prompt_len : int, default 512
         Shorter prompts are left alone when they end; while decoding, only the budget counts.
     pinned : list of [start, end)
@@ -269,7 +199,8 @@ class CompressionConfig(_Model):
     codebook: CodebookConfig | None = None
     num_sink_tokens: int = Field(default=4, ge=0)
     observation_window: int = Field(default=16, ge=1)
-    trigger: Literal["end_of_prompt", "interval", "both", "prompt", "all"] = "end_of_prompt"
+    trigger: Trigger = "end_of_prompt"
+    pressure: PressureConfig = PressureConfig()
     prompt_interval: int = Field(default=2048, ge=1)
     interval: int = Field(default=128, ge=1)
     min_prompt_len: int = Field(default=512, ge=0)
@@ -286,12 +217,12 @@ class CompressionConfig(_Model):
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
         self._check_drafts()
         self._check_prompt_interval()
-        if self.codebook is not None and not self.compresses_prompts:
+        if self.codebook is not None and (not self.compresses_prompts or self.waits_for_pressure):
             raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
-            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft"):
+            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft", "pressure"):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
@@ -356,8 +287,13 @@ class CompressionConfig(_Model):
 
     @property
     def compresses_prompts(self) -> bool:
-        """Whether the end of the prompt triggers a compaction."""
+        """Whether the end of the prompt triggers a compaction, if only while memory is scarce."""
         return self.trigger != "interval"
+
+    @property
+    def waits_for_pressure(self) -> bool:
+        """Whether requests stay whole while memory is ample."""
+        return self.trigger == "pressure"
 
     @property
     def compresses_in_prompts(self) -> bool:
@@ -366,8 +302,13 @@ class CompressionConfig(_Model):
 
     @property
     def compresses_while_decoding(self) -> bool:
-        """Whether generated tokens trigger compactions."""
-        return self.trigger in ("interval", "both", "all")
+        """Whether requests are compacted behind their prompts, too."""
+        return self.trigger in ("interval", "both", "all", "pressure")
+
+    @property
+    def compacts_at_intervals(self) -> bool:
+        """Whether generated tokens alone trigger compactions."""
+        return self.compresses_while_decoding and not self.waits_for_pressure
 
     @property
     def extends_codebooks(self) -> bool:
@@ -397,8 +338,11 @@ class CompressionConfig(_Model):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form that `parse_config` reads back to an equal object.
 
-        Where nothing is drafted it has no `draft`: its defaults would be refused as fields that do
-        nothing.
+        Where nothing is drafted it has no `draft`, and where nothing waits for pressure none of
+        that: defaults would be refused as fields that do nothing.
         """
         unused = set() if self.drafts else {"draft"}
+        triggers = [self.trigger, *(fields.get("trigger") for fields in self.tasks.values())]
+        if not any(each == "pressure" for each in triggers):  # a task's may be anything yet
+            unused.add("pressure")
         return self.model_dump(mode="json", exclude_none=True, exclude=unused)

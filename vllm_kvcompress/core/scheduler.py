@@ -22,6 +22,7 @@ from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.draft.scheduling import DraftMixin
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.tracked_request import Phase
@@ -57,6 +58,8 @@ class CompressionMixin(Scheduler):
         Takes blocks for what is due.
     query_slots : QuerySlots
         Who may record queries while decoding.
+    pressure : Pressure or None
+        Whether memory is scarce; None where no setting waits for that.
     stats : CompressionStats
         Counts that have not yet been sent to the API server.
     """
@@ -88,6 +91,7 @@ class CompressionMixin(Scheduler):
             self.max_model_len,
             self.stats,
         )
+        self.pressure = Pressure.of(config, self.planner, self.compactions.room, self.query_slots)
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, self.compactions.room)
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
@@ -103,6 +107,8 @@ class CompressionMixin(Scheduler):
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
         self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
+        if self.pressure is not None:
+            self.pressure.update(self.running, num_unverified)
         output = super().schedule(throttle_prefills)
         # Before any of them can be compacted, which changes what its workers must know.
         setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
@@ -143,7 +149,7 @@ class CompressionMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
-        tracked = self.planner.remove(request.request_id)
+        tracked = self.planner.remove(request.request_id, request.num_computed_tokens)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
         freed = super()._free_request(request, *args, **kwargs)
@@ -177,6 +183,8 @@ class CompressionMixin(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[Any, int, int, bool]:
+        if self.pressure is not None:
+            self.pressure.start(request)
         found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         blocks, num_hit, boundary, diverged = found
         limit = self.planner.max_cached_tokens(request.request_id)

@@ -301,9 +301,7 @@ def test_a_short_prompt_counts_from_an_interval_on() -> None:
     assert tracked.next_at == 150 + INTERVAL
 
 
-@pytest.mark.parametrize(
-    ("num_computed", "reason"), [(99, None), (100, SkipReason.AMPLE_MEMORY)]
-)
+@pytest.mark.parametrize(("num_computed", "reason"), [(99, None), (100, SkipReason.AMPLE_MEMORY)])
 def test_whole_requests_are_counted_once_they_are_behind_their_prompt(
     num_computed: int, reason: str | None
 ) -> None:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from vllm_kvcompress.config.codebook import CodebookConfig
-from vllm_kvcompress.config.layers import LayerBudgetConfig, LayerGroupsConfig
 from vllm_kvcompress.config.merging import merge_fields
+from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts
 from vllm_kvcompress.config.plain_values import build
 from vllm_kvcompress.config.pressure import PressureConfig
 from vllm_kvcompress.registry import load_policy_class
@@ -53,6 +53,81 @@ class BudgetConfig(_Model):
     def _one_of(self) -> "BudgetConfig":
         if (self.ratio is None) == (self.tokens is None):
             raise ValueError("set exactly one of ratio and tokens")
+        return self
+
+
+class LayerGroupsConfig(_Model):
+    """Runs of consecutive layers that share one block table and one budget.
+
+    Attributes
+    ----------
+    count : int or None
+        Number of groups, of sizes that differ by at most one. Exactly one of `count` and `size`.
+    size : int or None
+        Most layers of a group: as few groups as that allows, of sizes that differ by at most one.
+        vLLM gives all block tables equally many layers, so one small group would split the others.
+    """
+
+    count: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "LayerGroupsConfig":
+        if (self.count is None) == (self.size is None):
+            raise ValueError("set exactly one of count and size")
+        return self
+
+
+_SHAPE_FIELDS: dict[str, set[str]] = {
+    "uniform": set(),
+    "pyramid": {"beta"},
+    "windowkv": {"beta", "gamma", "form"},
+    "linear": {"beta"},
+    "preference": {"preferences"},
+}
+
+
+class LayerBudgetConfig(_Model):
+    """How the budget is spread over the layer groups; formulas are in ``lengths.layer_budgets``.
+
+    Attributes
+    ----------
+    shape : {"uniform", "pyramid", "windowkv", "linear", "preference"}
+        "pyramid" is PyramidKV's (arXiv 2406.02069), "windowkv" WindowKV's (2503.17922), "linear"
+        SpindleKV's (2507.06517), "preference" CAKE's with shares given beforehand (2503.12491).
+    beta : float or None
+        Steepness. pyramid: the last group gets 1/beta of the average (default 20, above 1);
+        windowkv: the paper's lambda (default 14, at least 1); linear: share of the prompt that the
+        last group gets (default 0.05, below 0.5).
+    gamma : int, default 8
+        windowkv, released form: layers per group in the formula.
+    form : {"released", "printed"}
+        windowkv: the authors' code, or the paper's equations 5 to 7.
+    preferences : tuple of float or None
+        preference: one positive number per layer group; `kvcompress tune --policies
+        preferences` measures them.
+    """
+
+    shape: Literal["uniform", "pyramid", "windowkv", "linear", "preference"] = "uniform"
+    beta: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    gamma: int = Field(default=8, ge=1)
+    form: Literal["released", "printed"] = "released"
+    preferences: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _fits_shape(self) -> "LayerBudgetConfig":
+        for name in sorted(self.model_fields_set - {"shape"} - _SHAPE_FIELDS[self.shape]):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing to the shape {self.shape}")
+        if self.shape == "preference" and not self.preferences:
+            raise ValueError("the shape preference needs preferences, one per layer group")
+        beta = self.beta
+        limits = {"pyramid": (1, None), "windowkv": (1, None), "linear": (0, 0.5)}
+        if beta is not None and self.shape in limits:
+            low, high = limits[self.shape]
+            if beta <= low or (high is not None and beta >= high):
+                upper = "" if high is None else f" and below {high}"
+                raise ValueError(f"beta of the shape {self.shape} must be above {low}{upper}")
         return self
 
 
@@ -215,10 +290,11 @@ class CompressionConfig(_Model):
         for start, end in self.pinned:
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
-        self._check_drafts()
-        self._check_prompt_interval()
-        if self.codebook is not None and (not self.compresses_prompts or self.waits_for_pressure):
-            raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
+        check_drafts(self)
+        check_codebook(self)
+        if self.compresses_in_prompts and self.prompt_interval < self.observation_window:
+            window = self.observation_window
+            raise ValueError(f"prompt_interval: must be at least observation_window ({window})")
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
@@ -226,49 +302,6 @@ class CompressionConfig(_Model):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
-
-    def _check_drafts(self) -> None:
-        draft = self.draft
-        if self.mode == "draft" and draft.budget is not None:
-            raise ValueError('draft.budget: in the mode "draft" set budget, which is the view\'s')
-        if not self.drafts:
-            given = [name for name in draft.model_fields_set if getattr(draft, name) is not None]
-            for name in sorted(given):
-                flag = " (--kv-draft-tokens)" if name == "tokens" else ""
-                raise ValueError(
-                    f"draft.{name}{flag}: nothing is drafted in the mode evict; set mode to draft "
-                    "(--kv-compression-mode draft), or set draft.budget"
-                )
-            return
-        if self.codebook is not None:
-            raise ValueError(
-                "codebook: no draft is made over one; set mode evict without draft.budget, or "
-                "leave out codebook"
-            )
-        if self.mode == "evict" and draft.refreshes:
-            raise ValueError(
-                "draft.refresh_every, draft.refresh_below: a cache that evicts has nothing to "
-                "refresh a view from"
-            )
-        if draft.tokens == 0:
-            raise ValueError("draft.tokens: draft at least one token per step")
-        if self.mode == "draft" and self.compresses_in_prompts:
-            raise ValueError("trigger: the mode draft keeps the whole cache; set end_of_prompt")
-        if self.compresses_while_decoding:
-            raise ValueError("trigger: views to draft over are taken at the end of the prompt")
-
-    def _check_prompt_interval(self) -> None:
-        if not self.compresses_in_prompts:
-            return
-        if self.prompt_interval < self.observation_window:
-            raise ValueError(
-                f"prompt_interval: must be at least observation_window ({self.observation_window})"
-            )
-        if self.codebook is not None:
-            raise ValueError(
-                "codebook: keys are coded by their positions, which a compaction inside the prompt "
-                "loses; set trigger end_of_prompt, or leave codebook out"
-            )
 
     @property
     def drafts(self) -> bool:

@@ -70,6 +70,10 @@ class Pressure:
         """A request starts, or tries to."""
         self._resting.start(request.request_id, self.is_on)
 
+    def forget(self, request_id: str) -> None:
+        """The request has lost its blocks: it ended or was preempted."""
+        self._chosen.pop(request_id, None)
+
     def update(self, running: Sequence[Any], num_unverified: Callable[[Any], int]) -> None:
         """Measure the pool, and choose whose cache is compressed.
 

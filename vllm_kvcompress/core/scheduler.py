@@ -163,14 +163,19 @@ class CompressionMixin(Scheduler):
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
         freed = super()._free_request(request, *args, **kwargs)
-        self.compactions.forget(request.request_id)
+        self._forget(request.request_id)
         return freed
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.query_slots.release(request.request_id)
         self.planner.restart(request.request_id)
-        self.compactions.forget(request.request_id)
+        self._forget(request.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self.compactions.forget(request_id)
+        if self.pressure is not None:
+            self.pressure.forget(request_id)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -158,6 +158,16 @@ def test_a_request_that_got_no_blocks_counts_like_the_high_mark(
     assert not world.pressure.is_on and world.names == names
 
 
+def test_what_vllm_keeps_free_is_beside_what_was_asked_for() -> None:
+    world = World()
+    world.pressure._num_kept_free = 10
+    world.add("a", 25)
+    world.add("b", 20)
+    world.room.num_lacking = 50
+    world.step()
+    assert world.names == ["a"] and world.held() <= USABLE - 50 - 10
+
+
 def test_only_as_many_are_chosen_as_find_a_slot() -> None:
     world = World(num_slots=1, preset="snapkv")
     for name in "abc":

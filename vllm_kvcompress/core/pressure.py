@@ -40,6 +40,8 @@ class Pressure:
         The pool.
     slots : QuerySlots
         Who may record queries while decoding.
+    num_kept_free : int
+        Blocks that vLLM keeps free beside those that a waiting request asks for (its watermark).
 
     Attributes
     ----------
@@ -48,9 +50,15 @@ class Pressure:
     """
 
     def __init__(
-        self, marks: PressureConfig, planner: Planner, room: Room, slots: QuerySlots
+        self,
+        marks: PressureConfig,
+        planner: Planner,
+        room: Room,
+        slots: QuerySlots,
+        num_kept_free: int = 0,
     ) -> None:
         self._resting, self._room, self._slots = Resting(planner), room, slots
+        self._num_kept_free = num_kept_free
         self._high = marks.when * room.num_usable
         self._low = int(marks.until * room.num_usable)
         self.is_on = False
@@ -58,13 +66,18 @@ class Pressure:
 
     @classmethod
     def of(
-        cls, config: CompressionConfig, planner: Planner, room: Room, slots: QuerySlots
+        cls,
+        config: CompressionConfig,
+        planner: Planner,
+        room: Room,
+        slots: QuerySlots,
+        num_kept_free: int = 0,
     ) -> "Pressure | None":
         """What the server's setting needs, or one of its tasks'."""
         settings = config.by_task.values() or (config,)
         if not any(each.waits_for_pressure for each in settings):
             return None
-        return cls(config.pressure, planner, room, slots)
+        return cls(config.pressure, planner, room, slots, num_kept_free)
 
     def start(self, request: Any) -> None:
         """A request starts, or tries to."""
@@ -98,7 +111,9 @@ class Pressure:
         self._chosen = {
             name: gain for name, gain in self._chosen.items() if self._resting.is_chosen(name)
         }
-        goal = min(self._low, self._room.num_usable - num_lacking)
+        goal = self._low
+        if num_lacking:
+            goal = min(goal, self._room.num_usable - num_lacking - self._num_kept_free)
         num_spare = num_held - sum(self._chosen.values()) - goal
         if num_spare > 0:
             self._choose(num_spare, running, num_unverified)

@@ -100,7 +100,8 @@ class CompressionMixin(Scheduler):
         ahead = self.num_lookahead_tokens
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
-        self.pressure = Pressure.of(config, self.planner, room, self.query_slots)
+        kept_free = self.kv_cache_manager.watermark_blocks
+        self.pressure = Pressure.of(config, self.planner, room, self.query_slots, kept_free)
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
     def _groups(self) -> list[CompressedAttentionManager | HostGroup]:

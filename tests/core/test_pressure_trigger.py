@@ -186,14 +186,16 @@ def test_only_as_many_are_chosen_as_find_a_slot() -> None:
 
 def test_a_request_that_is_chosen_and_not_scheduled_keeps_its_turn() -> None:
     world = World(num_slots=1, preset="snapkv")
-    world.add("a", 45)
-    world.add("b", 40)
-    world.step("b")
-    for _ in range(3):
+    world.add("a", 30)
+    world.add("b", 28)
+    world.pool.add("filler", 27)
+    for _ in range(4):
         world.step("b")
         assert world.planner.requests["b"].phase is Phase.RESTING, "the slot is promised"
     world.steps(WINDOW)
-    assert world.compacted == [("a", 45 * BLOCK - 1 + WINDOW)]
+    assert world.compacted == [("a", 30 * BLOCK - 1 + WINDOW)]
+    world.steps(WINDOW)
+    assert world.names == ["a", "b"], "a alone leaves 58 blocks"
 
 
 def test_a_request_is_compressed_again_when_it_has_grown_by_an_interval() -> None:

@@ -231,8 +231,8 @@ def test_the_line_at_start_says_when_memory_is_scarce() -> None:
     cache = KVCacheConfig(num_blocks=65, kv_cache_tensors=[], kv_cache_groups=groups)
     marks = {"trigger": "pressure", "pressure": {"when": 0.9, "until": 0.6}}
     line = savings_line(parse_config({**SETTING, **marks}), cache, 1024)
-    when = "while memory is scarce only (from 90% of the blocks held to 60%, or a request gets none)"
-    assert f", {when}, prompts from" in line
+    when = "only (from 90% of the blocks held to 60%, or a request gets none)"
+    assert f", while memory is scarce {when}, prompts from" in line
     assert line.endswith(" once its prompt is done, or when it is chosen while decoding")
 
 

@@ -97,7 +97,7 @@ def _warnings(plan: _Plan) -> Iterator[str]:
         )
     if usage.compacted_at is None:
         reason = "its budget leaves no whole block to free"
-        if config.compresses_while_decoding and args.output_len < config.interval:
+        if config.compacts_at_intervals and args.output_len < config.interval:
             reason = f"--output-len {args.output_len} is below the interval of {config.interval}"
         elif args.prompt_len < config.min_prompt_len:
             reason = f"it is shorter than min_prompt_len ({config.min_prompt_len})"

@@ -119,7 +119,6 @@ def test_random_load_leaves_nothing_behind(name: str, setting: dict, probe_model
         for new in output.scheduled_new_reqs:
             compacted[new.req_id] = []  # it starts from nothing, perhaps once more
             tracked = scheduler.planner.requests[new.req_id]
-            assert scheduler.pressure.is_on or not tracked.marks
             assert tracked.marks or tracked.phase is Phase.RESTING
             if scheduler.requests[new.req_id].num_preemptions:
                 restarts.append(bool(tracked.marks))

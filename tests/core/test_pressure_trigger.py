@@ -1,8 +1,11 @@
 """Whose cache is compressed while memory is scarce, and when: planner, slots and vLLM's pool."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.core.test_block_manager import BLOCK
 from tests.core.test_room import Pool
@@ -258,9 +261,24 @@ def test_a_family_without_free_blocks_for_its_survivors_rests() -> None:
 # --- the start ----------------------------------------------------------------------------
 
 
-def started(world: World, name: str) -> TrackedRequest:
-    world.pressure.start(SimpleNamespace(request_id=name))
-    return world.planner.requests[name]
+def started(world: World, name: str, hits: Sequence[KVCacheBlock] = ()) -> TrackedRequest:
+    tracked = world.planner.requests[name]
+    request = SimpleNamespace(request_id=name, num_tokens=tracked.prompt_len)
+    world.pressure.start(request, KVCacheBlocks((hits,)))
+    return tracked
+
+
+def test_who_would_bring_the_pool_to_the_high_mark_is_compressed_at_its_end() -> None:
+    world = World()
+    world.pool.add("filler", 61)
+    world.planner.add("new", 300, parse_request(None))
+    world.step()
+    assert started(world, "new").marks == (300,) and not world.pressure.is_on, "19 blocks more"
+    hits = world.pool.books.req_to_blocks["filler"][:1]
+    assert started(world, "new", hits).phase is Phase.RESTING, "18 more: one is a hit"
+    hits = [world.pool.books.block_pool.blocks[-1]]
+    assert hits[0].ref_cnt == 0
+    assert started(world, "new", hits).marks == (300,), "a hit that nobody holds is a free block"
 
 
 def test_who_starts_while_memory_is_scarce_is_compressed_at_the_end_of_its_prompt() -> None:

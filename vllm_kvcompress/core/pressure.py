@@ -5,7 +5,8 @@ mark on memory is scarce, and likewise in the step behind one in which a request
 blocks: a waiting one was not admitted, or a running one preempted another. It stays scarce until
 the low mark is reached. Meanwhile
 
-* a request that starts is compacted at the end of its prompt;
+* a request that starts is compacted at the end of its prompt, as is at any time one whose prompt
+  alone would bring the pool to the high mark;
 * of the running requests behind their prompts those that give most blocks back are chosen, until
   no more than the low mark would be held, nor so much that the refused request could not be
   admitted. What a chosen one gives back counts as gone from then on.
@@ -79,9 +80,16 @@ class Pressure:
             return None
         return cls(config.pressure, planner, room, slots, num_kept_free)
 
-    def start(self, request: Any) -> None:
-        """A request starts, or tries to."""
-        self._resting.start(request.request_id, self.is_on)
+    def start(self, request: Any, hits: Any) -> None:
+        """A request starts, or tries to, with `hits` (KVCacheBlocks) in the prefix cache.
+
+        If all of it brings the pool to the high mark, that counts as if it had been reached: who
+        makes memory scarce gives blocks back at once, while others have to record queries first.
+        """
+        num_new = self._room.num_growth(request.request_id, request.num_tokens)
+        num_new -= sum(block.ref_cnt > 0 for group in hits.blocks for block in group)
+        is_scarce = self.is_on or self._room.num_held + num_new >= self._high
+        self._resting.start(request.request_id, is_scarce)
 
     def forget(self, request_id: str) -> None:
         """The request has lost its blocks: it ended or was preempted."""

@@ -199,10 +199,10 @@ class CompressionMixin(Scheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[Any, int, int, bool]:
-        if self.pressure is not None:
-            self.pressure.start(request)
         found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         blocks, num_hit, boundary, diverged = found
+        if self.pressure is not None:
+            self.pressure.start(request, blocks)
         limit = self.planner.max_cached_tokens(request.request_id)
         if limit is not None and num_hit > limit:
             # Not cut: a group of windowed layers has no blocks below the window of the longer hit.

@@ -154,6 +154,6 @@ def test_random_load_leaves_nothing_behind(name: str, setting: dict, probe_model
     stats = scheduler.stats
     assert stats.compactions["keydiff/decode" if setting is KEYDIFF else "snapkv/decode"] > 5
     assert stats.compactions["keydiff/prompt" if setting is KEYDIFF else "snapkv/prompt"] > 5
-    assert stats.uncompressed[SkipReason.AMPLE_MEMORY] > 2
+    assert stats.uncompressed[SkipReason.AMPLE_MEMORY] > 0
     assert stats.deferrals == 0
     assert True in restarts and len(restarts) > 3

@@ -3,9 +3,8 @@
     python scripts/bench_host.py --out FOLDER
 
 One engine after another over a random model of 32 layers: stock vLLM, this plugin where no request
-is compacted, or where all wait for memory to be scarce and there is enough, then with 1, 4 and 32
-layer groups, every group with another budget and every request compacted. 16 requests decode.
-Measured per case, in time of the thread's own CPU:
+is compacted, then with 1, 4 and 32 layer groups, every group with another budget and every request
+compacted. 16 requests decode. Measured per case, in time of the thread's own CPU:
 
 * `schedule`: microseconds per decode step of 16 requests, median: all of the scheduler's work.
 * `allocate_slots`: microseconds per decoding request and step, mean over all steps (one step in as
@@ -38,27 +37,10 @@ from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.provenance import provenance
 
 NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 48, 32
-_SETTING: Mapping[str, Any] = {
-    "preset": "keydiff", "budget": {"ratio": 0.5, "floor": 1}, "min_prompt_len": 0
+CASES: dict[str, int | None] = {
+    "stock": None, "nothing evicted": 0, "1 group": 1, "4 groups": 4, "32 groups": 32
 }  # fmt: skip
-
-
-def _groups(count: int) -> Mapping[str, Any]:
-    """A setting under which every group keeps another number of tokens."""
-    shape = "pyramid" if count > 1 else "uniform"
-    return {**_SETTING, "layer_groups": {"count": count}, "layer_budget": {"shape": shape}}
-
-
-CASES: dict[str, Mapping[str, Any] | None] = {
-    "stock": None,
-    "nothing evicted": {**_SETTING, "min_prompt_len": 10 * PROMPT_LEN},
-    # A policy that reads queries, which nobody records while memory is ample.
-    "ample memory": {**_SETTING, "preset": "snapkv", "trigger": "pressure"},
-    "1 group": _groups(1),
-    "4 groups": _groups(4),
-    "32 groups": _groups(32),
-}
-"""Settings; None is stock vLLM."""
+"""Layer groups of every case; 0 is one group whose requests are all left alone."""
 
 
 @dataclass
@@ -107,7 +89,20 @@ def make_model(folder: Path) -> str:
     return str(folder)
 
 
-def run(model: str, setting: Mapping[str, Any] | None, repetitions: int) -> Measured:
+def setting_of(num_groups: int | None) -> Mapping[str, Any] | None:
+    """A setting under which every group keeps another number of tokens."""
+    if num_groups is None:
+        return None
+    return {
+        "preset": "keydiff",
+        "budget": {"ratio": 0.5, "floor": 1},
+        "min_prompt_len": 0 if num_groups else 10 * PROMPT_LEN,
+        "layer_groups": {"count": max(num_groups, 1)},
+        "layer_budget": {"shape": "pyramid"} if num_groups > 1 else {"shape": "uniform"},
+    }
+
+
+def run(model: str, num_groups: int | None, repetitions: int) -> Measured:
     """Measure one case."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.request import RequestStatus
@@ -127,7 +122,7 @@ def run(model: str, setting: Mapping[str, Any] | None, repetitions: int) -> Meas
         return blocks
 
     engine = Engine(
-        model, setting, load_format="dummy", skip_tokenizer_init=True,
+        model, setting_of(num_groups), load_format="dummy", skip_tokenizer_init=True,
         max_model_len=1024, max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=4096,
         block_size=BLOCK,
     )  # fmt: skip

@@ -100,10 +100,12 @@ def main() -> int:
             times = step(scheduler)
             if number >= 20:  # the first are prompts
                 found[name].append(times)
-    assert (
-        not schedulers["pressure"].stats.compactions and not schedulers["pressure"].pressure.is_on
-    )
-    medians = {name: [statistics.median(t) for t in zip(*each)] for name, each in found.items()}
+    ours = schedulers["pressure"]
+    assert not ours.stats.compactions and not ours.pressure.is_on, "memory was scarce"
+    medians = {
+        name: [statistics.median(times) for times in zip(*each, strict=True)]
+        for name, each in found.items()
+    }
     for name, both in medians.items():
         ratios = [own / stock for own, stock in zip(both, medians["stock"], strict=True)]
         print(

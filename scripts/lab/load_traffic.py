@@ -66,6 +66,7 @@ MODES = {
     "draft-linked": Mode({**_LINKED, **_QUARTER, **_DRAFT}, 4),
     "ngram": Mode({"preset": "snapkv", **_QUARTER}, 1, {"speculative_config": NGRAM}),
     "interval": Mode({"preset": "snapkv", **_QUARTER, "trigger": "both", "interval": 64}),
+    "pressure": Mode({"preset": "snapkv", **_QUARTER, "trigger": "pressure", "interval": 64}),
     "prompt": Mode(
         {"preset": "snapkv", **_QUARTER, "trigger": "all", "prompt_interval": 96, "interval": 64}
     ),

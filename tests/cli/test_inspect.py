@@ -287,6 +287,7 @@ def test_levels_set_none_and_all_apart() -> None:
         ('{"min_prompt_len": 9999}', ["fewer than min_prompt_len (9999)", "leaves it whole"]),
         ('{"min_prompt_len": 0, "budget": {"ratio": 1}}', ["no whole block to free"]),
         ('{"min_prompt_len": 0, "trigger": "both"}', ["decoding compresses further"]),
+        ('{"min_prompt_len": 0, "trigger": "pressure"}', ["started while memory was scarce"]),
         ('{"min_prompt_len": 0, "mode": "draft"}', ["the mode draft evicts nothing"]),
     ],
 )

@@ -314,6 +314,16 @@ def test_plan_refuses_what_rewrites_rows_of_8_bits(run: Run, probe_model: str) -
     assert status == 1 and "leave out --speed or --kv-cache-dtype" in err
 
 
+def test_plan_says_that_requests_stay_whole_until_memory_is_scarce(
+    run: Run, probe_model: str
+) -> None:
+    marks = '{"trigger": "pressure", "pressure": {"when": 0.9, "until": 0.6}}'
+    status, out, _ = plan(run, probe_model, "--kv-compression-config", marks)
+    assert status == 0
+    assert "Requests stay whole until they hold 90% of the blocks" in out
+    assert "until 60% are held. What is shown is a request that was." in out
+
+
 def test_plan_while_decoding(run: Run, probe_model: str) -> None:
     options = ("--kv-compression-config", '{"trigger": "interval", "interval": 64}')
     status, out, err = plan(run, probe_model, *options, "--output-len", "100")

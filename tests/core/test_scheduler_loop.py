@@ -15,12 +15,17 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvcompress.core.scheduler import CompressedAsyncScheduler, CompressedScheduler
+from vllm_kvcompress.core.scheduler import (
+    CompressedAsyncScheduler,
+    CompressedScheduler,
+    CompressionMixin,
+)
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.host.hooks import install_hooks
 from vllm_kvcompress.spec import CompressedAttentionSpec
@@ -43,13 +48,15 @@ LOOPS = {
 class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
-    def __init__(self, model: str, kind: type, num_drafts: int, num_blocks: int) -> None:
+    def __init__(
+        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: dict = SETTING
+    ) -> None:
         install_hooks()
         init_none_hash(sha256)
         drafts = {"method": "ngram_gpu", "num_speculative_tokens": num_drafts}
         args = EngineArgs(
             model=model, dtype="float32", block_size=BLOCK, max_model_len=512, max_num_seqs=4,
-            max_num_batched_tokens=64, additional_config={"kv_compression": SETTING},
+            max_num_batched_tokens=64, additional_config={"kv_compression": setting},
             speculative_config=drafts if num_drafts else None,
         )  # fmt: skip
         config = args.create_engine_config()
@@ -62,12 +69,12 @@ class Loop:
         config.cache_config.num_gpu_blocks = num_blocks
         with set_current_vllm_config(config):
             self.scheduler = kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
-        self.num_ahead = 1 if kind is CompressedAsyncScheduler else 0
+        self.num_ahead = 1 if issubclass(kind, AsyncScheduler) else 0
         self.under_way: deque[Any] = deque()
         self.random = random.Random(7)
         self.finished: set[str] = set()
         self.hits: dict[str, int] = {}
-        self.num_steps = 0
+        self.num_steps, self.max_steps = 0, 1000
         self.stop_next = False
 
     def add(self, name: str, prompt: list[int], max_tokens: int = 40) -> Request:
@@ -81,9 +88,9 @@ class Loop:
     def step(self) -> bool:
         """Schedule a step and take in what is due; False once all requests are through."""
         self.num_steps += 1
-        assert self.num_steps < 1000, "the loop does not end"
+        assert self.num_steps < self.max_steps, "the loop does not end"
         output = self.scheduler.schedule()
-        self.scheduler.check_integrity()
+        self._check()
         requests = [self.scheduler.requests[name] for name in output.num_scheduled_tokens]
         sampled = {each.request_id for each in requests if not each.is_prefill_chunk}
         self.under_way.append((output, sampled))
@@ -99,11 +106,15 @@ class Loop:
         results = ModelRunnerOutput(names, {name: n for n, name in enumerate(names)}, tokens)
         for answers in self.scheduler.update_from_output(output, results).values():
             self.finished |= {each.request_id for each in answers.outputs if each.finished}
-        self.scheduler.check_integrity()
+        self._check()
         for name, request in self.scheduler.requests.items():
             assert 0 <= request.num_output_placeholders <= 2 * (1 + NUM_DRAFTS), name
             if self.scheduler.num_spec_tokens and not self.num_ahead:
                 request.spec_token_ids = [7] * NUM_DRAFTS  # what an n-gram drafter would send
+
+    def _check(self) -> None:
+        if isinstance(self.scheduler, CompressionMixin):  # else it is stock vLLM's
+            self.scheduler.check_integrity()
 
     def _tokens(self, name: str, output: Any) -> list[int]:
         """One, and so many of the step's drafts."""

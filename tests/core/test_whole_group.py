@@ -226,6 +226,16 @@ def test_the_line_at_start_counts_the_draft_model_as_kept() -> None:
     assert "keeps 36 of 160 blocks" in line
 
 
+def test_the_line_at_start_says_when_memory_is_scarce() -> None:
+    groups = [KVCacheGroupSpec(["layer.0"], Books.specs[0])]
+    cache = KVCacheConfig(num_blocks=65, kv_cache_tensors=[], kv_cache_groups=groups)
+    marks = {"trigger": "pressure", "pressure": {"when": 0.9, "until": 0.6}}
+    line = savings_line(parse_config({**SETTING, **marks}), cache, 1024)
+    when = "only (from 90% of the blocks held to 60%, or a request gets none)"
+    assert f", while memory is scarce {when}, prompts from" in line
+    assert line.endswith(" once its prompt is done, or when it is chosen while decoding")
+
+
 def test_the_line_at_start_names_blocks_that_lie_idle_on_a_stage() -> None:
     """A group without layers on the first pipeline stage takes as much there as any other."""
     stage = [KVCacheGroupSpec(["layer.0"], Books.specs[0]), KVCacheGroupSpec([], Books.specs[1])]

@@ -198,9 +198,13 @@ def test_files_are_policies_by_their_stem(tmp_path: Path) -> None:
         make_variants([str(path), str(twin)], [0.5])
 
 
-def test_policies_without_a_prompts_compaction_are_refused() -> None:
+def test_policies_without_a_prompts_compaction_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rkv compresses only while decoding"):
         make_variants(["rkv"], [0.5])
+    path = tmp_path / "rests.yaml"
+    path.write_text("policy: {name: keydiff}\nbudget: {tokens: 300}\ntrigger: pressure\n")
+    with pytest.raises(ConfigError, match="only while memory is scarce"):
+        make_variants([str(path)], [0.5])
 
 
 def test_kept_bytes_are_whole_blocks_of_all_layers() -> None:

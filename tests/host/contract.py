@@ -273,13 +273,15 @@ FIELDS = {
 ATTRIBUTES = {
     "vllm.v1.core.sched.scheduler:Scheduler": {
         "block_size", "kv_cache_config", "kv_cache_manager", "max_model_len",
-        "num_lookahead_tokens", "requests", "vllm_config",
+        "num_lookahead_tokens", "requests", "running", "vllm_config",
     },
     "vllm.v1.core.kv_cache_manager:KVCacheManager": {
-        "block_pool", "coordinator", "truncate_computed_blocks",
+        "block_pool", "coordinator", "truncate_computed_blocks", "watermark_blocks",
     },
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": {"single_type_managers"},
-    "vllm.v1.core.block_pool:BlockPool": {"free_blocks", "get_new_blocks", "get_num_free_blocks"},
+    "vllm.v1.core.block_pool:BlockPool": {
+        "free_blocks", "get_new_blocks", "get_num_free_blocks", "num_gpu_blocks",
+    },
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": {"block_id", "is_null", "ref_cnt"},
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": {
         "block_pool", "block_size", "enable_caching", "kv_cache_group_id", "kv_cache_spec",

@@ -99,7 +99,7 @@ def _warnings(plan: _Plan) -> Iterator[str]:
         )
     if usage.compacted_at is None:
         reason = "its budget leaves no whole block to free"
-        if config.compresses_while_decoding and args.output_len < config.interval:
+        if config.compacts_at_intervals and args.output_len < config.interval:
             reason = f"--output-len {args.output_len} is below the interval of {config.interval}"
         elif args.prompt_len < config.min_prompt_len:
             reason = f"it is shorter than min_prompt_len ({config.min_prompt_len})"
@@ -177,6 +177,12 @@ def _print_plan(plan: _Plan) -> None:
                 f"The prompt is compressed every {config.prompt_interval:,} tokens: until it is "
                 f"done, {usage.size(usage.blocks_prompt)} are held at most."
             )
+    if config.waits_for_pressure:
+        say(
+            f"Requests stay whole until they hold {config.pressure.when:.0%} of the blocks of the "
+            "pool, or one gets no blocks; then those that give\nmost are compressed, until "
+            f"{config.pressure.until:.0%} are held. What is shown is a request that was."
+        )
     if fit is not None and longest is not None:
         say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
         _print_capacity(fit, longest, args.output_len)

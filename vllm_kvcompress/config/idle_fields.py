@@ -48,6 +48,10 @@ def refuse_idle(written: Mapping[str, Any], config: CompressionConfig, source: s
     if "prompt_interval" in changed and "trigger" not in written and not inside:
         rule = "nothing is done inside prompts; set trigger to prompt or all, or leave it out"
         raise config_error(source, "prompt_interval", rule)
+    waits = any(each.waits_for_pressure for each in variants)
+    if "pressure" in changed and "trigger" not in written and not waits:
+        rule = "nothing waits for memory to be scarce; set trigger to pressure, or leave it out"
+        raise config_error(source, "pressure", rule)
     shape = config.layer_budget.shape
     alone = config.layer_groups.count == 1 and shape != "uniform"
     spread = (written.get("layer_budget") or {}).get("shape") is not None

@@ -54,7 +54,7 @@ def check_codebook(config: "CompressionConfig") -> None:
     """
     if config.codebook is None:
         return
-    if not config.compresses_prompts:
+    if not config.compresses_prompts or config.waits_for_pressure:
         raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
     if config.compresses_in_prompts:
         raise ValueError(

@@ -14,10 +14,12 @@ from vllm_kvcompress.config.codebook import CodebookConfig
 from vllm_kvcompress.config.merging import merge_fields
 from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts
 from vllm_kvcompress.config.plain_values import build
+from vllm_kvcompress.config.pressure import PressureConfig
 from vllm_kvcompress.registry import load_policy_class
 
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Task = Literal["localization", "aggregation"]
+Trigger = Literal["end_of_prompt", "interval", "both", "prompt", "all", "pressure"]
 
 
 def _whole(value: Any) -> Any:
@@ -236,15 +238,17 @@ class CompressionConfig(_Model):
         First tokens of the prompt, never evicted.
     observation_window : int, default 16
         Last tokens before a compaction, which always survive it; policies read their queries.
-    trigger : {"end_of_prompt", "interval", "both", "prompt", "all"}
+    trigger : {"end_of_prompt", "interval", "both", "prompt", "all", "pressure"}
         When a request is compressed: once its prompt is done, every `interval` generated tokens,
         or both; every `prompt_interval` tokens of its prompt and at the prompt's end, or then and
-        every `interval` generated tokens.
+        every `interval` generated tokens; only while memory is scarce.
+    pressure : PressureConfig
+        When memory is scarce, with the trigger "pressure".
     prompt_interval : int, default 2048
         Prompt tokens between compactions, with the triggers "prompt" and "all".
     interval : int, default 128
-        Generated tokens between compactions; with the trigger "end_of_prompt", between extensions
-        of a codebook.
+        Generated tokens between compactions, at least so many with the trigger "pressure"; with
+        the trigger "end_of_prompt", between extensions of a codebook.
     min_prompt_len : int, default 512
         Shorter prompts are left alone when they end; while decoding, only the budget counts.
     pinned : list of [start, end)
@@ -270,7 +274,8 @@ class CompressionConfig(_Model):
     codebook: CodebookConfig | None = None
     num_sink_tokens: int = Field(default=4, ge=0)
     observation_window: int = Field(default=16, ge=1)
-    trigger: Literal["end_of_prompt", "interval", "both", "prompt", "all"] = "end_of_prompt"
+    trigger: Trigger = "end_of_prompt"
+    pressure: PressureConfig = PressureConfig()
     prompt_interval: int = Field(default=2048, ge=1)
     interval: int = Field(default=128, ge=1)
     min_prompt_len: int = Field(default=512, ge=0)
@@ -293,7 +298,7 @@ class CompressionConfig(_Model):
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
-            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft"):
+            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft", "pressure"):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
@@ -315,8 +320,13 @@ class CompressionConfig(_Model):
 
     @property
     def compresses_prompts(self) -> bool:
-        """Whether the end of the prompt triggers a compaction."""
+        """Whether the end of the prompt triggers a compaction, if only while memory is scarce."""
         return self.trigger != "interval"
+
+    @property
+    def waits_for_pressure(self) -> bool:
+        """Whether requests stay whole while memory is ample."""
+        return self.trigger == "pressure"
 
     @property
     def compresses_in_prompts(self) -> bool:
@@ -325,8 +335,13 @@ class CompressionConfig(_Model):
 
     @property
     def compresses_while_decoding(self) -> bool:
-        """Whether generated tokens trigger compactions."""
-        return self.trigger in ("interval", "both", "all")
+        """Whether requests are compacted behind their prompts, too."""
+        return self.trigger in ("interval", "both", "all", "pressure")
+
+    @property
+    def compacts_at_intervals(self) -> bool:
+        """Whether generated tokens alone trigger compactions."""
+        return self.compresses_while_decoding and not self.waits_for_pressure
 
     @property
     def extends_codebooks(self) -> bool:
@@ -356,8 +371,11 @@ class CompressionConfig(_Model):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form that `parse_config` reads back to an equal object.
 
-        Where nothing is drafted it has no `draft`: its defaults would be refused as fields that do
-        nothing.
+        Where nothing is drafted it has no `draft`, and where nothing waits for pressure none of
+        that: defaults would be refused as fields that do nothing.
         """
         unused = set() if self.drafts else {"draft"}
+        triggers = [self.trigger, *(fields.get("trigger") for fields in self.tasks.values())]
+        if not any(each == "pressure" for each in triggers):  # a task's may be anything yet
+            unused.add("pressure")
         return self.model_dump(mode="json", exclude_none=True, exclude=unused)

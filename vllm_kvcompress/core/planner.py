@@ -9,7 +9,8 @@ A request passes through these phases:
 
 or it is SKIPPED from the start, for a reason that is counted. `next_at` is the end of the prompt,
 or so many generated tokens after the last compaction: never an absolute length, so a long prompt
-alone triggers nothing while decoding. Nobody but the planner moves a request on.
+alone triggers nothing while decoding. Where a setting waits for memory to be scarce, a request is
+RESTING before it is ARMED, and again afterwards: resting.py. Nobody else moves a request on.
 
 A request that is DUE and whose blocks others hold, too, is tried again whenever some of these are
 gone; any other is compacted at once, however full the pool. What the end of its prompt will compact
@@ -92,7 +93,7 @@ class Planner:
         elif streaming:
             tracked.skip_reason = SkipReason.STREAMING_INPUT
         else:
-            self._arm(tracked, config)
+            self._begin(tracked, config)
             if tracked.skip_reason is None and max_output is not None and max_output <= 1:
                 tracked.skip_reason = SkipReason.SHORT_OUTPUT
         if tracked.skip_reason is not None:
@@ -116,8 +117,8 @@ class Planner:
                 setups[request_id] = RequestSetup(tracked.config, tracked.marks)
         return setups
 
-    def _arm(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
-        """Set the first trigger of a request that holds nothing yet, or the reason for none."""
+    def _begin(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
+        """Set up a request that holds nothing yet."""
         prompt_len = tracked.prompt_len
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.compaction = CompactionSchedule([cache] * self.num_layer_groups)
@@ -126,13 +127,25 @@ class Planner:
         tracked.queries_since, tracked.lacks_queries = None, False
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
+        self.arm(tracked, config, is_memory_scarce=False)
+
+    def arm(
+        self, tracked: TrackedRequest, config: CompressionConfig, is_memory_scarce: bool
+    ) -> None:
+        """Set the first trigger, or the reason for none."""
+        prompt_len, tracked.marks = tracked.prompt_len, ()
         tracked.phase = Phase.ARMED
-        lengths = compaction_lengths(
-            prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
-        )
-        tracked.marks = prompt_marks(prompt_len, config) if any(lengths) else ()
+        if is_memory_scarce or not config.waits_for_pressure:
+            lengths = compaction_lengths(
+                prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
+            )
+            tracked.marks = prompt_marks(prompt_len, config) if any(lengths) else ()
         if tracked.marks:
             tracked.next_at = tracked.marks[0]
+        elif config.waits_for_pressure:
+            is_short = prompt_len < config.min_prompt_len
+            tracked.next_at = prompt_len + (config.interval if is_short else 0)
+            tracked.phase = Phase.RESTING
         elif config.compresses_while_decoding:
             tracked.next_at = prompt_len + config.interval
         elif prompt_len < config.min_prompt_len:
@@ -140,8 +153,8 @@ class Planner:
         else:
             tracked.skip_reason = SkipReason.UNDER_BUDGET
 
-    def remove(self, request_id: str) -> TrackedRequest | None:
-        """Forget a finished or aborted request.
+    def remove(self, request_id: str, num_computed: int = 0) -> TrackedRequest | None:
+        """Forget a finished or aborted request, of which so many tokens were computed.
 
         Its `skip_reason` is set if it ended uncompressed although it was not skipped, unless it
         did not get as far as its first trigger's prompt.
@@ -155,12 +168,16 @@ class Planner:
             )
         elif tracked.phase is Phase.PLANNED:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT  # no step read what was compacted
+        elif tracked.phase is Phase.RESTING and tracked.is_shared:
+            tracked.skip_reason = SkipReason.SHARED_PROMPT
         elif tracked.was_under_budget:
             tracked.skip_reason = SkipReason.UNDER_BUDGET
         elif tracked.lacks_queries:
             tracked.skip_reason = SkipReason.NO_ROOM
         elif tracked.phase is Phase.ARMED and tracked.while_decoding:
             tracked.skip_reason = SkipReason.SHORT_OUTPUT
+        elif tracked.phase is Phase.RESTING and num_computed >= tracked.prompt_len:
+            tracked.skip_reason = SkipReason.AMPLE_MEMORY
         return tracked
 
     def restart(self, request_id: str) -> None:
@@ -168,7 +185,7 @@ class Planner:
         tracked = self.requests.get(request_id)
         if tracked is not None and tracked.phase is not Phase.SKIPPED:
             assert tracked.config is not None
-            self._arm(tracked, tracked.config)
+            self._begin(tracked, tracked.config)
 
     def upcoming(self, request_id: str) -> TrackedRequest | None:
         """The request, if a compaction or the first view is still to come for it."""
@@ -236,21 +253,21 @@ class Planner:
             position = max(mark for mark in tracked.marks if mark <= num_certain)
             tracked.next_at = position
         if tracked.phase is Phase.ARMED or position != tracked.position:
-            self._fit(tracked, position)
+            self.fit(tracked, position)
             tracked.phase = Phase.DUE
         if not tracked.work:
             tracked.was_under_budget = position >= tracked.prompt_len
-            self._rearm(tracked)
+            self.rearm(tracked)
             return False
         return True
 
     def _note_another_view(self, tracked: TrackedRequest, num_certain: int) -> bool:
         if not tracked.view.is_due_again(num_certain) or not tracked.has_queries(num_certain):
             return False
-        self._fit(tracked, num_certain)
+        self.fit(tracked, num_certain)
         return bool(tracked.work)
 
-    def _fit(self, tracked: TrackedRequest, position: int) -> None:
+    def fit(self, tracked: TrackedRequest, position: int) -> None:
         """Size what is due at a sequence of `position` tokens."""
         assert tracked.config is not None
         tracked.position = position
@@ -271,6 +288,8 @@ class Planner:
     def decline(self, tracked: TrackedRequest) -> None:
         """It would free no more than it takes, because others hold its blocks; due again later."""
         tracked.is_shared = True
+        if tracked.waits_for_pressure:
+            self.rearm(tracked)  # others are chosen in its place
 
     def put_off(self, tracked: TrackedRequest) -> None:
         """There are no blocks for it; it is due again with the next step."""
@@ -296,9 +315,10 @@ class Planner:
         tracked.counted = True
         if any(tracked.compaction.lengths):
             tracked.compaction.commit(tracked.position)
-        self._rearm(tracked)
+        self.rearm(tracked)
 
-    def _rearm(self, tracked: TrackedRequest) -> None:
+    def rearm(self, tracked: TrackedRequest) -> None:
+        """Set the next trigger of a request with which something was done, if there is one."""
         assert tracked.config is not None
         ahead = [mark for mark in tracked.marks if mark > tracked.position]
         if ahead:
@@ -306,6 +326,9 @@ class Planner:
         elif compacts_again(tracked.config, tracked.compaction.caches):
             tracked.next_at = tracked.position + tracked.config.interval
             tracked.phase = Phase.ARMED
+        elif tracked.waits_for_pressure:
+            tracked.next_at = tracked.position + tracked.config.interval
+            tracked.phase = Phase.RESTING
         else:
             tracked.phase = Phase.DONE
 

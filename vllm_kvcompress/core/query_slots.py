@@ -41,6 +41,11 @@ class QuerySlots:
         self._waiting: dict[str, None] = {}  # who has waited longest comes first
         self._changes: dict[str, int] = {}
 
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
     def release_idle(self, num_computed: Callable[[str], int]) -> None:
         """Take back slots of requests whose next window has not begun; before a step is scheduled.
 

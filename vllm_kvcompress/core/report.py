@@ -88,6 +88,12 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         what += f", task {config.task}"
     if (ending := views_alone(config)) is not None:
         return what + ending
+    if config.waits_for_pressure:
+        what += (
+            ", while memory is scarce only (from "
+            f"{config.pressure.when:.0%} of the blocks held to {config.pressure.until:.0%}, "
+            "or a request gets none)"
+        )
     if config.compresses_prompts:
         what += (
             f", prompts from {config.min_prompt_len} tokens: a request of max_model_len keeps "
@@ -103,6 +109,8 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             f"holds more than {on_its_way} blocks on its way, of the pool's "
             f"{kv_cache.num_blocks - 1}"
         )
-    if config.compresses_while_decoding:
+    if config.waits_for_pressure:
+        what += ", or when it is chosen while decoding"
+    if config.compacts_at_intervals:
         what += f", back to its budget every {config.interval} generated tokens"
     return what + views_beside(config)

@@ -43,6 +43,9 @@ class Room:
         Tokens of the longest sequence.
     give_up_view : callable
         Gives the blocks of one view back; False if there is none.
+    num_lacking : int
+        Blocks that a request asked for and did not get, in the step that is being scheduled; the
+        most of all requests.
     """
 
     managers: Sequence[CompressedAttentionManager | HostGroup]
@@ -50,6 +53,7 @@ class Room:
     pool: Any
     max_model_len: int
     give_up_view: Callable[[], bool] = lambda: False
+    num_lacking: int = 0
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
 
@@ -64,6 +68,16 @@ class Room:
     def num_free(self) -> int:
         """Blocks that are free now."""
         return self.pool.get_num_free_blocks()
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that requests hold; those that are only cached are free."""
+        return self.num_usable - self.num_free
+
+    @property
+    def num_usable(self) -> int:
+        """Blocks of the pool but the null block."""
+        return self.pool.num_gpu_blocks - 1
 
     def _groups(self, lengths: Lengths) -> list[tuple[CompressedAttentionManager, GroupLengths]]:
         """The KV cache groups that a compaction of such lengths touches."""
@@ -126,29 +140,46 @@ class Room:
         }
         if all(self._declined.get(name) == state for name, state in seen.items()):
             return set()
+        alone, together = self.gains(due)
         needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
-        sources = {name: self._sources(name, lengths) for name, lengths in due.items()}
-        own = {name: sum(b.ref_cnt == 1 for b in blocks) for name, blocks in sources.items()}
-        shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
-        chosen = {name for name in due if own[name] > needs[name]}
-        num_free, lacking = self.num_free - sum(needs[name] for name in chosen), set[str]()
-        for family in _families(shared):
-            alone = family & chosen
-            others = family - chosen
-            taken = sum(needs[name] for name in others)
-            given = sum(own[name] for name in others)
-            given += _shared_gain(shared, family) - _shared_gain(shared, alone)
-            if given > taken and taken <= num_free:
+        chosen, lacking = set(alone), set[str]()
+        num_free = self.num_free - sum(needs[name] for name in chosen)
+        for family in together:
+            taken = sum(needs[name] for name in family)
+            if taken <= num_free:
                 num_free -= taken
-                chosen |= others
-            elif given > taken:
-                lacking |= others
+                chosen |= family
+            else:
+                lacking |= family
         for name, state in seen.items():
             if name in chosen or name in lacking:
                 self._declined.pop(name, None)
             else:
                 self._declined[name] = state
         return chosen
+
+    def gains(self, due: Mapping[str, Lengths]) -> tuple[dict[str, int], dict[frozenset[str], int]]:
+        """Blocks that compactions give back more than they take, where they do.
+
+        Returns
+        -------
+        tuple of (dict, dict)
+            By request, of those that are worth it alone; and by sets of requests that share blocks
+            and are worth it together only, beside the former.
+        """
+        needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
+        sources = {name: self._sources(name, lengths) for name, lengths in due.items()}
+        own = {name: sum(b.ref_cnt == 1 for b in blocks) for name, blocks in sources.items()}
+        shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
+        alone = {name: own[name] - needs[name] for name in due if own[name] > needs[name]}
+        together = {}
+        for family in _families(shared):
+            others = family - alone.keys()
+            gain = sum(own[name] - needs[name] for name in others)
+            gain += _shared_gain(shared, family) - _shared_gain(shared, family & alone.keys())
+            if others and gain > 0:
+                together[frozenset(others)] = gain
+        return alone, together
 
     # --- where survivors go ---------------------------------------------------------------
 
@@ -206,7 +237,9 @@ class Room:
         blocks = allocate_slots(request, num_new_tokens, **options)
         while blocks is None and self._give_way(num_missing()):
             blocks = allocate_slots(request, num_new_tokens, **options)
-        if blocks is not None and self._spare and request.status == RequestStatus.RUNNING:
+        if blocks is None:
+            self.num_lacking = max(self.num_lacking, num_missing(), 1)
+        elif self._spare and request.status == RequestStatus.RUNNING:
             self._spare.note(request, num_new_tokens)
         return blocks
 

@@ -24,6 +24,7 @@ from vllm_kvcompress.core.draft.scheduling import DraftMixin
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.longest import LongestSequence
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.tracked_request import Phase
@@ -61,6 +62,8 @@ class CompressionMixin(Scheduler):
         Ends requests that the pool cannot hold.
     query_slots : QuerySlots
         Who may record queries while decoding.
+    pressure : Pressure or None
+        Whether memory is scarce; None where no setting waits for that.
     stats : CompressionStats
         Counts that have not yet been sent to the API server.
     """
@@ -97,6 +100,8 @@ class CompressionMixin(Scheduler):
         ahead = self.num_lookahead_tokens
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
+        kept_free = self.kv_cache_manager.watermark_blocks
+        self.pressure = Pressure.of(config, self.planner, room, self.query_slots, kept_free)
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
     def _groups(self) -> list[CompressedAttentionManager | HostGroup]:
@@ -111,6 +116,8 @@ class CompressionMixin(Scheduler):
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
         self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
+        if self.pressure is not None:
+            self.pressure.update(self.running, num_unverified)
         output = super().schedule(throttle_prefills)
         # Before any of them can be compacted, which changes what its workers must know.
         setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
@@ -153,18 +160,23 @@ class CompressionMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
-        tracked = self.planner.remove(request.request_id)
+        tracked = self.planner.remove(request.request_id, request.num_computed_tokens)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
         freed = super()._free_request(request, *args, **kwargs)
-        self.compactions.forget(request.request_id)
+        self._forget(request.request_id)
         return freed
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.query_slots.release(request.request_id)
         self.planner.restart(request.request_id)
-        self.compactions.forget(request.request_id)
+        self._forget(request.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self.compactions.forget(request_id)
+        if self.pressure is not None:
+            self.pressure.forget(request_id)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -189,6 +201,8 @@ class CompressionMixin(Scheduler):
     ) -> tuple[Any, int, int, bool]:
         found = super()._get_local_prefix_cache_hit(request, *args, **kwargs)
         blocks, num_hit, boundary, diverged = found
+        if self.pressure is not None:
+            self.pressure.start(request, blocks)
         limit = self.planner.max_cached_tokens(request.request_id)
         if limit is not None and num_hit > limit:
             # Not cut: a group of windowed layers has no blocks below the window of the longer hit.

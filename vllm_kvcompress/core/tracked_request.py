@@ -13,6 +13,7 @@ from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 class Phase(Enum):
     """How far a request's next compaction or view is; planner.py draws the way."""
 
+    RESTING = "resting"
     ARMED = "armed"
     DUE = "due"
     PLANNED = "planned"
@@ -30,6 +31,7 @@ class SkipReason:
     STREAMING_INPUT = "streaming_input"
     NO_ROOM = "no_room"
     SHARED_PROMPT = "shared_prompt"
+    AMPLE_MEMORY = "ample_memory"
     INVALID_OPTIONS = "invalid_options"
 
 
@@ -81,7 +83,8 @@ class TrackedRequest:
     marks : tuple[int, ...]
         Lengths of the prompt at which it is compacted, ascending.
     next_at : int
-        Sequence length at which the next compaction, or the first view, falls due.
+        Sequence length at which the next compaction, or the first view, falls due; of a request
+        that is RESTING, from which on it may be chosen.
     position : int
         Sequence length of what is due or planned.
     compaction : CompactionSchedule
@@ -127,6 +130,11 @@ class TrackedRequest:
         return self.config.policy.name if self.config else "none"
 
     @property
+    def waits_for_pressure(self) -> bool:
+        """Whether it is compacted only while memory is scarce."""
+        return self.config is not None and self.config.waits_for_pressure
+
+    @property
     def work(self) -> list[tuple[Purpose, Sequence[GroupLengths | None]]]:
         """What is due or planned: an eviction, a view, or both from one region; in this order."""
         found: list[tuple[Purpose, Sequence[GroupLengths | None]]] = []
@@ -153,8 +161,11 @@ class TrackedRequest:
     @property
     def queries_from(self) -> int | None:
         """Position from which its queries must be recorded; None if none will be read."""
-        if not self.query_window or self.phase is Phase.SKIPPED:
+        if not self.query_window or self.phase in (Phase.SKIPPED, Phase.RESTING):
             return None
+        if self.waits_for_pressure:
+            is_chosen = self.while_decoding and self.phase in (Phase.ARMED, Phase.DUE)
+            return max(self.next_at - self.query_window, 0) if is_chosen else None
         if self.phase is Phase.PLANNED:
             following = max(self.position, self.prompt_len) + self.query_gap
         elif self.phase is not Phase.DONE:

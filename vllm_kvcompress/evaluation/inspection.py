@@ -329,6 +329,8 @@ def _notes(config: CompressionConfig, replay: Replay, length: int) -> Sequence[s
         )
     elif not any(compaction_lengths(length, config, groups, replay.block_size, codes)):
         notes.append("the budget leaves no whole block to free, so the prompt stays whole.")
+    elif config.waits_for_pressure:
+        notes.append("shown is the end of a prompt that started while memory was scarce.")
     elif config.compresses_while_decoding:
         notes.append("shown is the end of the prompt; decoding compresses further.")
     if config.mode == "draft":

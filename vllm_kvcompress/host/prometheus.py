@@ -15,7 +15,7 @@ VLLM_LABELS = ("model_name", "engine")
 
 SKIP_REASONS = (
     "opted_out", "short_prompt", "short_output", "under_budget", "streaming_input", "no_room",
-    "shared_prompt", "invalid_options",
+    "shared_prompt", "ample_memory", "invalid_options",
 )  # fmt: skip
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
 

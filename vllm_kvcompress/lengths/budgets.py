@@ -235,4 +235,4 @@ def next_lengths(
 def compacts_again(config: CompressionConfig, caches: Iterable[GroupCache]) -> bool:
     """Whether generated tokens trigger more, once a request holds `caches`."""
     extends = config.extends_codebooks and any(each.book for each in caches)
-    return config.compresses_while_decoding or extends
+    return config.compacts_at_intervals or extends

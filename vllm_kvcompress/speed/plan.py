@@ -108,7 +108,7 @@ class SpeedPlan:
     @property
     def compressed_tail(self) -> float:
         """Those of a compressed request, which may give them up every interval."""
-        if self.config.compresses_while_decoding:
+        if self.config.compacts_at_intervals:
             return min(self.output_len, self.config.interval) / 2
         return self.tail
 

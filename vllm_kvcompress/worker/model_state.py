@@ -107,7 +107,7 @@ class CompressionStateMixin(DefaultModelState):
             return
         self.request_configs[request_id] = setup.config
         policy = setup.config.build_policy()
-        if policy.queries is Queries.WINDOW:
+        if setup.marks and policy.queries is Queries.WINDOW:
             self.window.add_request(request_id, setup.marks, setup.config.observation_window)
         elif setup.marks and policy.queries is Queries.PROMPT:
             sinks = setup.config.num_sink_tokens

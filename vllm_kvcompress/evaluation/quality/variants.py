@@ -62,7 +62,7 @@ def make_variants(policies: Sequence[str], budgets: Sequence[float]) -> list[Var
     Raises
     ------
     ConfigError
-        If there is no such policy, one compresses only while decoding, or two have one name.
+        If there is no such policy, one does not always compress prompts, or two have one name.
     """
     variants = [Variant(BASELINE)]
     named: dict[str, str] = {}
@@ -77,6 +77,11 @@ def make_variants(policies: Sequence[str], budgets: Sequence[float]) -> list[Var
             raise ConfigError(
                 f"--policies: {policy} compresses only while decoding (trigger: interval), and "
                 "answers are short; leave it out, or give a file with another trigger."
+            )
+        if config is not None and config.waits_for_pressure:
+            raise ConfigError(
+                f"--policies: {policy} compresses only while memory is scarce (trigger: pressure), "
+                "so answers would be those of whole caches; give it the trigger end_of_prompt."
             )
         variants += each
     return list(dict.fromkeys(variants))

@@ -6,8 +6,10 @@ One engine after another over a random model of 32 layers: stock vLLM, this plug
 is compacted, then with 1, 4 and 32 layer groups, every group with another budget and every request
 compacted. 16 requests decode. Measured per case, in time of the thread's own CPU:
 
-* `step`: microseconds per decode step of 16 requests, median: all that the engine does but for the
-  model's forward pass and the kernels that it launches, which are the device's on a GPU.
+* `step`, with ``--steps``: microseconds per decode step of 16 requests, median: all that the engine
+  does but for the model's forward pass and the kernels that it launches, which a GPU would do.
+  Engines take the GPU's path (lab/gpu_path) then, and compactions take minutes. Nothing is
+  collected as garbage meanwhile: nearly all of it is the interpreter's.
 * `schedule`: microseconds per decode step of 16 requests, median: all of the scheduler's work.
 * `allocate_slots`: microseconds per decoding request and step, mean over all steps (one step in as
   many as a block has tokens takes blocks).
@@ -15,20 +17,20 @@ compacted. 16 requests decode. Measured per case, in time of the thread's own CP
   vLLM's Triton attention, as a GPU has them (FlashAttention's are alike without its schedule), and
   how many times a builder was called.
 
-All are Python, numpy and small tensors on the host, so a CPU shows them, on the GPU's path
-(lab/gpu_path). Ratios within one round are what counts. Each round measures every case, in an order
-that rotates.
+All are Python, numpy and small tensors on the host, so a CPU shows them. Ratios within one round
+are what counts. Each round measures every case, in an order that rotates.
 """
 
 import argparse
 import csv
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,9 +157,12 @@ def run(model: str, num_groups: int | None, repetitions: int) -> Measured:
                 on_device(engine) as device,
             ):
                 for _ in range(NUM_TOKENS // 2):
+                    gc.collect()
+                    gc.disable()
                     start, device.seconds = time.thread_time(), 0.0
                     engine.step()
                     seconds = time.thread_time() - start - device.seconds
+                    gc.enable()
                     measured.step_us.append(1e6 * seconds)
             measure_metadata(engine, measured, repetitions)
             engine.drain()
@@ -178,15 +183,19 @@ def on_device(engine: Engine) -> Iterator[Device]:
     """Sum up the time of the model's forward pass and of interpreted kernels inside."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    device, launch, starts = Device(), InterpretedFunction.run, list[float]()
+    device, starts = Device(), list[float]()
+    launcher = InterpretedFunction.__getitem__
 
-    def timed_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start = time.thread_time()
-        try:
-            return launch(self, *args, **kwargs)
-        finally:
+    def timed_launcher(self: Any, grid: Any) -> Any:
+        launch = launcher(self, grid)
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start = time.thread_time()
+            launch(*args, **kwargs)
             if not starts:  # else it is a part of the forward pass
                 device.seconds += time.thread_time() - start
+
+        return timed
 
     def end(*args: Any) -> None:
         device.seconds += time.thread_time() - starts.pop()
@@ -198,7 +207,7 @@ def on_device(engine: Engine) -> Iterator[Device]:
         engine.runner.model.register_forward_hook(end),
     ]
     try:
-        with patch.object(InterpretedFunction, "run", timed_launch):
+        with patch.object(InterpretedFunction, "__getitem__", timed_launcher):
             yield device
     finally:
         for hook in hooks:
@@ -239,13 +248,13 @@ def measure_metadata(engine: Engine, measured: Measured, repetitions: int) -> No
         engine.step()
 
 
-def rows(results: Mapping[tuple[int, str], Measured]) -> list[dict[str, Any]]:
-    """One line per round and case."""
+def rows(results: Mapping[tuple[int, str], Measured], steps: bool) -> list[dict[str, Any]]:
+    """One line per round and case; whole steps only where they were measured."""
     return [
         {
             "round": number,
             "case": name,
-            "step_us": round(statistics.median(each.step_us), 1),
+            **({"step_us": round(statistics.median(each.step_us), 1)} if steps else {}),
             "schedule_us": round(statistics.median(each.schedule_us), 1),
             "allocate_slots_us": round(statistics.fmean(each.allocate_us), 2),
             "prepare_attn_us": round(statistics.median(each.prepare_us), 1),
@@ -270,13 +279,14 @@ def show(lines: list[dict[str, Any]], console: Console) -> None:
     cases = list(dict.fromkeys(line["case"] for line in lines))
     bases = [base for base in ("stock", "1 group") if base in cases]
     table = Table("case")
-    for key in TIMES:
+    times = [key for key in TIMES if key in lines[0]]
+    for key in times:
         for title in (key.replace("_us", ", us"), *(f"x {base}" for base in bases)):
             table.add_column(title, justify="right")
     table.add_column("builder calls", justify="right")
     for case in sorted(cases, key=list(CASES).index):
         own, cells = [line for line in lines if line["case"] == case], [case]
-        for key in TIMES:
+        for key in times:
             cells.append(f"{statistics.median(line[key] for line in own):.1f}")
             for base in bases:
                 cells.append(f"{statistics.median(ratios(lines, case, base, key)):.2f}")
@@ -289,17 +299,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="new folder for host.csv and run.json")
     parser.add_argument("--repetitions", type=int, default=400)
+    parser.add_argument("--steps", action="store_true", help="measure whole steps as well")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     results: dict[tuple[int, str], Measured] = {}
-    with tempfile.TemporaryDirectory() as folder, gpu_path():
+    path = gpu_path() if args.steps else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, path:
         model = make_model(Path(folder))
         for number in range(args.rounds):
             first = number % len(args.cases)
             for name in args.cases[first:] + args.cases[:first]:
                 results[number + 1, name] = run(model, CASES[name], args.repetitions)
-    lines = rows(results)
+    lines = rows(results, args.steps)
     show(lines, Console(width=170))
     if args.out is not None:
         args.out.mkdir(parents=True)

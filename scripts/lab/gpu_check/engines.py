@@ -137,13 +137,19 @@ def model_comparisons(model: str, rehearse: bool) -> list[Comparison]:
     return found
 
 
-def cannot_rehearse(model: str) -> str | None:
-    """Why this CPU runs no engine over such a cache."""
+def cannot_run(model: str) -> str | None:
+    """Why this machine runs no engine over such a cache, of vLLM's own either."""
     import torch
 
-    if model == "fp8" and not torch.cpu._is_avx512_supported():
+    if model != "fp8":
+        return None
+    if not torch.cuda.is_available():
+        if torch.cpu._is_avx512_supported():
+            return None
         return "vLLM's attention on a CPU reads 8 bits with AVX-512, which this one has not"
-    return None
+    if torch.cuda.get_device_capability() >= (8, 9):
+        return None
+    return "vLLM's attention reads 8 bits on GPUs of capability 8.9 and later"
 
 
 def models(args: argparse.Namespace) -> bool:
@@ -155,7 +161,7 @@ def models(args: argparse.Namespace) -> bool:
     skipped: dict[str, str] = {}
     wanted: list[Comparison] = []
     for model, name in list(MODELS.items())[1:]:
-        why = cannot_rehearse(model) if args.rehearse else None
+        why = cannot_run(model)
         if why is not None:
             skipped[model] = why
             continue

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.paged import DEVICE, nan_empty
-from tests.stand_in import META, replace_launches
 from vllm_kvcompress.kernels import torch_backend as torch_version
 from vllm_kvcompress.kernels.compaction import select_tokens as kernel
 
@@ -180,21 +179,6 @@ def test_refuses_what_does_not_fit(module) -> None:
 def test_nothing_to_keep_gives_an_empty_answer() -> None:
     forced = torch.zeros(2, 8, dtype=torch.bool)
     check(kernel, torch.zeros(1, 2, 3, 8), forced, [8, 8], [0, 0])
-
-
-def test_few_rows_are_taken_in_longer_tiles_however_many_requests(monkeypatch) -> None:
-    """A layer alone has 8 rows of Llama-3-8B for 132 multiprocessors: 128k tokens were 32 tiles."""
-    monkeypatch.undo()
-    found: list[tuple[int, int]] = []
-    replace_launches(
-        monkeypatch, lambda *call: found.append((call[2]["TILE"], call[2]["num_warps"]))
-    )
-    for num_layers, num_requests in ((1, 1), (1, 64), (8, 1), (32, 64)):
-        scores = torch.zeros(1, 1, 1, 131072, device=META).expand(num_layers, num_requests, 8, -1)
-        counts = torch.zeros(num_requests, dtype=torch.int32, device=META)
-        forced = torch.zeros(num_requests, 131072, dtype=torch.bool, device=META)
-        kernel.select_tokens(scores, forced, counts, counts, 16)
-    assert found == [(8192, 16), (8192, 16), (4096, 8), (4096, 8)]
 
 
 def sm90_launches() -> None:

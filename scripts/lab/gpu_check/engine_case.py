@@ -6,7 +6,6 @@ python -m lab.gpu_check.engine_case CASE OUT.json --model FOLDER
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,12 +85,13 @@ def cache_options(model: str, rehearse: bool) -> dict[str, Any]:
     return found
 
 
-def prompts_of(model: str, encode: Callable[[str], list[int]], length: int) -> list[list[int]]:
+def prompts_of(model: str, llm: Any, length: int) -> list[list[int]]:
     """Four prompts of about that many tokens."""
     from vllm_kvcompress.evaluation.tasks.needle import make_samples
 
     if model != PROBE:
         return [distinct_tokens(length, seed) for seed in range(4)]
+    encode = llm.get_tokenizer().encode
     return [encode(each.prompt) for each in make_samples(4, length, encode, seed=11)]
 
 
@@ -159,8 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if setting is not None:
         options["additional_config"] = {"kv_compression": setting}
     llm = LLM(args.model, **options)
-    encode = llm.get_tokenizer().encode if case.model == PROBE else list
-    prompts = prompts_of(case.model, encode, sizes.prompt)
+    prompts = prompts_of(case.model, llm, sizes.prompt)
     asked = requests_of(case.kind, sizes)
     tokens: dict[str, list[int]] = {}
     alone = [] if args.rehearse else [[label] for label in asked]

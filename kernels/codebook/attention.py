@@ -291,6 +291,7 @@ def _attend_codes(
         BLOCK_H=max(triton.next_power_of_2(half), 16),
         BLOCK_REST=max(triton.next_power_of_2(rest), 16) if rest else 0,
         num_warps=8 if wide else 4,
+        num_stages=2,  # entries wait for their codes anyway, and a third stage spills registers
     )  # fmt: skip
 
 

@@ -38,8 +38,10 @@ from vllm_kvcompress.kernels.codebook.book import SHORTEST, Codebook, check_vect
 IDENTICAL_FROM = 0.9999
 """Above it, rounding may hide that vectors are equal: they are compared element by element."""
 
-COVER_BLOCKS = (256, 512, 1024, 2048)
+COVER_BLOCKS = (256, 512, 1024, 2048, 4096)
 """Degrees the cover looks at together. Fewer than its 256 threads would read what one replaces."""
+
+_MANY = 4096  # degrees for which twice the threads share a turn; then each holds half the rows
 
 _ANY_SIZE = {  # what changes from request to request compiles nothing anew
     "do_not_specialize": ["num_places", "num_words", "max_entries"],
@@ -330,8 +332,10 @@ def build_codebook(
     block_d = max(triton.next_power_of_2(dim), 16)
     compare = threshold >= IDENTICAL_FROM
     block = 64 if compare or block_d > 128 else 128
+    num_warps = 16
     if vectors.dtype == torch.float32:
-        block = 32  # without tensor cores, threads hold whole vectors; larger tiles would spill
+        # Without tensor cores, threads hold whole vectors; larger tiles would spill.
+        block, num_warps = 32, 8
     shape = {"BLOCK": block, "BLOCK_D": block_d}
     grid = (triton.cdiv(num_places, block) * num_problems,)
     strides = vectors.stride()[:2]
@@ -346,13 +350,14 @@ def build_codebook(
     _graph_kernel[grid](
         vectors, magnitude, num_vectors, graph, degree,
         threshold, num_places, num_words, dim, *strides,
-        COMPARE=compare, **shape, num_warps=8,
+        COMPARE=compare, **shape, num_warps=num_warps,
     )  # fmt: skip
+    cover_block = next((size for size in COVER_BLOCKS if size >= num_places), COVER_BLOCKS[-1])
     _cover_kernel[(num_problems,)](
         graph, degree, leaving, num_vectors, entries, num_entries, index, num_forced,
         num_places, num_words, max_entries,
-        BLOCK=next((size for size in COVER_BLOCKS if size >= num_places), COVER_BLOCKS[-1]),
-        BATCH=8, num_warps=8,
+        BLOCK=cover_block,
+        BATCH=4 if cover_block == _MANY else 8, num_warps=16 if cover_block == _MANY else 8,
     )  # fmt: skip
     _nearest_kernel[(triton.cdiv(num_places, min(block, 64)) * num_problems,)](
         vectors, magnitude, num_vectors, entries, num_entries, index, cosine,

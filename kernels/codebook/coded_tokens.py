@@ -22,8 +22,13 @@ from vllm_kvcompress.kernels.codebook.packing import pack_codes, unpack_codes
 from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
-MAX_GRAPH_BYTES = 2**28
-"""Of graphs that are made at once, n * n / 8 each: vLLM has given most memory to its cache."""
+MAX_GRAPH_BYTES = 2**31
+"""Of graphs that are made at once, n * n / 8 each: vLLM has given most memory to its cache.
+
+One multiprocessor covers one book, an entry after the other, and of a long prompt one layer's books
+are made at a time: eight of Llama-3-8B side by side, up to 46,340 survivors. The preset spindlekv
+has 45,859 of a prompt of 128k tokens, whose graphs take 251 MiB each.
+"""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,17 @@ import triton.language as tl
 
 from vllm_kvcompress.kernels.compaction.checks import check_scores
 
-TILE = 4096
-"""Tokens a program takes at once; at most 2 ** 14, as two counts share 32 bits in the last pass."""
+TILE, NUM_WARPS = 4096, 8
+"""Tokens a program takes at once, and who takes them. At most 2 ** 14 tokens, as two counts share
+32 bits in the last pass."""
 
-NUM_WARPS = 8
+LONE_TILE, LONE_WARPS = 8192, 16
+"""The same where a group has few layers, so that most multiprocessors are idle and a program has
+one to itself: half as many tiles follow one another. With 32 warps registers would spill."""
+
+FEW_ROWS = 64
+"""Layers times KV heads below which programs are alone. Not times requests: a variant of the kernel
+must not depend on how many are compacted together, or the warm-up would miss it."""
 
 
 @triton.jit
@@ -161,9 +168,10 @@ def select_tokens(
     out = torch.empty(
         num_layers, num_requests, num_heads, max_keep, dtype=torch.int64, device=scores.device
     )
+    is_lone = num_layers * num_heads < FEW_ROWS
     _select_kernel[(num_heads, num_requests, num_layers)](
         scores, forced, num_tokens, num_keep, out,
         *scores.stride()[:3], forced.stride(0), n, max_keep,
-        TILE=TILE, num_warps=NUM_WARPS,
+        TILE=LONE_TILE if is_lone else TILE, num_warps=LONE_WARPS if is_lone else NUM_WARPS,
     )  # fmt: skip
     return out

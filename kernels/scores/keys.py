@@ -296,7 +296,9 @@ def lag_scores(pages: Pages, num_sinks: int, lag_size: int) -> torch.Tensor:
     # What is longer than any request acts the same, and could overflow int32 in the kernel.
     num_sinks, lag = min(num_sinks, max_tokens), min(lag_size, max(max_tokens, 1))
     block_d = triton.next_power_of_2(pages.head_dim)
-    tile = max(min(triton.next_power_of_2(lag), _TILE_NUMBERS // block_d), 16)
+    # float32 comes by way of three stages of shared memory, whose addresses take registers, too.
+    numbers = _TILE_NUMBERS // 2 if pages.keys.element_size() == 4 else _TILE_NUMBERS
+    tile = max(min(triton.next_power_of_2(lag), numbers // block_d), 16)
     out = torch.empty(
         pages.num_requests, pages.num_kv_heads, max_tokens,
         dtype=torch.float32, device=pages.keys.device,

@@ -6,6 +6,10 @@ One engine after another over a random model of 32 layers: stock vLLM, this plug
 is compacted, then with 1, 4 and 32 layer groups, every group with another budget and every request
 compacted. 16 requests decode. Measured per case, in time of the thread's own CPU:
 
+* `step`, with ``--steps``: microseconds per decode step of 16 requests, median: all that the engine
+  does but for the model's forward pass and the kernels that it launches, which a GPU would do.
+  Engines take the GPU's path (lab/gpu_path) then, and compactions take minutes. Nothing is
+  collected as garbage meanwhile: nearly all of it is the interpreter's.
 * `schedule`: microseconds per decode step of 16 requests, median: all of the scheduler's work.
 * `allocate_slots`: microseconds per decoding request and step, mean over all steps (one step in as
   many as a block has tokens takes blocks).
@@ -13,16 +17,20 @@ compacted. 16 requests decode. Measured per case, in time of the thread's own CP
   vLLM's Triton attention, as a GPU has them (FlashAttention's are alike without its schedule), and
   how many times a builder was called.
 
-Both are Python and numpy on the host, so a CPU shows them; ratios within one run are what counts.
+All are Python, numpy and small tensors on the host, so a CPU shows them. Ratios within one round
+are what counts. Each round measures every case, in an order that rotates.
 """
 
 import argparse
 import csv
+import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +40,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lab.gpu_path.plugin import gpu_path
 from lab.places import ROOT
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.evaluation.provenance import provenance
+from vllm_kvcompress.evaluation.provenance import provenance, public_words
 
-NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 48, 32
+NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 72, 32
 CASES: dict[str, int | None] = {
     "stock": None, "nothing evicted": 0, "1 group": 1, "4 groups": 4, "32 groups": 32
 }  # fmt: skip
@@ -49,7 +58,7 @@ class Measured:
 
     Attributes
     ----------
-    schedule_us : list[float]
+    step_us, schedule_us : list[float]
         One per decode step.
     allocate_us : list[float]
         One per decoding request and step.
@@ -59,6 +68,7 @@ class Measured:
         Calls of a metadata builder in one `prepare_attn`.
     """
 
+    step_us: list[float] = field(default_factory=list)
     schedule_us: list[float] = field(default_factory=list)
     allocate_us: list[float] = field(default_factory=list)
     prepare_us: list[float] = field(default_factory=list)
@@ -124,7 +134,7 @@ def run(model: str, num_groups: int | None, repetitions: int) -> Measured:
     engine = Engine(
         model, setting_of(num_groups), load_format="dummy", skip_tokenizer_init=True,
         max_model_len=1024, max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=4096,
-        block_size=BLOCK,
+        block_size=BLOCK, kv_cache_memory_bytes=64 << 20,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     try:
@@ -142,14 +152,66 @@ def run(model: str, num_groups: int | None, repetitions: int) -> Measured:
                 measured.schedule_us.append(1e6 * (time.thread_time() - start))
                 return output
 
-            with patch.object(engine.scheduler, "schedule", timed_schedule):
+            with (
+                patch.object(engine.scheduler, "schedule", timed_schedule),
+                on_device(engine) as device,
+            ):
                 for _ in range(NUM_TOKENS // 2):
+                    gc.collect()
+                    gc.disable()
+                    start, device.seconds = time.thread_time(), 0.0
                     engine.step()
+                    seconds = time.thread_time() - start - device.seconds
+                    gc.enable()
+                    measured.step_us.append(1e6 * seconds)
             measure_metadata(engine, measured, repetitions)
             engine.drain()
     finally:
         engine.close()
     return measured
+
+
+@dataclass
+class Device:
+    """Time of what a GPU would do itself."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def on_device(engine: Engine) -> Iterator[Device]:
+    """Sum up the time of the model's forward pass and of interpreted kernels inside."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    device, starts = Device(), list[float]()
+    launcher = InterpretedFunction.__getitem__
+
+    def timed_launcher(self: Any, grid: Any) -> Any:
+        launch = launcher(self, grid)
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            start = time.thread_time()
+            launch(*args, **kwargs)
+            if not starts:  # else it is a part of the forward pass
+                device.seconds += time.thread_time() - start
+
+        return timed
+
+    def end(*args: Any) -> None:
+        device.seconds += time.thread_time() - starts.pop()
+
+    hooks = [
+        engine.runner.model.register_forward_pre_hook(
+            lambda *args: starts.append(time.thread_time())
+        ),
+        engine.runner.model.register_forward_hook(end),
+    ]
+    try:
+        with patch.object(InterpretedFunction, "__getitem__", timed_launcher):
+            yield device
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def measure_metadata(engine: Engine, measured: Measured, repetitions: int) -> None:
@@ -186,34 +248,49 @@ def measure_metadata(engine: Engine, measured: Measured, repetitions: int) -> No
         engine.step()
 
 
-def rows(results: Mapping[str, Measured]) -> list[dict[str, Any]]:
-    """One line per case."""
+def rows(results: Mapping[tuple[int, str], Measured], steps: bool) -> list[dict[str, Any]]:
+    """One line per round and case; whole steps only where they were measured."""
     return [
         {
+            "round": number,
             "case": name,
+            **({"step_us": round(statistics.median(each.step_us), 1)} if steps else {}),
             "schedule_us": round(statistics.median(each.schedule_us), 1),
             "allocate_slots_us": round(statistics.fmean(each.allocate_us), 2),
             "prepare_attn_us": round(statistics.median(each.prepare_us), 1),
             "builder_calls": each.num_builds,
         }
-        for name, each in results.items()
+        for (number, name), each in results.items()
     ]
 
 
+TIMES = ("step_us", "schedule_us", "allocate_slots_us", "prepare_attn_us")
+
+
+def ratios(lines: list[dict[str, Any]], case: str, base: str, key: str) -> list[float]:
+    """Of each round: a case's time over that of another."""
+    found = {(line["round"], line["case"]): line[key] for line in lines}
+    numbers = sorted({number for number, _ in found})
+    return [found[number, case] / found[number, base] for number in numbers]
+
+
 def show(lines: list[dict[str, Any]], console: Console) -> None:
-    """Print the table, with ratios to the first line and to one group."""
-    bases = (lines[0], next((each for each in lines if each["case"] == "1 group"), lines[0]))
-    keys = ("schedule_us", "allocate_slots_us", "prepare_attn_us")
+    """Print medians over rounds, and of the ratios to stock and to one group of a round."""
+    cases = list(dict.fromkeys(line["case"] for line in lines))
+    bases = [base for base in ("stock", "1 group") if base in cases]
     table = Table("case")
-    for key in keys:
-        for title in (key.replace("_us", ", us"), "x stock", "x 1 group"):
+    times = [key for key in TIMES if key in lines[0]]
+    for key in times:
+        for title in (key.replace("_us", ", us"), *(f"x {base}" for base in bases)):
             table.add_column(title, justify="right")
     table.add_column("builder calls", justify="right")
-    for each in lines:
-        cells = [each["case"]]
-        for key in keys:
-            cells += [str(each[key]), *(f"{each[key] / base[key]:.1f}" for base in bases)]
-        table.add_row(*cells, str(each["builder_calls"]))
+    for case in sorted(cases, key=list(CASES).index):
+        own, cells = [line for line in lines if line["case"] == case], [case]
+        for key in times:
+            cells.append(f"{statistics.median(line[key] for line in own):.1f}")
+            for base in bases:
+                cells.append(f"{statistics.median(ratios(lines, case, base, key)):.2f}")
+        table.add_row(*cells, str(max(line["builder_calls"] for line in own)))
     console.print(table)
 
 
@@ -222,20 +299,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="new folder for host.csv and run.json")
     parser.add_argument("--repetitions", type=int, default=400)
+    parser.add_argument("--steps", action="store_true", help="measure whole steps as well")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
+    results: dict[tuple[int, str], Measured] = {}
+    path = gpu_path() if args.steps else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, path:
         model = make_model(Path(folder))
-        for name in args.cases:
-            results[name] = run(model, CASES[name], args.repetitions)
-    lines = rows(results)
-    show(lines, Console(width=150))
+        for number in range(args.rounds):
+            first = number % len(args.cases)
+            for name in args.cases[first:] + args.cases[:first]:
+                results[number + 1, name] = run(model, CASES[name], args.repetitions)
+    lines = rows(results, args.steps)
+    show(lines, Console(width=170))
     if args.out is not None:
         args.out.mkdir(parents=True)
         with (args.out / "host.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, lines[0])
             writer.writeheader()
             writer.writerows(lines)
-        about = provenance("python scripts/bench_host.py", ROOT)
+        command = " ".join(["python", *public_words(sys.argv, ROOT)])
+        about = provenance(command, ROOT)
         (args.out / "run.json").write_text(json.dumps(about, indent=1) + "\n")

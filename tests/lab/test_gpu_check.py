@@ -1,5 +1,6 @@
 """scripts/gpu_check.py: a failing stage hides nothing, limits are kept, a rehearsal says so."""
 
+import argparse
 import json
 import sys
 import time
@@ -10,7 +11,8 @@ import psutil
 import pytest
 
 from lab.gpu_check import command as script
-from lab.gpu_check.engine_case import CASES
+from lab.gpu_check import engines
+from lab.gpu_check.engine_case import CASES, MODEL_CASES
 from lab.gpu_check.engines import (
     Comparison,
     agreement,
@@ -27,7 +29,7 @@ from lab.gpu_check.runner import (
     Stage,
     run_stages,
 )
-from lab.gpu_check.stages import Options, junit, make_stages
+from lab.gpu_check.stages import Options, equality, junit, make_stages
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {"rehearsal": True, "device": "cpu", "commit": "abc", "versions": {}}
@@ -139,9 +141,41 @@ def test_every_case_is_compared_on_a_gpu() -> None:
 
 
 def test_an_engine_that_did_nothing_is_found() -> None:
-    assert not compressed({"case": "evict", "counts": {"kv_compression_uncompressed_requests": 4}})
-    assert compressed({"case": "evict-graphs", "counts": {"kv_compression_requests/snapkv": 1}})
-    assert not compressed({"case": "draft", "counts": {"kv_compression_requests/snapkv": 1}})
+    assert not compressed({"kind": "evict", "counts": {"kv_compression_uncompressed_requests": 4}})
+    assert compressed({"kind": "evict", "counts": {"kv_compression_requests/snapkv": 1}})
+    assert not compressed({"kind": "draft", "counts": {"kv_compression_requests/snapkv": 1}})
+
+
+def test_models_are_compared_or_skipped_with_a_reason(tmp_path: Path, monkeypatch) -> None:
+    """A kind that cannot run here hides no other; one that fails is no pass."""
+    ran: list[str] = []
+
+    def run_case(name: str, args: Any, environment: Any) -> dict[str, Any] | str:
+        ran.append(name)
+        if name == "recurrent-evict":
+            return "ValueError: no such layer"
+        kind, counts = MODEL_CASES[name].kind, {"kv_compression_requests/snapkv": 1}
+        return {"kind": kind, "tokens": {"none": [1], "ratio 1.0": [2]}, "counts": counts}
+
+    monkeypatch.setattr(engines, "run_case", run_case)
+    why = {"fp8": "no such instructions"}
+    monkeypatch.setattr(engines, "cannot_run", why.get)
+    args = argparse.Namespace(rehearse=True, dtype="float32", out=tmp_path, model=None)
+    assert not engines.models(args)
+    assert set(ran) == {
+        f"{model}-{kind}"
+        for model in ("windowed", "latent", "recurrent") for kind in ("stock", "evict")
+    }  # fmt: skip
+    found = json.loads((tmp_path / "equality.json").read_text())
+    assert found["skipped"] == why and found["failed"].keys() == {"recurrent-evict"}
+    assert [each["ok"] for each in found["comparisons"]] == [True, True, False]
+    assert (tmp_path / "models" / "latent" / "model.safetensors").exists()
+    words = equality(tmp_path)
+    assert words.startswith("2 of 3 comparisons hold") and "fp8 skipped: no such" in words
+    args.rehearse = False
+    why.clear()
+    engines.models(args)
+    assert set(ran) == MODEL_CASES.keys()
 
 
 def test_the_reason_names_the_error_and_our_file() -> None:
@@ -170,7 +204,7 @@ def test_junit_counts(tmp_path: Path) -> None:
 def test_stages_are_in_order_of_worth_and_show_no_path(tmp_path: Path) -> None:
     names = [each.name for each in make_stages(Options(ROOT, rehearse=False))]
     assert names == [
-        "machine", "kernels", "equality", "equality-bf16", "gpu-tests", "sync",
+        "machine", "kernels", "equality", "equality-bf16", "models", "gpu-tests", "sync",
         "bench-kernels", "bench-serving", "bench-speculation",
     ]  # fmt: skip
     for each in make_stages(Options(ROOT, rehearse=False, no_compile=True)):

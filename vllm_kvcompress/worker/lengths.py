@@ -39,6 +39,7 @@ class EvictedLengths:
         self._physical_seq_lens = backend_of(device).physical_seq_lens
         self._dirty = False
         self._batch: InputBatch | None = None
+        self._lost = np.zeros((num_groups, 0), dtype=np.int32)  # [G, requests] of the batch
         self._is_whole = True
         self._hidden: dict[int, np.ndarray] = {}
 
@@ -61,7 +62,8 @@ class EvictedLengths:
             input_batch.seq_lens, input_batch.idx_mapping, self.evicted.gpu, self.seq_lens
         )
         self._batch, self._hidden = input_batch, {}
-        self._is_whole = not self.evicted.np[:, input_batch.idx_mapping_np].any()
+        self._lost = self.evicted.np[:, input_batch.idx_mapping_np]
+        self._is_whole = not self._lost.any()
         return not self._is_whole
 
     def hide(self, group: int, batch_rows: np.ndarray) -> None:
@@ -95,7 +97,7 @@ class EvictedLengths:
         if not self.is_current(input_batch) or (self._is_whole and group not in self._hidden):
             return bound
         own = bound.numpy().copy()
-        own[: len(input_batch.idx_mapping_np)] -= self.evicted.np[group, input_batch.idx_mapping_np]
+        own[: self._lost.shape[1]] -= self._lost[group]
         if group in self._hidden:
             rows = self._hidden[group]
             own[rows] = np.diff(input_batch.query_start_loc_np)[rows]
@@ -103,22 +105,20 @@ class EvictedLengths:
 
     def have_lost(self, input_batch: "InputBatch") -> np.ndarray:
         """[requests] bool: which requests of a batch have lost tokens in some group."""
-        rows = input_batch.idx_mapping_np
         if not self.is_current(input_batch):
-            return np.zeros(len(rows), dtype=bool)
-        return np.asarray(self.evicted.np[:, rows].any(axis=0))
+            return np.zeros(len(input_batch.idx_mapping_np), dtype=bool)
+        return np.asarray(self._lost.any(axis=0))
 
     def max_seq_lens(self, input_batch: "InputBatch", num_rows: int) -> list[int]:
         """Per group the largest of `group_upper_bound`'s first `num_rows`."""
         bound = input_batch.seq_lens_cpu_upper_bound.numpy()[:num_rows]
         if not self.is_current(input_batch) or (self._is_whole and not self._hidden):
             return [int(bound.max())] * len(self.seq_lens)
-        lost = self.evicted.np[:, input_batch.idx_mapping_np]
-        num_real = lost.shape[1]
-        largest = (bound[:num_real] - lost).max(axis=1)
+        num_real = self._lost.shape[1]
+        largest = (bound[:num_real] - self._lost).max(axis=1)
         if num_real < num_rows:
             largest = np.maximum(largest, bound[num_real:].max())
-        lengths = [int(each) for each in largest]
+        lengths: list[int] = largest.tolist()
         for group in self._hidden:
             lengths[group] = int(self.group_upper_bound(input_batch, group)[:num_rows].max())
         return lengths

@@ -4,7 +4,7 @@ vLLM's runner calls these methods at the right moments of a request's and a batc
 CUDA graph capture too, so the model state is where compression lives on the worker.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.spec import GroupMap
 from vllm_kvcompress.worker.features import Feature
-from vllm_kvcompress.worker.group_metadata import Families, derives
+from vllm_kvcompress.worker.group_metadata import Chosen, Families, derives
 from vllm_kvcompress.worker.lengths import EvictedLengths
 from vllm_kvcompress.worker.queries.prompt import PromptQueries
 from vllm_kvcompress.worker.queries.ring import QueryRing
 from vllm_kvcompress.worker.queries.taps import QueryTaps
 from vllm_kvcompress.worker.queries.window import QueryWindow
 
-Build = Callable[[Collection[int], InputBatch], dict[str, Any]]
+Build = Callable[[Chosen, InputBatch], dict[str, Any]]
 """Builds the metadata of some KV cache groups as the host does, for a batch."""
 
 
@@ -183,15 +183,15 @@ class CompressionStateMixin(DefaultModelState):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Build attention metadata of every KV cache group with the group's own lengths."""
+        groups = self._families_of(attn_groups)
 
-        def build(chosen: Collection[int], batch: InputBatch) -> dict[str, Any]:
-            only = [layers if group in chosen else [] for group, layers in enumerate(attn_groups)]
+        def build(chosen: Chosen, batch: InputBatch) -> dict[str, Any]:
+            only = groups.part(attn_groups, chosen)
             return super(CompressionStateMixin, self).prepare_attn(
                 batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 
-        groups = self._families_of(attn_groups)
         tables = None if for_capture else (block_tables, slot_mappings)
         metadata = {} if groups.first is None else self._of_own(groups, input_batch, build, tables)
         # As in stock vLLM, all at once: what a host's state prepares for its recurrent layers is

@@ -10,18 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.latent_engine import ENGINE as LATENT_ON_CPU
+from lab.random_models import distinct_tokens
+
 BLOCK = 32
 COUNTED = "vllm:kv_compression_"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 
 
+PROBE = "probe"
+MODELS = {PROBE: "", "windowed": "gemma3", "latent": "deepseek_v3", "fp8": "llama",
+          "recurrent": "granite4"}  # fmt: skip
+"""By the kind of cache: the random model that has it (`lab.random_models`, `lab.random_hybrids`).
+They have no tokenizer."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """An engine's setting, and how it runs its steps."""
+    """An engine's setting, how it runs its steps, and whose cache it has: one of `MODELS`."""
 
     kind: str
     eager: bool = True
     asynchronous: bool = False
+    model: str = PROBE
 
 
 CASES = {
@@ -41,6 +52,14 @@ CASES = {
 """In order of worth. The plain ones are eager and synchronous: what others are held against."""
 
 
+MODEL_CASES = {
+    f"{model}-{name}": Case(kind, name != "evict-graphs-async", name == "evict-graphs-async", model)
+    for model in list(MODELS)[1:]
+    for name, kind in (("stock", "stock"), ("evict", "evict"), ("evict-graphs-async", "evict"))
+}
+"""Models whose caches are not all keys and values in the model's own type."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Tokens of prompts, of what survives, of an interval and of answers; `pool` in bytes."""
@@ -54,6 +73,26 @@ class Sizes:
 
 SMALL = Sizes(prompt=170, budget=64, interval=16, answer=20, pool=16 << 20)
 FULL = Sizes(prompt=1500, budget=256, interval=32, answer=80, pool=1 << 30)
+
+
+def cache_options(model: str, rehearse: bool) -> dict[str, Any]:
+    """Arguments of an engine over such a cache."""
+    found: dict[str, Any] = {} if model == PROBE else {"skip_tokenizer_init": True}
+    if model == "fp8":
+        found["kv_cache_dtype"] = "fp8"
+    if model == "latent" and rehearse:  # computes in float32 on any CPU, in blocks of 16 alone
+        found |= LATENT_ON_CPU
+    return found
+
+
+def prompts_of(model: str, llm: Any, length: int) -> list[list[int]]:
+    """Four prompts of about that many tokens."""
+    from vllm_kvcompress.evaluation.tasks.needle import make_samples
+
+    if model != PROBE:
+        return [distinct_tokens(length, seed) for seed in range(4)]
+    encode = llm.get_tokenizer().encode
+    return [encode(each.prompt) for each in make_samples(4, length, encode, seed=11)]
 
 
 def setting_of(kind: str, sizes: Sizes) -> dict[str, Any] | None:
@@ -97,9 +136,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Open the engine, run every request alone and then all together; a rehearsal not alone."""
     from vllm import LLM, SamplingParams
 
-    from vllm_kvcompress.evaluation.tasks.needle import make_samples
-
-    case, sizes = CASES[args.case], SMALL if args.rehearse else FULL
+    case = (CASES | MODEL_CASES)[args.case]
+    sizes = SMALL if args.rehearse else FULL
     setting = setting_of(case.kind, sizes)
     options: dict[str, Any] = {
         "dtype": args.dtype,
@@ -113,6 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "gpu_memory_utilization": 0.2,
         "seed": 0,
         "disable_log_stats": False,  # counts go to the metrics
+        **cache_options(case.model, args.rehearse),
         **args.engine_args,
     }
     if case.asynchronous and case.kind == "draft" and not args.rehearse:
@@ -120,8 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if setting is not None:
         options["additional_config"] = {"kv_compression": setting}
     llm = LLM(args.model, **options)
-    encode = llm.get_tokenizer().encode
-    prompts = [encode(each.prompt) for each in make_samples(4, sizes.prompt, encode, seed=11)]
+    prompts = prompts_of(case.model, llm, sizes.prompt)
     asked = requests_of(case.kind, sizes)
     tokens: dict[str, list[int]] = {}
     alone = [] if args.rehearse else [[label] for label in asked]
@@ -130,13 +168,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             batch = [{"prompt_token_ids": prompts[asked[label][0]]} for label in some]
             params = [
                 SamplingParams(
-                    temperature=0,
-                    max_tokens=sizes.answer,
-                    ignore_eos=True,
-                    extra_args=asked[label][1],
+                    temperature=0, max_tokens=sizes.answer, ignore_eos=True,
+                    detokenize=case.model == PROBE, extra_args=asked[label][1],
                 )
                 for label in some
-            ]
+            ]  # fmt: skip
             outputs = llm.generate(batch, params, use_tqdm=False)
             for label, output in zip(some, outputs, strict=True):
                 tokens[label + suffix] = list(output.outputs[0].token_ids)
@@ -151,6 +187,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config
     return {
         "case": args.case,
+        "kind": case.kind,
         "tokens": tokens,
         "counts": counts,
         "asynchronous": bool(config.scheduler_config.async_scheduling),
@@ -162,7 +199,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("case", choices=list(CASES))
+    parser.add_argument("case", choices=list(CASES | MODEL_CASES))
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="float32")

@@ -1,6 +1,7 @@
 """Engines held against each other, or run under vLLM's check for hidden waits.
 
     python -m lab.gpu_check.engines equality OUT --model FOLDER
+    python -m lab.gpu_check.engines models OUT
     python -m lab.gpu_check.engines sync OUT --model FOLDER
 
 Each engine is a process of its own, with a time limit; one that fails does not hide the others.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab.gpu_check.engine_case import CASES
+from lab.gpu_check.engine_case import CASES, MODEL_CASES, MODELS, PROBE
 from lab.gpu_check.runner import PASSED, TIMED_OUT, run_limited, write_json
 
 LIMIT = 300.0
@@ -98,7 +99,9 @@ def run_case(
     """What an engine found, or why it did not."""
     out, log = args.out / f"{name}.json", args.out / f"{name}.txt"
     module = "lab.gpu_check.engine_case"
-    command = [sys.executable, "-m", module, name, str(out), "--model", args.model]
+    model = (CASES | MODEL_CASES)[name].model
+    folder = args.model if model == PROBE else str(args.out / "models" / model)
+    command = [sys.executable, "-m", module, name, str(out), "--model", folder]
     command += ["--dtype", args.dtype, "--engine-args", json.dumps(args.engine_args)]
     command += ["--rehearse"] * args.rehearse
     status, words = run_limited(command, log, LIMIT, environment)
@@ -120,10 +123,63 @@ def reason(log: str) -> str:
 
 
 def equality(args: argparse.Namespace) -> bool:
+    """Engines over the probe model."""
+    return compare(args, comparisons(args.rehearse))
+
+
+def model_comparisons(model: str, rehearse: bool) -> list[Comparison]:
+    """What should hold of one kind of cache."""
+    evict, title = f"{model}-evict", f"{model}: nothing evicted is stock"
+    found = [Comparison(title, evict, f"{model}-stock", UNCHANGED)]
+    if not rehearse:
+        title = f"{model}: with graphs, asynchronous, is eager"
+        found.append(Comparison(title, f"{evict}-graphs-async", evict))
+    return found
+
+
+def cannot_run(model: str) -> str | None:
+    """Why this machine runs no engine over such a cache, of vLLM's own either."""
+    import torch
+
+    if model != "fp8":
+        return None
+    if not torch.cuda.is_available():
+        if torch.cpu._is_avx512_supported():
+            return None
+        return "vLLM's attention on a CPU reads 8 bits with AVX-512, which this one has not"
+    if torch.cuda.get_device_capability() >= (8, 9):
+        return None
+    return "vLLM's attention reads 8 bits on GPUs of capability 8.9 and later"
+
+
+def models(args: argparse.Namespace) -> bool:
+    """Engines over caches of other kinds, each over a random model that is written first."""
+    from lab.random_hybrids import write_random_hybrid
+    from lab.random_models import MODELS as PLAIN
+    from lab.random_models import write_random_model
+
+    skipped: dict[str, str] = {}
+    wanted: list[Comparison] = []
+    for model, name in list(MODELS.items())[1:]:
+        if args.rehearse and name == "granite4":
+            name = "lfm2"  # vLLM's code for Mamba 2 fails on a CPU: tests/e2e/test_linear_layers.py
+        why = cannot_run(model)
+        if why is not None:
+            skipped[model] = why
+            continue
+        write = write_random_model if name in PLAIN else write_random_hybrid
+        write(args.out / "models" / model, name)
+        wanted += model_comparisons(model, args.rehearse)
+    return compare(args, wanted, skipped)
+
+
+def compare(
+    args: argparse.Namespace, wanted: Sequence[Comparison], skipped: Mapping[str, str] | None = None
+) -> bool:
     """Run all engines, compare, write after each."""
     exact = args.dtype == "float32"
-    wanted = comparisons(args.rehearse)
-    cases = [case for case in CASES if any(case in (c.case, c.other) for c in wanted)]
+    known = CASES | MODEL_CASES
+    cases = [case for case in known if any(case in (c.case, c.other) for c in wanted)]
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     judged: list[dict[str, Any]] = []
@@ -136,10 +192,16 @@ def equality(args: argparse.Namespace) -> bool:
             found[name] = result
             print(f"{name}: ran; {result['counts']}", flush=True)
         judged = [each.judge(found, failed, exact) for each in wanted]
-        idle = [n for n in found if n.split("-")[0] != "stock" and not compressed(found[n])]
+        idle = [n for n in found if found[n]["kind"] != "stock" and not compressed(found[n])]
         write_json(
             args.out / "equality.json",
-            {"dtype": args.dtype, "comparisons": judged, "failed": failed, "idle": idle},
+            {
+                "dtype": args.dtype,
+                "comparisons": judged,
+                "failed": failed,
+                "idle": idle,
+                "skipped": dict(skipped or {}),
+            },
         )
     for each in judged:
         print(each, flush=True)
@@ -148,9 +210,8 @@ def equality(args: argparse.Namespace) -> bool:
 
 def compressed(result: Mapping[str, Any]) -> bool:
     """Whether an engine compressed anything: one that did nothing would be equal too."""
-    kind = result["case"].split("-")[0]
     wanted = {"draft": "kv_compression_views", "codes": "kv_compression_codebook_vectors"}
-    name = wanted.get(kind, "kv_compression_requests")
+    name = wanted.get(result["kind"], "kv_compression_requests")
     return any(key.startswith(name) for key in result["counts"])
 
 
@@ -168,16 +229,18 @@ def sync(args: argparse.Namespace) -> bool:
 def main() -> int:
     """1 if anything differs or has failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["equality", "sync"])
+    parser.add_argument("what", choices=["equality", "models", "sync"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", help="folder of the probe model; models makes its own")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--engine-args", type=json.loads, default={})
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the engine of the moment ends too
-    return 0 if {"equality": equality, "sync": sync}[args.what](args) else 1
+    if args.what != "models" and args.model is None:
+        parser.error("--model is missing")
+    return 0 if {"equality": equality, "models": models, "sync": sync}[args.what](args) else 1
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ def make_stages(options: Options) -> list[Stage]:
               _engines("equality", "float32", options), (1500, 900), equality, engines),
         stage("equality-bf16", "the same in bfloat16, by the first tokens",
               _engines("equality", in_16_bits, options), (1500, 900), equality, engines),
+        stage("models", "windowed layers, latents, 8 bits, recurrent layers: held against stock",
+              _module("engines", "models", "{out}", "--dtype", in_16_bits, *_engine_args(options),
+                      *["--rehearse"] * small), (1500, 1200), equality, _cpus_own_path(engines)),
         stage("gpu-tests", "tests that need a GPU", _pytest(options, [gpu_tests, "-m", "gpu"]),
               (900, 400), junit),
         stage("sync", "no hidden waits (VLLM_GPU_SYNC_CHECK=error)",
@@ -153,6 +156,12 @@ def _engines(what: str, dtype: str, options: Options) -> list[str]:
     return _module("engines", *words, *_engine_args(options), *["--rehearse"] * options.rehearse)
 
 
+def _cpus_own_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of a rehearsal: `lab.gpu_path` computes neither windows nor latents nor 8 bits."""
+    kept = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
+    return {name: environment[name] for name in kept if name in environment}
+
+
 def _engine_args(options: Options) -> list[str]:
     return ["--engine-args", json.dumps(NO_COMPILE)] if options.no_compile else []
 
@@ -207,6 +216,7 @@ def equality(folder: Path) -> str:
     parts += [f"{not_run} not run"] * bool(not_run)
     parts += [f"{name}: {why}" for name, why in found["failed"].items()]
     parts += [f"{name} compressed nothing" for name in found["idle"]]
+    parts += [f"{name} skipped: {why}" for name, why in found["skipped"].items()]
     return "; ".join(parts)
 
 

@@ -167,9 +167,11 @@ def test_a_full_book_takes_the_rest_to_the_nearest_entry(module, max_entries: in
     assert (books[0]["num_forced"] > 0) == (max_entries < 300)
 
 
-def test_neighbourhoods_across_chunks_of_the_cover(monkeypatch) -> None:
-    """Degrees in chunks of 256; more vectors leave at once than a batch of 8 takes."""
+@pytest.mark.parametrize("many", [4096, 256])
+def test_neighbourhoods_across_chunks_of_the_cover(monkeypatch, many: int) -> None:
+    """Degrees in chunks of 256; more vectors leave at once than a batch of 8 takes, or one of 4."""
     monkeypatch.setattr(kernel, "COVER_BLOCKS", (256,))
+    monkeypatch.setattr(kernel, "_MANY", many)
     counts = [290, 257]
     vectors = clustered(counts, 16, 9, noise=0.13, seed=2, threshold=0.98)
     books = check(kernel, vectors, counts, 0.98, 90)
@@ -217,6 +219,7 @@ def test_refuses_what_it_does_not_take() -> None:
 def sm90_launches() -> None:
     """Llama-3-8B's heads, the widest rows, and the case where equal vectors are looked for."""
     for head_dim, dtype, threshold in [
+        (64, torch.bfloat16, 0.98),
         (128, torch.bfloat16, 0.98),
         (256, torch.bfloat16, 0.98),
         (128, torch.float32, 0.98),
@@ -225,5 +228,7 @@ def sm90_launches() -> None:
         (128, torch.float32, 1.0),
     ]:
         vectors = torch.zeros(2, 4096, head_dim, dtype=dtype)
+        shorter = torch.full((2,), 2048, dtype=torch.int32)
+        kernel.build_codebook(vectors[:, :2048], shorter, threshold, 1024)
         counts = torch.full((2,), 4096, dtype=torch.int32)
         kernel.build_codebook(vectors, counts, threshold, 2048)

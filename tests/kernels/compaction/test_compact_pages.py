@@ -188,8 +188,8 @@ def test_refuses_what_does_not_fit() -> None:
 
 
 def sm90_launches() -> None:
-    """Llama-3-8B's rows, in 16 and in 8 bits."""
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+    """Llama-3-8B's rows, in 16, 8 and 32 bits."""
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float32):
         case = Case([64], [32], num_kv_heads=8, head_dim=128, dtype=dtype, layout="LBNHC")
         case.run(kernel)
         targets = torch.tensor([32], dtype=torch.int32)

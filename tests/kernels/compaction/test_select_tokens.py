@@ -17,9 +17,11 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch) -> None:
-    """Several tiles per row, and poison in what is not written."""
+    """Several tiles per row, few rows and many, and poison in what is not written."""
     nan_empty(monkeypatch)
     monkeypatch.setattr(kernel, "TILE", 32)
+    monkeypatch.setattr(kernel, "LONE_TILE", 64)
+    monkeypatch.setattr(kernel, "FEW_ROWS", 4)
 
 
 def by_sorting(scores: list[float], forced: list[bool], num_keep: int) -> list[int]:
@@ -180,8 +182,8 @@ def test_nothing_to_keep_gives_an_empty_answer() -> None:
 
 
 def sm90_launches() -> None:
-    """32 layers and 8 KV heads of two requests."""
+    """32 layers and 8 KV heads of two requests, and a layer alone."""
     counts = torch.ones(2, dtype=torch.int32)
-    for n in (4096, 1001):
-        scores = torch.zeros(32, 2, 8, n)
+    for num_layers, n in ((32, 4096), (32, 1001), (1, 4096)):
+        scores = torch.zeros(num_layers, 2, 8, n)
         kernel.select_tokens(scores, torch.zeros(2, n, dtype=torch.bool), counts, counts, 100)

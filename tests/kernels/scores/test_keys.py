@@ -255,6 +255,7 @@ def sm90_launches() -> None:
         (96, torch.bfloat16),
         (256, torch.bfloat16),
         (128, torch.float8_e4m3fn),
+        (64, torch.float32),
     ]:
         pages, _, _ = random_pages([64], 8, head_dim, dtype=dtype)
         pages = replace(pages, max_tokens=4096)  # nothing runs: only shapes matter

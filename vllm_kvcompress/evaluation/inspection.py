@@ -20,7 +20,7 @@ from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
-from vllm_kvcompress.evaluation.replay import Replay, check_all_full
+from vllm_kvcompress.evaluation.replay import Replay, check_full_or_windowed
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.part_checks import Turning, keys_turn
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -73,14 +73,14 @@ def resolve_setting(
 def load_replay(
     model: Path, block_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Replay:
-    """Load a model for `inspect`.
+    """Load a model for `eval`, `tune` and `inspect`.
 
     Raises
     ------
     ConfigError
         If it cannot be loaded.
     UnsupportedModelError
-        If it is not built like Llama.
+        If it is not built like Llama, windowed layers apart.
     """
     logging.disable_progress_bar()
     try:
@@ -89,6 +89,8 @@ def load_replay(
         known = all(hasattr(part, name) for part in parts for name in _PARTS)
     except AttributeError:
         known = False
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # of files that are not ours
         raise ConfigError(
             f"--model, --device: {model} cannot be run on {device}: {first_line(error)}."
@@ -99,7 +101,7 @@ def load_replay(
             f"--model: {model} is not built like Llama, and does not run by replay; choose a "
             "Llama-like model (Llama, Mistral, Qwen2, Qwen3, SmolLM)."
         )
-    check_all_full(replay)
+    check_full_or_windowed(replay)
     return replay
 
 

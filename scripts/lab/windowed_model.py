@@ -5,11 +5,11 @@
 
 `serve` asks two servers, stock vLLM and ``vllm serve MODEL --kv-compression snapkv``, the same
 prompts of 3,000 tokens: greedy completions are equal where nothing is evicted, at the ratio 1 and
-with ``kv_compression: none``. At 25 % they are those of transformers over the same survivors. `read`
-steps an engine in this process: the blocks of every KV cache
-group before and after a prompt is compressed to 25 %, and the perplexity of the 200 tokens that
-follow each text at several ratios, beside that of transformers over the same survivors. vLLM is
-made to say the text (its trace replay), so both read the same tokens.
+with ``kv_compression: none``. At 25 % they are those of transformers over the same survivors.
+`read` steps an engine in this process: the blocks of every KV cache group before and after a prompt
+is compressed to 25 %, and the perplexity of the 200 tokens that follow each text at several ratios,
+beside that of transformers over the same survivors. vLLM is made to say the text (its trace
+replay), so both read the same tokens.
 
 The texts are pages of this repository's documentation; the files say which, by their digest.
 Exits with 1 where these differ or perplexities are further apart than 1 %.

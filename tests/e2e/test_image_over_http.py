@@ -56,7 +56,8 @@ def chat(server: Server, seed: int, text: str, **fields: Any) -> list[int]:
 
 
 def test_a_chat_with_an_image(server: Server, tiny: Tiny) -> None:
-    words = [each for each in distinct_tokens(WORDS + 20) if each < 1500][:WORDS]
+    # The tokenizer cuts w1 and w2, which are special, off the longer words that begin so.
+    words = [each for each in distinct_tokens(1400) if str(each)[0] not in "12"][:WORDS]
     text = " ".join(f"w{each}" for each in words)
     replay = MultimodalReplay(tiny, BLOCK)
     seen = replay.see(tiny.prompt(words, {0: 7}))

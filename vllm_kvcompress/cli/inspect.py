@@ -159,11 +159,15 @@ def _facts(args: argparse.Namespace, inspection: "Inspection") -> list[tuple[str
     budget = config.budget
     asked = f"{budget.ratio:.0%}" if budget.ratio is not None else f"{budget.tokens} tokens"
     template = "in the chat template" if inspection.prompt.in_template else "as it is"
+    kinds = "layers" if len(inspection.full) == num_layers else "full layers"
     found = [
         ("Model", f"{args.model}: {num_layers} layers x {heads} KV heads"),
         ("Setting", f"{args.kv_compression}: policy {config.policy.name}, budget {asked}"),
         ("Prompt", f"{length:,} tokens, {template}"),
-        ("Kept", f"{kept.mean():.1%} of all layers' tokens, blocks of {args.block_size} tokens"),
+        (
+            "Kept",
+            f"{inspection.kept_share:.1%} of all {kinds}' tokens, blocks of {args.block_size} tokens",
+        ),
     ]
     if inspection.setting.task is not None:
         found.insert(2, ("Task", _task_words(inspection)))
@@ -171,7 +175,10 @@ def _facts(args: argparse.Namespace, inspection: "Inspection") -> list[tuple[str
     if needle is not None:
         count = len(inspection.prompt.needle or ())
         found.append(
-            ("Needle", f"{needle.mean():.0%} of its {count} tokens survive, over all layers")
+            (
+                "Needle",
+                f"{needle[inspection.full].mean():.0%} of its {count} tokens survive, over all {kinds}",
+            )
         )
     return found
 
@@ -209,7 +216,7 @@ def _as_json(args: argparse.Namespace, inspection: "Inspection") -> dict[str, An
         "prompt_tokens": len(prompt.token_ids),
         "in_chat_template": prompt.in_template,
         "notes": inspection.notes,
-        "kept_share": float(inspection.kept.mean()),
+        "kept_share": inspection.kept_share,
         "layer_groups": [
             {
                 "layer_group": row.group,

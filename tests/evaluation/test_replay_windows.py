@@ -1,23 +1,26 @@
-"""The replay runner on models with windowed layers: answers, bytes kept, and what is refused."""
+"""Replay of models with windowed layers: answers, bytes kept, survivors, and what is refused."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lab.random_models import distinct_tokens, write_random_model
-from vllm_kvcompress.errors import UnsupportedModelError
-from vllm_kvcompress.evaluation.inspection import load_replay
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
+from vllm_kvcompress.evaluation.inspection import InspectedSetting, inspect_prompt, load_replay
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner
 from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant
 from vllm_kvcompress.evaluation.replay import check_all_full, check_full_or_windowed
 
-FULL = (1, 3)
+FULL, WINDOW = (1, 3), 96
 VARIANTS = [Variant("none"), Variant("pyramidkv", 0.5), Variant("pyramidkv", 0.12)]
 
 
@@ -59,6 +62,31 @@ def test_answers_and_bytes_kept(model: Path) -> None:
         assert record.kept == pytest.approx(sum(kept) / (2 * 700), abs=1e-5)
         assert setting is None or kept[0] > kept[1], "a pyramid over the two full layers"
     assert len(answers) == len(VARIANTS)
+
+
+def test_inspect_shows_the_full_layers(model: Path) -> None:
+    ids, replay = distinct_tokens(400), load_replay(model, 16)
+    config = parse_config("pyramidkv", {"min_prompt_len": 0})
+    assert config is not None
+    prompt = InspectedPrompt(ids, [], False, list(range(60, 70)))
+    setting = InspectedSetting(config, None, None)
+    found = inspect_prompt(replay, prompt, setting)
+    rows = found.rows()
+    assert [(row.group, row.layers) for row in rows] == [(0, [1]), (1, [3])]
+    survivors = replay.survivors(replay.prefill(ids), config)
+    for layer in FULL:
+        for head, row in enumerate(survivors[layer]):
+            assert np.flatnonzero(found.kept[layer, head]).tolist() == sorted(row.tolist())
+    assert found.kept_share == pytest.approx(found.kept[list(FULL)].mean())
+    assert not found.kept[0, :, : 400 - WINDOW].any(), "a window, whatever the setting"
+    assert found.all_layers == "all full layers"
+    assert any(f"2 further layers keep the last {WINDOW} tokens" in note for note in found.notes)
+    shared = parse_config("windowkv", {"min_prompt_len": 0, "policy": {"layers_per_leader": 2}})
+    assert shared is not None
+    setting = InspectedSetting(shared.by_task["aggregation"], None, None)
+    assert [row.leader for row in inspect_prompt(replay, prompt, setting).rows()] == [1]
+    with pytest.raises(ConfigError, match="layer 0 keeps its window .*allowed: 1, 3"):
+        inspect_prompt(replay, prompt, setting, [0])
 
 
 def test_books_are_measured_where_all_layers_are_full(model: Path) -> None:

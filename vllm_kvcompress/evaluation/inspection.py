@@ -219,6 +219,11 @@ class Inspection:
         return list(self.group_of)
 
     @property
+    def all_layers(self) -> str:
+        """What these are called."""
+        return "all layers" if len(self.full) == len(self.kept) else "all full layers"
+
+    @property
     def kept_share(self) -> float:
         """Share of their tokens that is kept, over all heads."""
         return float(self.kept[self.full].mean())

@@ -19,6 +19,9 @@ from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner
 from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant
 from vllm_kvcompress.evaluation.replay import check_all_full, check_full_or_windowed
+from vllm_kvcompress.evaluation.tuning.grid import make_candidates
+from vllm_kvcompress.evaluation.tuning.measuring import LossMeter
+from vllm_kvcompress.evaluation.tuning.prompts_file import read_prompts
 
 FULL, WINDOW = (1, 3), 96
 VARIANTS = [Variant("none"), Variant("pyramidkv", 0.5), Variant("pyramidkv", 0.12)]
@@ -62,6 +65,27 @@ def test_answers_and_bytes_kept(model: Path) -> None:
         assert record.kept == pytest.approx(sum(kept) / (2 * 700), abs=1e-5)
         assert setting is None or kept[0] > kept[1], "a pyramid over the two full layers"
     assert len(answers) == len(VARIANTS)
+
+
+def test_tune_measures_agreement_token_by_token(model: Path, tmp_path: Path) -> None:
+    meter = LossMeter(model, Prompter(Numbers()), "agreement", 8, 16)
+    path = tmp_path / "mine.jsonl"
+    ids = distinct_tokens(600, seed=3)
+    path.write_text(json.dumps({"prompt": " ".join(map(str, ids))}) + "\n")
+    (prompt,) = read_prompts(path, False, 8)
+    candidates = make_candidates(["snapkv-w7-o16", "keydiff-o16"], [1.0, 0.5, 0.12])
+    replay = meter.replay
+    prefilled = replay.prefill(ids)
+    said = replay.generate(prefilled, None, 9)
+    found = {loss.setting: loss for loss in meter.losses(prompt, candidates)}
+    for each in candidates:
+        cache = replay.view(prefilled, each.config)
+        lost = [
+            replay.next_token(cache, said[place], len(ids) + place) != said[place + 1]
+            for place in range(8)
+        ]
+        assert found[each.digest].loss == sum(lost) / 8, each.name
+    assert len({loss.loss for loss in found.values()}) > 2
 
 
 def test_inspect_shows_the_full_layers(model: Path) -> None:

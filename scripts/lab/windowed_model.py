@@ -5,13 +5,14 @@
 
 `serve` asks two servers, stock vLLM and ``vllm serve MODEL --kv-compression snapkv``, the same
 prompts of 3,000 tokens: greedy completions are equal where nothing is evicted, at the ratio 1 and
-with ``kv_compression: none``. `read` steps an engine in this process: the blocks of every KV cache
-group before and after a prompt is compressed to 25 %, and the perplexity of the 200 tokens that
-follow each text at several ratios, beside that of transformers over the same survivors. vLLM is
-made to say the text (its trace replay), so both read the same tokens.
+with ``kv_compression: none``. At 25 % they are those of transformers over the same survivors.
+`read` steps an engine in this process: the blocks of every KV cache group before and after a prompt
+is compressed to 25 %, and the perplexity of the 200 tokens that follow each text at several ratios,
+beside that of transformers over the same survivors. vLLM is made to say the text (its trace
+replay), so both read the same tokens.
 
 The texts are pages of this repository's documentation; the files say which, by their digest.
-Exits with 1 where answers differ or perplexities are further apart than 1 %.
+Exits with 1 where these differ or perplexities are further apart than 1 %.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from vllm_kvcompress.evaluation.provenance import versions
 PRESET = "snapkv"
 PROMPT_TOKENS, SHARED_TOKENS, ANSWER_TOKENS, READ_TOKENS = 3000, 2600, 16, 200
 NUM_PROMPTS, BLOCK_SIZE, START_LIMIT = 20, 32, 900
+Answers = list[list[int]]
 RATIOS = (1.0, 0.5, 0.25, 0.12)
 PAGES = ("benchmarks/speculation", "performance", "benchmarks/policies", "kernels")
 TOLERANCE = 0.01
@@ -90,8 +92,12 @@ def write_rows(path: Path, about: dict[str, Any], header: str, rows: Iterable[tu
 
 def completions(
     model: Path, options: list[str], prompts: list[list[int]], variants: dict[str, dict[str, Any]]
-) -> Iterator[tuple[str, list[str], float]]:
-    """Of each variant its name, the server's answers, and the blocks that the pool got back."""
+) -> Iterator[tuple[str, Answers, float]]:
+    """Of each variant its name, the server's answers, and the blocks that the pool got back.
+
+    Prompts that are compacted are asked one by one: of requests that hold the same blocks at a time
+    only some are, and which depends on all of them.
+    """
     port, log = free_port(), LOGS / "windowed.log"
     url = f"http://127.0.0.1:{port}"
     command = [
@@ -107,14 +113,17 @@ def completions(
         before = returned_blocks(http)
         for name, xargs in variants.items():
             answers = []
-            for batch in (prompts[:1], prompts[1:]):  # what they share is computed by the first
+            together = [prompts[:1], prompts[1:]]  # what they share is computed by the first
+            one_by_one = [[prompt] for prompt in prompts]
+            for batch in one_by_one if xargs.get("kv_budget_ratio", 1) < 1 else together:
                 body: dict[str, Any] = {"model": "model", "prompt": batch, "temperature": 0}
                 body |= {"max_tokens": ANSWER_TOKENS, "ignore_eos": True}
+                body |= {"return_token_ids": True}
                 body |= {"vllm_xargs": xargs} if xargs else {}
                 reply = http.post("/v1/completions", json=body)
                 if reply.is_error:
                     raise RunError(f"HTTP {reply.status_code}: {reply.text[:300]}")
-                answers += [choice["text"] for choice in reply.json()["choices"]]
+                answers += [choice["token_ids"] for choice in reply.json()["choices"]]
                 print(f"{name}: {len(answers)} of {len(prompts)}", flush=True)
             after = returned_blocks(http)
             yield name, answers, after - before
@@ -128,7 +137,7 @@ def returned_blocks(http: httpx.Client) -> float:
 
 
 def serve(args: argparse.Namespace) -> bool:
-    """Compare completions with stock vLLM's."""
+    """Compare completions with stock vLLM's, and those at 25 % with transformers'."""
     texts = load_texts(args.model)
     prompts = make_prompts(texts)[: args.prompts]
     _, stock, _ = next(completions(args.model, [], prompts, {"stock": {}}))
@@ -137,18 +146,40 @@ def serve(args: argparse.Namespace) -> bool:
         "1.0": {"kv_budget_ratio": 1.0},
         "0.25": {"kv_budget_ratio": 0.25},
     }
+    found = list(completions(args.model, ["--kv-compression", PRESET], prompts, variants))
+    kept = replayed_answers(args.model, prompts, 0.25)
     rows, good = [], True
-    options = ["--kv-compression", PRESET]
-    for name, answers, returned in completions(args.model, options, prompts, variants):
-        equal = sum(one == other for one, other in zip(answers, stock, strict=True))
-        rows.append((name, len(prompts), PROMPT_TOKENS, equal, int(returned)))
-        print(f"{name}: {equal} of {len(prompts)} completions are stock's; {returned:.0f} blocks")
-        good &= name == "0.25" or (equal == len(prompts) and returned == 0)
-        good &= name != "0.25" or returned > 0
+    for name, answers, returned in found:
+        is_whole = name != "0.25"
+        equal, to_replay = count_equal(answers, stock), count_equal(answers, kept)
+        rows.append(
+            (name, len(prompts), PROMPT_TOKENS, equal, "" if is_whole else to_replay, int(returned))
+        )
+        print(*rows[-1], flush=True)
+        good &= (equal if is_whole else to_replay) == len(prompts)
+        good &= (returned == 0) == is_whole
     about = {**about_run(args, texts), "preset": PRESET, "answer_tokens": ANSWER_TOKENS}
-    header = "setting prompts prompt_tokens equal_to_stock blocks_returned"
+    header = "setting prompts prompt_tokens equal_to_stock equal_to_transformers blocks_returned"
     write_rows(args.out / "completions.csv", about, header, rows)
     return good
+
+
+def count_equal(answers: Answers, others: Answers) -> int:
+    """Answers that are the other's."""
+    return sum(one == other for one, other in zip(answers, others, strict=True))
+
+
+def replayed_answers(model: Path, prompts: Sequence[list[int]], ratio: float) -> Answers:
+    """What transformers say over what the same code keeps."""
+    from vllm_kvcompress.config.reading import parse_config
+    from vllm_kvcompress.evaluation.replay import Replay
+
+    replay, found = Replay(str(model), BLOCK_SIZE), []
+    config = parse_config({"preset": PRESET, "budget": {"ratio": ratio}})
+    for prompt in prompts:
+        found.append(replay.generate(replay.prefill(prompt), config, ANSWER_TOKENS))
+        print(f"transformers: {len(found)} of {len(prompts)}", flush=True)
+    return found
 
 
 def about_run(args: argparse.Namespace, texts: Sequence[Text]) -> dict[str, Any]:

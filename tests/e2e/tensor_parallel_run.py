@@ -1,6 +1,6 @@
 """Run by test_tensor_parallel.py in a process of its own: prints tokens per policy as JSON.
 
-python tensor_parallel_run.py MODEL NUM_RANKS evict|draft|few [ray]
+python tensor_parallel_run.py MODEL NUM_RANKS evict|draft|few|eight [ray]
 
 With `ray`, vLLM's Ray executor has the ranks, on a cluster of this machine alone.
 """
@@ -20,6 +20,12 @@ DRAFT = {
     "budget": {"ratio": 0.12},
     "layer_groups": {"count": 2},
 }
+# Prompts alone: a replay, which the tokens are held against, compacts nothing else.
+EIGHT = {
+    "layer_groups": {"count": 4},
+    "budget": {"ratio": 0.06, "floor": 1},
+    "min_prompt_len": 128,
+}
 
 # Per mode: the server's setting beside its preset, policies (the server's own first), tokens of a
 # prompt and of an answer under the server's policy and under the others.
@@ -36,6 +42,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
     # budget keeps drafts from being right by themselves: what is accepted tells views apart.
     "draft": (DRAFT, ("snapkv", "windowkv_qwen2.5"), 700, 24, 24),
     "few": (BOTH, ("snapkv", "keydiff"), 700, 24, 8),
+    "eight": (EIGHT, ("pyramidkv", "keydiff"), 700, 24, 24),
 }
 COUNTED = (
     "vllm:kv_compression_requests",
@@ -55,6 +62,9 @@ def main() -> None:
 
         ray.init(num_cpus=2, num_gpus=2, include_dashboard=False)
         options["distributed_executor_backend"] = "ray"
+    if mode == "eight":
+        drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+        options |= {"kv_cache_dtype": "fp8", "speculative_config": drafts}
     setting, policies, prompt_len, own_len, other_len = MODES[mode]
     llm = LLM(
         model,

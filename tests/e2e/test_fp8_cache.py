@@ -13,17 +13,12 @@ import torch
 
 from lab.random_models import distinct_tokens, write_random_model
 from tests.e2e.conftest import assert_idle, opened, serving
+from tests.e2e.eight_bits import give_scales, needs_eight_bits
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.plans import GroupPlan
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(
-        torch.cuda.is_available() or not torch.cpu._is_avx512_supported(),
-        reason="the bytes of vLLM's attention on CPU, which reads 8 bits with AVX-512",
-    ),
-]
+pytestmark = [pytest.mark.engine, needs_eight_bits]
 
 BLOCK, NUM_TOKENS, WINDOW = 32, 16, 16
 SCALES = {"_k_scale_float": 0.037, "_v_scale_float": 0.021}
@@ -44,12 +39,6 @@ ENGINE: dict[str, Any] = {
 PROMPTS = [distinct_tokens(count, seed) for seed, count in enumerate((500, 333, 401))]
 
 
-def give_scales(engine: Engine) -> None:
-    """To all attention layers, as what loads a checkpoint's does."""
-    for layer in engine.runner.compilation_config.static_forward_context.values():
-        vars(layer).update(SCALES)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_random_model(tmp_path_factory.mktemp("llama"), "llama"))
@@ -59,14 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def stock(model: str) -> list[list[int]]:
     """Tokens of stock vLLM over such a cache."""
     with opened(model, None, **ENGINE) as engine:
-        give_scales(engine)
+        give_scales(engine, SCALES)
         return engine.generate(PROMPTS, NUM_TOKENS, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def engine(model: str, stock: list[list[int]]) -> Iterator[Engine]:
     with opened(model, DRAFT, **ENGINE) as engine:
-        give_scales(engine)
+        give_scales(engine, SCALES)
         yield engine
 
 

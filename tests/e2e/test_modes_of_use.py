@@ -1,15 +1,11 @@
 """Ways to run an engine that compression does not know of: LoRA, KV events, pauses, two ranks."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import (
@@ -19,6 +15,8 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.core.sched.interface import PauseState
 
+from tests.e2e.adapters import ENGINE as LORA
+from tests.e2e.adapters import merged, two_adapters
 from tests.e2e.conftest import assert_idle, opened
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.tracked_request import Phase
@@ -39,50 +37,12 @@ SETTINGS = {
 BLOCKS = 80
 """Of 32 tokens: two requests of the longest length and a little more."""
 ARGS = {"max_model_len": MAX_LEN, "num_blocks": 1 + BLOCKS}
-LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
 EVENTS = {"enable_kv_cache_events": True, "publisher": "null"}
-RANK = 8
 
 
 @pytest.fixture(scope="module")
 def adapters(probe_model: str, tmp_path_factory) -> list[LoRARequest]:
-    """Two adapters of random weights, strong enough to change what comes out."""
-    config = json.loads((Path(probe_model) / "config.json").read_text())
-    hidden, head_dim = config["hidden_size"], config["head_dim"]
-    sizes = {
-        "q_proj": config["num_attention_heads"] * head_dim,
-        "v_proj": config["num_key_value_heads"] * head_dim,
-    }
-    requests = []
-    for number in (1, 2):
-        folder = tmp_path_factory.mktemp(f"adapter-{number}")
-        generator = torch.Generator().manual_seed(number)
-        weights = {}
-        for layer in range(config["num_hidden_layers"]):
-            for name, size in sizes.items():
-                start = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_"
-                for part, shape in (("A", (RANK, hidden)), ("B", (size, RANK))):
-                    weight = torch.randn(*shape, generator=generator) * 0.3
-                    weights[f"{start}{part}.weight"] = weight
-        save_file(weights, folder / "adapter_model.safetensors")
-        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK}
-        settings |= {"target_modules": list(sizes), "bias": "none"}
-        (folder / "adapter_config.json").write_text(json.dumps(settings))
-        requests.append(LoRARequest(f"adapter-{number}", number, str(folder)))
-    return requests
-
-
-def merged(model: str, adapter: LoRARequest, folder: Path) -> str:
-    """The model with an adapter's weights in its own."""
-    copytree(model, folder)
-    weights = load_file(folder / "model.safetensors")
-    parts = load_file(Path(adapter.lora_path) / "adapter_model.safetensors")
-    for name in [each for each in parts if ".lora_A." in each]:
-        own = name.removeprefix("base_model.model.").replace(".lora_A", "")
-        change = parts[name.replace(".lora_A.", ".lora_B.")] @ parts[name]
-        weights[own] = (weights[own].float() + change).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+    return two_adapters(probe_model, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")

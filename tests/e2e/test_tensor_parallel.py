@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 
 from tests.e2e import ray_on_cpu
+from tests.e2e.eight_bits import EightBitReplay, needs_eight_bits
+from tests.e2e.tensor_parallel_run import EIGHT
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.evaluation.tasks.needle import make_samples
+from vllm_kvcompress.request_options import parse_request, resolve_request
 
 pytestmark = pytest.mark.engine
 
@@ -64,6 +69,26 @@ def test_two_ranks_draft_and_accept_what_one_does(probe_model: str) -> None:
     for policy in ("snapkv", "windowkv"):
         assert counts[f"kv_compression_views/{policy}/prompt"] == 2
         assert counts[f"kv_compression_views/{policy}/refresh"] >= 2
+
+
+@needs_two_cores
+@needs_eight_bits
+def test_two_ranks_over_a_cache_of_eight_bits(probe_model: str, tokenize) -> None:
+    """With four layer groups and n-gram drafts; against transformers over the same survivors."""
+    two = run(probe_model, 2, "eight")
+    replay = EightBitReplay(probe_model)
+    server = parse_config({"preset": "pyramidkv", **EIGHT})
+    assert server is not None
+    prompts = [tokenize(sample.prompt) for sample in make_samples(2, 700, tokenize, seed=11)]
+    for preset, found in two["tokens"].items():
+        own = parse_request({} if preset == "pyramidkv" else {"kv_compression": preset})
+        setting = resolve_request(server, own, None)
+        expected = [replay.generate(replay.prefill(each), setting, 24) for each in prompts]
+        assert found == expected, preset
+        assert found != [replay.generate(replay.prefill(each), None, 24) for each in prompts]
+    for policy in ("snapkv", "keydiff"):  # the preset pyramidkv has SnapKV's scores
+        assert two["counts"][f"kv_compression_requests/{policy}"] == 2, two["counts"]
+    assert two["counts"]["spec_decode_num_accepted_tokens"] > 0
 
 
 @needs_two_cores

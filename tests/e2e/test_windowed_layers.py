@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lab.random_models import distinct_tokens, write_random_model
 from tests.e2e.conftest import assert_idle, held, opened, serving
@@ -18,7 +19,9 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.inspection import load_replay
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
+from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
 
 pytestmark = pytest.mark.engine
 
@@ -91,6 +94,29 @@ def test_the_full_layers_alone_are_compacted(
     assert_idle(engine)
     expected = replay.generate(prefilled, parse_config(SETTING), NUM_TOKENS)
     assert engine.results["compressed"].token_ids == expected != whole
+
+
+def test_settings_that_eval_measures_together_are_the_engines(
+    engine: Engine, model: str, prompt: list[int]
+) -> None:
+    """Caches of unequal lengths that are decoded at once, as `kvcompress eval` and `tune` do it."""
+    replay = load_replay(Path(model), BLOCK)
+    prefilled = replay.prefill(prompt)
+    settings: list[dict[str, Any] | None] = [
+        {**SETTING, "preset": preset, "budget": {"ratio": ratio, "floor": 1}}
+        for preset in ("snapkv", "tova")
+        for ratio in (0.5, 0.12)
+    ]
+    settings.append(None)
+    caches = [replay.rows(prefilled, parse_config(setting))[0] for setting in settings]
+    first = torch.full((len(caches),), prefilled.first_token)
+    expected = ReplayBatch(replay, caches, len(prompt)).decode(first, NUM_TOKENS)
+    assert len({tuple(tokens) for tokens in expected}) == len(settings)
+    for setting, tokens in zip(settings, expected, strict=True):
+        options = {"kv_compression": "none"} if setting is None else None
+        with serving(engine, setting or SETTING):
+            found = engine.generate([prompt], NUM_TOKENS, options, ignore_eos=True)
+        assert found == [tokens], setting
 
 
 @pytest.mark.parametrize("preset", ["windowkv", "keydiff", "expected_attention", "criticalkv"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lab.random_models import write_random_model
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
@@ -53,15 +54,22 @@ def test_prompts_set_aside_depend_on_their_texts_alone(prompts: list[OwnPrompt])
     assert {each.digest for each in others} == {each.digest for each in rest}
 
 
-def test_shares_are_cakes(probe_model: str) -> None:
-    """H times V of the paper, from attention that is computed here, whole and in float64."""
+@pytest.mark.parametrize("name", ["probe", "gemma3"])
+def test_shares_are_cakes(probe_model: str, tmp_path: Path, name: str) -> None:
+    """H times V of the paper, from attention that is computed here, whole and in float64.
+
+    Windowed layers have no share: nothing of them is compressed.
+    """
     torch.set_num_threads(1)
-    replay = Replay(probe_model)
+    is_probe = name == "probe"
+    replay = Replay(probe_model if is_probe else str(write_random_model(tmp_path, name)))
+    full = range(4) if is_probe else (1, 3)
     prompts = [list(range(5, 85)), list(range(900, 940)) * 2]
-    expected = torch.zeros(len(replay.layers), dtype=torch.float64)
+    expected = torch.zeros(len(full), dtype=torch.float64)
     for token_ids in prompts:
         found, each = replay.prefill(token_ids), []
-        for layer, queries, keys in zip(replay.layers, found.queries, found.keys, strict=True):
+        for number in full:
+            layer, queries, keys = replay.layers[number], found.queries[number], found.keys[number]
             per_head = queries.shape[0] // keys.shape[0]
             logits = queries[:, -32:].double() @ keys.double().repeat_interleave(
                 per_head, 0

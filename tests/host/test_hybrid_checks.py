@@ -9,7 +9,12 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.host.checks import check_setting
 from vllm_kvcompress.host.hybrid_checks import hybrid_model
-from vllm_kvcompress.host.model_checks import has_plain_rotary, layer_kinds, partial_attention
+from vllm_kvcompress.host.model_checks import (
+    has_plain_rotary,
+    layer_groups_warning,
+    layer_kinds,
+    partial_attention,
+)
 from vllm_kvcompress.lengths.layer_kinds import TRIED_HYBRIDS
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -114,3 +119,17 @@ def test_without_rotary_embeddings_policies_that_turn_keys_are_refused() -> None
     assert coded is not None
     with pytest.raises(ConfigError, match="recurrent layers, beside which codebooks have not"):
         check_setting(coded, granite)
+
+
+def test_layer_groups_are_said_to_multiply_tables_beside_recurrent_layers() -> None:
+    """Feed-forward layers, which Nemotron-H counts as layers, have no table."""
+    model = config(text={"layer_types": ["conv", "full_attention", "conv", "full_attention"]})
+    setting = parse_config({"preset": "snapkv", "layer_groups": {"count": 2}})
+    assert setting is not None
+    said = layer_groups_warning(setting, model.model_config)
+    assert said is not None and said.startswith(
+        "layer_groups: 2 layer groups beside 2 recurrent layers make 4 block tables where one "
+        "group makes 2, "
+    )
+    nemotron = config("NemotronHForCausalLM", {"layer_types": ["mlp", "full_attention"] * 2})
+    assert layer_groups_warning(setting, nemotron.model_config) is None

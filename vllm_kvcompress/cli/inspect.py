@@ -159,20 +159,19 @@ def _facts(args: argparse.Namespace, inspection: "Inspection") -> list[tuple[str
     budget = config.budget
     asked = f"{budget.ratio:.0%}" if budget.ratio is not None else f"{budget.tokens} tokens"
     template = "in the chat template" if inspection.prompt.in_template else "as it is"
+    size, whose = args.block_size, inspection.all_layers
     found = [
         ("Model", f"{args.model}: {num_layers} layers x {heads} KV heads"),
         ("Setting", f"{args.kv_compression}: policy {config.policy.name}, budget {asked}"),
         ("Prompt", f"{length:,} tokens, {template}"),
-        ("Kept", f"{kept.mean():.1%} of all layers' tokens, blocks of {args.block_size} tokens"),
+        ("Kept", f"{inspection.kept_share:.1%} of {whose}' tokens, blocks of {size} tokens"),
     ]
     if inspection.setting.task is not None:
         found.insert(2, ("Task", _task_words(inspection)))
     needle = inspection.needle_shares()
     if needle is not None:
-        count = len(inspection.prompt.needle or ())
-        found.append(
-            ("Needle", f"{needle.mean():.0%} of its {count} tokens survive, over all layers")
-        )
+        count, share = len(inspection.prompt.needle or ()), needle[inspection.full].mean()
+        found.append(("Needle", f"{share:.0%} of its {count} tokens survive, over {whose}"))
     return found
 
 
@@ -209,7 +208,7 @@ def _as_json(args: argparse.Namespace, inspection: "Inspection") -> dict[str, An
         "prompt_tokens": len(prompt.token_ids),
         "in_chat_template": prompt.in_template,
         "notes": inspection.notes,
-        "kept_share": float(inspection.kept.mean()),
+        "kept_share": inspection.kept_share,
         "layer_groups": [
             {
                 "layer_group": row.group,
@@ -286,7 +285,7 @@ def _print(args: argparse.Namespace, inspection: "Inspection") -> None:
     console = make_console()
     for name, value in _facts(args, inspection):
         say(f"{name + ':':8} {value}")
-    layers = f"layers {args.layers}" if args.layers else "all layers"
+    layers = f"layers {args.layers}" if args.layers else inspection.all_layers
     has_colour = console.color_system is not None
     legend = Text(f"\nThe prompt, by the share of heads in {layers} that keep a token:")
     if has_colour:

@@ -20,7 +20,7 @@ from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
-from vllm_kvcompress.evaluation.replay import Replay, check_all_full
+from vllm_kvcompress.evaluation.replay import Replay, check_full_or_windowed
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.part_checks import Turning, keys_turn
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -73,14 +73,14 @@ def resolve_setting(
 def load_replay(
     model: Path, block_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Replay:
-    """Load a model for `inspect`.
+    """Load a model for `eval`, `tune` and `inspect`.
 
     Raises
     ------
     ConfigError
         If it cannot be loaded.
     UnsupportedModelError
-        If it is not built like Llama.
+        If it is not built like Llama, windowed layers apart.
     """
     logging.disable_progress_bar()
     try:
@@ -89,6 +89,8 @@ def load_replay(
         known = all(hasattr(part, name) for part in parts for name in _PARTS)
     except AttributeError:
         known = False
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # of files that are not ours
         raise ConfigError(
             f"--model, --device: {model} cannot be run on {device}: {first_line(error)}."
@@ -99,7 +101,7 @@ def load_replay(
             f"--model: {model} is not built like Llama, and does not run by replay; choose a "
             "Llama-like model (Llama, Mistral, Qwen2, Qwen3, SmolLM)."
         )
-    check_all_full(replay)
+    check_full_or_windowed(replay)
     return replay
 
 
@@ -193,8 +195,8 @@ class Inspection:
         What was looked at.
     kept : ndarray of bool, [L, KV, n]
         Whether a layer's KV head keeps a token.
-    group_of : list[int]
-        Layer group of every layer.
+    group_of : dict[int, int]
+        By number, the layer group of every layer that can be compacted: all but windowed ones.
     layers : list[int]
         Layers that the picture is of.
     notes : list[str]
@@ -206,10 +208,25 @@ class Inspection:
     prompt: InspectedPrompt
     setting: InspectedSetting
     kept: Kept
-    group_of: list[int]
+    group_of: dict[int, int]
     layers: list[int]
     notes: list[str]
     answers: Answers | None = None
+
+    @property
+    def full(self) -> list[int]:
+        """Layers that can be compacted."""
+        return list(self.group_of)
+
+    @property
+    def all_layers(self) -> str:
+        """What these are called."""
+        return "all layers" if len(self.full) == len(self.kept) else "all full layers"
+
+    @property
+    def kept_share(self) -> float:
+        """Share of their tokens that is kept, over all heads."""
+        return float(self.kept[self.full].mean())
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:
@@ -233,9 +250,11 @@ class Inspection:
     def rows(self, each_layer: bool = False) -> list[LayerSet]:
         """The shown layers by layer group and leader, or one by one."""
         config = self.setting.config
-        coded = coded_groups(config.codebook, max(self.group_of) + 1)
+        groups = list(self.group_of.values())
+        coded = coded_groups(config.codebook, max(groups) + 1)
         policy = config.build_policy()
-        leaders = score_leaders(self.group_of, policy.layers_per_ranking)
+        places = score_leaders(groups, policy.layers_per_ranking)
+        leaders = {layer: self.full[place] for layer, place in zip(self.full, places, strict=True)}
         found: list[LayerSet] = []
         for layer in self.layers:
             group = self.group_of[layer]
@@ -274,10 +293,16 @@ def inspect_prompt(
         If a layer does not exist, or the setting does not fit the model.
     """
     num_layers, config, ids = len(replay.layers), setting.config, prompt.token_ids
+    full = list(replay.full_layers)
     for layer in layers:
         if not 0 <= layer < num_layers:
             raise ConfigError(
                 f"--layers: there is no layer {layer}; allowed: 0 to {num_layers - 1}."
+            )
+        if layer not in full:
+            raise ConfigError(
+                f"--layers: layer {layer} keeps its window of tokens, whatever the setting; "
+                f"allowed: {', '.join(map(str, full))}."
             )
     _check_fits_model(config, ids, replay)
     prefilled, seed = replay.prefill(ids), prompt_seed(ids)
@@ -293,8 +318,8 @@ def inspect_prompt(
         prompt=prompt,
         setting=setting,
         kept=kept,
-        group_of=layer_groups(num_layers, config.layer_groups),
-        layers=sorted(set(layers)) or list(range(num_layers)),
+        group_of=dict(zip(full, layer_groups(len(full), config.layer_groups), strict=True)),
+        layers=sorted(set(layers)) or full,
         notes=list(_notes(config, replay, len(ids))),
         answers=answers,
     )
@@ -315,8 +340,14 @@ def _answers(replay: Replay, tokenizer: Any, *tokens: list[int]) -> Answers:
 
 def _notes(config: CompressionConfig, replay: Replay, length: int) -> Sequence[str]:
     notes = []
-    codes = codes_per_row(replay.layers[0].self_attn.head_dim * replay.model.dtype.itemsize)
-    groups = max(layer_groups(len(replay.layers), config.layer_groups)) + 1
+    some = replay.layers[replay.full_layers[0]].self_attn
+    codes = codes_per_row(some.head_dim * replay.model.dtype.itemsize)
+    groups = max(layer_groups(len(replay.full_layers), config.layer_groups)) + 1
+    if num_windowed := len(replay.layers) - len(replay.full_layers):
+        notes.append(
+            f"{num_windowed} further layers keep the last {replay.text_config.sliding_window} "
+            "tokens by themselves, whatever the setting; they are neither shown nor counted."
+        )
     if not config.compresses_prompts:
         notes.append(
             f"the trigger {config.trigger} compresses only while decoding, every {config.interval} "

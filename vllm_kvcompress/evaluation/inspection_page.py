@@ -132,7 +132,7 @@ def _legend(inspection: Inspection) -> str:
     )
     heads = inspection.kept.shape[1]
     layers = inspection.layers
-    if len(layers) == len(inspection.kept):
+    if layers == inspection.full:
         which = f"all {len(layers)} layers x {heads} KV heads"
     else:
         which = f"layers {layer_numbers(layers)} x {heads} KV heads"

@@ -41,7 +41,8 @@ from vllm_kvcompress.lengths.budgets import (
     layer_groups,
     permanent_ranges,
 )
-from vllm_kvcompress.lengths.layer_kinds import full_layers
+from vllm_kvcompress.lengths.layer_kinds import full_layers, layer_types
+from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.codebook.writer import CodebookWriter
@@ -108,9 +109,26 @@ def check_all_full(replay: "Replay") -> None:
     """
     if len(replay.full_layers) < len(replay.layers):
         raise UnsupportedModelError(
-            "--model: it has sliding-window layers beside full ones, and only a server measures "
-            "those: run kvcompress eval --url, or choose a model whose layers all attend to "
-            "everything."
+            "--model: it has sliding-window layers beside full ones, and books are measured where "
+            "all layers attend to everything: choose such a model, or measure settings with a "
+            "codebook by their answers (kvcompress eval)."
+        )
+
+
+def check_full_or_windowed(replay: "Replay") -> None:
+    """Refuse layers over which several caches cannot be decoded together.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what measures such a model.
+    """
+    kinds = set(layer_types(replay.text_config, replay.longest))
+    if strange := sorted(kinds - {FULL, WINDOWED}):
+        raise UnsupportedModelError(
+            f"--model: it has layers of the kind {strange[0]}, and only a server measures those: "
+            "run kvcompress eval --url, or choose a model whose layers attend to everything or to "
+            "a window."
         )
 
 
@@ -144,8 +162,13 @@ class Replay:
         self.block_size = block_size
         decoder = self.model.get_decoder()
         self.layers, self.text_config = decoder.layers, decoder.config
-        limit = self.text_config.max_position_embeddings
-        self.full_layers = full_layers(self.text_config, limit)
+        self.longest = int(self.text_config.max_position_embeddings)
+        self.full_layers = full_layers(self.text_config, self.longest)
+        if not self.full_layers:
+            raise UnsupportedModelError(
+                "--model: no layer of it attends to everything, so there is nothing to compress: "
+                "choose a model with such layers."
+            )
         some = attention_of(self.layers[self.full_layers[0]])
         self._attention, mask = attention_and_mask(some)
         AttentionMaskInterface.register(attention, mask)

@@ -11,7 +11,7 @@ from vllm_kvcompress.host.cache_checks import layer_cache_kind
 from vllm_kvcompress.lengths.latent import PLAIN_CACHES
 from vllm_kvcompress.lengths.layer_kinds import SERVED, UNTURNED, full_layers, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED, turns_no_keys
-from vllm_kvcompress.lengths.windowed_tables import groups_warning
+from vllm_kvcompress.lengths.windowed_tables import LayersBeside, groups_warning
 
 SUPPORTED_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 LATENT_BACKENDS = ("CPU_MLA", "AMX_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA")
@@ -123,10 +123,9 @@ def turns_layers_alike(model: Any) -> bool:
 
 
 def layer_groups_warning(setting: CompressionConfig, model: Any) -> str | None:
-    """What a setting's layer groups multiply in a model with windowed layers; None: nothing."""
-    num_full = num_full_layers(model)
-    num_windowed = model.hf_text_config.num_hidden_layers - num_full
-    return groups_warning(setting, num_full, num_windowed)
+    """What a setting's layer groups multiply beside windowed or recurrent layers; None: nothing."""
+    types = layer_types(model.hf_text_config, model.max_model_len)
+    return groups_warning(setting, types.count(FULL), LayersBeside.among(types))
 
 
 def has_plain_rotary(model_config: Any) -> bool:

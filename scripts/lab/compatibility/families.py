@@ -170,6 +170,7 @@ FAMILIES = (
         "policies and settings that turn no keys; tokens of images are tokens",
         "tests/e2e/test_multimodal.py::TestWithSeveralPositions::test_compressed_with_a_cold_cache_and_a_warm_one",
         "tests/e2e/test_multimodal.py::test_qwen_vl",
+        "tests/e2e/test_image_over_http.py::test_a_chat_with_an_image",
     ),
     works(
         "Images beside windowed layers: Gemma 3 multimodal, where torchvision is installed",

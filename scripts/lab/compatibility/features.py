@@ -153,6 +153,17 @@ FEATURES = (
         "tests/e2e/test_fp8_cache.py::test_drafts_are_lossless",
         given=options("cache_config", cache_dtype="fp8"),
     ),
+    works(
+        "the same with LoRA and layer groups",
+        "tokens of transformers over the same survivors, held in the same 8 bits",
+        "tests/e2e/test_fp8_together.py::test_tokens_are_those_of_transformers",
+        "tests/e2e/test_fp8_together.py::test_what_is_not_compressed_is_stocks",
+    ),
+    works(
+        "the same with tensor parallelism, n-gram drafts and layer groups",
+        "tokens of transformers over the same survivors, held in the same 8 bits",
+        "tests/e2e/test_tensor_parallel.py::test_two_ranks_over_a_cache_of_eight_bits",
+    ),
     refused(
         "Other quantised KV caches",
         "a quantised KV cache (nvfp4) that is not supported: set --kv-cache-dtype auto or fp8",

@@ -82,9 +82,8 @@ class ReplayRunner:
     def __init__(self, model: Path, prompter: Prompter, block_size: int, device: str) -> None:
         self.prompter = prompter
         self.replay = load_replay(model, block_size, device=device)
-        config = self.replay.text_config
-        self.longest = int(config.max_position_embeddings)
-        head_size = self.replay.layers[0].self_attn.head_dim
+        self.longest = self.replay.longest
+        head_size = self.replay.layers[self.replay.full_layers[0]].self_attn.head_dim
         self.codes_per_row = codes_per_row(head_size * self.replay.model.dtype.itemsize)
         ends: Any = self.replay.model.generation_config.eos_token_id
         ends = [*(ends if isinstance(ends, list) else [ends]), prompter.tokenizer.eos_token_id]
@@ -182,7 +181,9 @@ class ReplayRunner:
     # --- records --------------------------------------------------------------------------
 
     def _record(self, asked: _Asked, variant: Variant, result: _Result) -> Record:
-        sizes = asked.length, len(self.replay.layers), self.replay.block_size, self.codes_per_row
+        # Of layers that attend to everything; what others hold no setting changes.
+        num_layers = len(self.replay.full_layers)
+        sizes = asked.length, num_layers, self.replay.block_size, self.codes_per_row
         return Record(
             task=asked.sample.task,
             sample=asked.sample.name,

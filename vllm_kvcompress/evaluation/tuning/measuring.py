@@ -150,7 +150,7 @@ class LossMeter:
 
     def _settings(self, token_ids: list[int], candidates: Sequence[Candidate]) -> list[_Setting]:
         task = self._task(token_ids, candidates)
-        sizes = len(token_ids), len(self.replay.layers), self.replay.block_size
+        sizes = len(token_ids), len(self.replay.full_layers), self.replay.block_size
         codes = self.runner.codes_per_row
         return [
             _Setting(each, each.setting(task), kept_share(each.setting(task), *sizes, codes))

@@ -33,7 +33,7 @@ def set_aside(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPr
 
 
 def layer_shares(replay: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """Every layer's preference as a share of all, mean over prompts.
+    """Preference of every layer that can be compacted as a share of all, mean over prompts.
 
     Parameters
     ----------
@@ -45,19 +45,20 @@ def layer_shares(replay: Any, prompts: Sequence[Sequence[int]]) -> list[float]:
     from vllm_kvcompress.evaluation.replay_attention import softmax_terms
     from vllm_kvcompress.kernels.formulas.layer_preference import layer_preference
 
-    totals = [0.0] * len(replay.layers)
+    numbers = replay.full_layers
+    totals = [0.0] * len(numbers)
     for token_ids in prompts:
         found = replay.prefill(token_ids)
         each = [
             float(
                 layer_preference(
-                    queries[:, -_QUERIES:],
-                    keys,
-                    layer.self_attn.scaling,
-                    terms=softmax_terms(layer.self_attn),
+                    found.queries[number][:, -_QUERIES:],
+                    found.keys[number],
+                    replay.layers[number].self_attn.scaling,
+                    terms=softmax_terms(replay.layers[number].self_attn),
                 )
             )
-            for layer, queries, keys in zip(replay.layers, found.queries, found.keys, strict=True)
+            for number in numbers
         ]
         totals = [
             total + one / sum(each) / len(prompts) for total, one in zip(totals, each, strict=True)

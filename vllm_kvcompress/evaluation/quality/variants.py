@@ -1,16 +1,23 @@
 """The settings that are compared: policies times budgets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.records import BASELINE
-from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups
+from vllm_kvcompress.lengths.budgets import (
+    after_compaction,
+    layer_groups,
+    next_lengths,
+    permanent_ranges,
+    prompt_marks,
+)
+from vllm_kvcompress.plans import GroupCache
 from vllm_kvcompress.request_options import parse_request, resolve_request
 
 
@@ -101,9 +108,14 @@ def kept_share(
     if config is None:
         return 1.0
     groups = layer_groups(num_layers, config.layer_groups)
-    lengths = compaction_lengths(length, config, max(groups) + 1, block_size, codes)
-    freed = 0
-    for group in groups:
-        each: Any = lengths[group]
-        freed += each.evicted if each else 0
-    return 1 - freed / (num_layers * length)
+    caches = [GroupCache(0, permanent_ranges(length, config))] * (max(groups) + 1)
+    for start, end in pairwise((0, *(prompt_marks(length, config) or (length,)))):
+        caches = [replace(each, num_tokens=each.num_tokens + end - start) for each in caches]
+        if not config.compresses_prompts or length < config.min_prompt_len:
+            break
+        lengths = next_lengths(length, end, caches, config, block_size, codes)
+        caches = [
+            after_compaction(cache, each) if each else cache
+            for cache, each in zip(caches, lengths, strict=True)
+        ]
+    return sum(caches[group].num_tokens for group in groups) / (num_layers * length)

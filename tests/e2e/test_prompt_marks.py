@@ -55,13 +55,17 @@ class Served(NamedTuple):
     replay: Replay
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder: Path = tmp_path_factory.mktemp("llama")
-    model = str(write_random_model(folder, "llama"))
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """Full layers alone, scheduled one step ahead; and windowed layers between them."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    model = str(write_random_model(folder, request.param))
     with opened(
         model,
         SETTING,
+        async_scheduling=request.param == "llama",
         skip_tokenizer_init=True,
         max_model_len=1024,
         max_num_batched_tokens=CHUNK,
@@ -103,6 +107,7 @@ def test_nothing_lossy_is_found_in_the_prefix_cache(served: Served) -> None:
     """Blocks behind the first eviction hold what was computed over survivors."""
     engine, replay = served
     prompt, none = distinct_tokens(500, seed=1), {"kv_compression": "none"}
+    has_windows = len(replay.full_layers) < len(replay.layers)
     prefilled = replay.prefill(prompt)
     whole = replay.generate(prefilled, None, NUM_TOKENS)
     lossy = replay.generate(prefilled, parse_config(SETTING), NUM_TOKENS)
@@ -120,7 +125,9 @@ def test_nothing_lossy_is_found_in_the_prefix_cache(served: Served) -> None:
         engine.add(name, prompt, NUM_TOKENS, xargs, ignore_eos=True)
         engine.drain()
         assert engine.results[name].token_ids == expected, name
-        assert engine.results[name].num_cached_tokens == num_cached, name
+        found = engine.results[name].num_cached_tokens
+        # Windowed layers keep fewer blocks in the cache, and all layers must have a hit.
+        assert found == num_cached or (has_windows and found < num_cached), name
     assert_idle(engine)
 
 

@@ -5,19 +5,10 @@ Compactions inside a prompt bound it: between them the cache grows by what the s
 where the pool has no room for them, it happens in place.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.lengths.budgets import (
-    after_compaction,
-    compacts_again,
-    compaction_lengths,
-    next_lengths,
-    permanent_ranges,
-    prompt_marks,
-)
-from vllm_kvcompress.plans import GroupCache
+from vllm_kvcompress.lengths.schedule import compactions
 
 
 def peak_tokens(
@@ -42,28 +33,12 @@ def peak_tokens(
         Tokens whose codes a slot takes; needed where the setting has a codebook.
     """
     shape = num_groups, block_size, codes_per_row
-    caches = [GroupCache(0, permanent_ranges(prompt_len, config))] * num_groups
-    peaks, done = [0] * num_groups, 0
-    lengths_at_end = compaction_lengths(prompt_len, config, *shape)
-    marks = prompt_marks(prompt_len, config) if any(lengths_at_end) else ()
-    following = iter(marks)
-    while True:
-        mark = next(following, None)
-        if mark is None:
-            if not compacts_again(config, caches):
-                break
-            mark = max(done, prompt_len) + config.interval
-        if mark > num_tokens:
-            break
-        caches = _grown(caches, mark - done)
-        peaks = _higher(peaks, caches)
-        lengths = next_lengths(prompt_len, mark, caches, config, *shape[1:])
-        caches = [
-            after_compaction(cache, each) if each else cache
-            for cache, each in zip(caches, lengths, strict=True)
-        ]
-        done = mark
-    return _higher(peaks, _grown(caches, num_tokens - done))
+    peaks, behind, done = [0] * num_groups, [0] * num_groups, 0
+    for each in compactions(prompt_len, num_tokens, config, *shape):
+        peaks = [max(peak, cache.num_tokens) for peak, cache in zip(peaks, each.before, strict=True)]
+        behind, done = [cache.num_tokens for cache in each.after], each.position
+    rest = num_tokens - done
+    return [max(peak, held + rest) for peak, held in zip(peaks, behind, strict=True)]
 
 
 def longest_prompt_peak(
@@ -95,11 +70,3 @@ def _worst_prompts(max_len: int, config: CompressionConfig) -> Iterator[int]:
     if max_len >= step + window:
         yield max_len - (max_len - window + 1) % step
     yield min(max_len, max(config.min_prompt_len - 1, 1))
-
-
-def _grown(caches: Sequence[GroupCache], num_tokens: int) -> list[GroupCache]:
-    return [replace(each, num_tokens=each.num_tokens + num_tokens) for each in caches]
-
-
-def _higher(peaks: Sequence[int], caches: Sequence[GroupCache]) -> list[int]:
-    return [max(peak, each.num_tokens) for peak, each in zip(peaks, caches, strict=True)]

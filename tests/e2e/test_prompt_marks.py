@@ -114,12 +114,12 @@ def test_nothing_lossy_is_found_in_the_prefix_cache(served: Served) -> None:
     assert whole != lossy and engine.scheduler.reset_prefix_cache()
     runs = {
         "first": (None, lossy, 0),
-        # Before the window of the first mark, in whole blocks.
-        "second": (None, lossy, (INTERVAL - WINDOW) // BLOCK * BLOCK),
-        # At the first mark less is held than the budget: what lies before the second is exact.
+        # At the first mark less is held than the budget. Before the window of the second one:
+        "second": (None, lossy, (2 * INTERVAL - WINDOW) // BLOCK * BLOCK),
+        # All that lies before the second one is exact.
         "whole": (none, whole, 2 * INTERVAL),
         # Now all of the prompt is there, exact; the same is taken as before.
-        "third": (None, lossy, (INTERVAL - WINDOW) // BLOCK * BLOCK),
+        "third": (None, lossy, (2 * INTERVAL - WINDOW) // BLOCK * BLOCK),
     }
     for name, (xargs, expected, num_cached) in runs.items():
         engine.add(name, prompt, NUM_TOKENS, xargs, ignore_eos=True)

@@ -32,11 +32,10 @@ from vllm_kvcompress.core.tracked_request import (
     TrackedRequest,
 )
 from vllm_kvcompress.lengths.budgets import (
-    compaction_lengths,
     compacts_again,
+    evicting_marks,
     next_lengths,
     permanent_ranges,
-    prompt_marks,
 )
 from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.lengths.peak import peak_tokens
@@ -127,10 +126,9 @@ class Planner:
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
         tracked.phase = Phase.ARMED
-        lengths = compaction_lengths(
+        tracked.marks = evicting_marks(
             prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
         )
-        tracked.marks = prompt_marks(prompt_len, config) if any(lengths) else ()
         if tracked.marks:
             tracked.next_at = tracked.marks[0]
         elif config.compresses_while_decoding:

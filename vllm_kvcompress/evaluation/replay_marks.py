@@ -17,10 +17,9 @@ from vllm_kvcompress.evaluation.replay_compaction import due_lengths
 from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
-    compaction_lengths,
+    evicting_marks,
     layer_groups,
     permanent_ranges,
-    prompt_marks,
 )
 from vllm_kvcompress.plans import GroupCache
 
@@ -54,16 +53,12 @@ class Held:
 
 
 def marks_of(replay: "Replay", length: int, config: CompressionConfig | None) -> tuple[int, ...]:
-    """Lengths at which a prompt of `length` tokens is compacted, if not at its end alone; else ().
-
-    As the planner has it, a prompt that would be left alone at its end is so inside, too.
-    """
+    """Lengths at which a prompt is compacted; () where that is its end alone, or never."""
     if config is None or not config.compresses_in_prompts:
         return ()
     groups = max(layer_groups(len(replay.full_layers), config.layer_groups)) + 1
-    marks = prompt_marks(length, config)
-    is_left_alone = not any(compaction_lengths(length, config, groups, replay.block_size))
-    return () if is_left_alone or len(marks) == 1 else marks
+    marks = evicting_marks(length, config, groups, replay.block_size)
+    return () if len(marks) == 1 else marks
 
 
 def computed_under(

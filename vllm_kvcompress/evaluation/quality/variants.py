@@ -1,23 +1,16 @@
 """The settings that are compared: policies times budgets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.records import BASELINE
-from vllm_kvcompress.lengths.budgets import (
-    after_compaction,
-    layer_groups,
-    next_lengths,
-    permanent_ranges,
-    prompt_marks,
-)
-from vllm_kvcompress.plans import GroupCache
+from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.lengths.schedule import compactions
 from vllm_kvcompress.request_options import parse_request, resolve_request
 
 
@@ -108,14 +101,8 @@ def kept_share(
     if config is None:
         return 1.0
     groups = layer_groups(num_layers, config.layer_groups)
-    caches = [GroupCache(0, permanent_ranges(length, config))] * (max(groups) + 1)
-    for start, end in pairwise((0, *(prompt_marks(length, config) or (length,)))):
-        caches = [replace(each, num_tokens=each.num_tokens + end - start) for each in caches]
-        if not config.compresses_prompts or length < config.min_prompt_len:
-            break
-        lengths = next_lengths(length, end, caches, config, block_size, codes)
-        caches = [
-            after_compaction(cache, each) if each else cache
-            for cache, each in zip(caches, lengths, strict=True)
-        ]
-    return sum(caches[group].num_tokens for group in groups) / (num_layers * length)
+    held, since = [length] * len(groups), 0
+    for done in compactions(length, length, config, max(groups) + 1, block_size, codes):
+        held = [each.num_tokens for each in done.after]
+        since = length - done.position
+    return sum(held[group] + since for group in groups) / (num_layers * length)

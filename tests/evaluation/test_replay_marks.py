@@ -6,6 +6,7 @@ token sees in each layer and KV head; a compaction takes what it evicts away fro
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from lab.random_hybrids import write_random_hybrid
 from lab.random_models import distinct_tokens, write_random_model
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.evaluation.quality.variants import kept_share
 from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.evaluation.replay_latent import LatentReplay
+from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 
 BLOCK, SINKS, WINDOW = 16, 4, 8
@@ -241,7 +242,18 @@ def test_a_prompt_that_stays_whole_is_not_compacted_inside(folder_of: Any) -> No
         assert replay.under(prompt, setting(**more)) is prompt
 
 
-def test_recurrent_layers_are_refused(tmp_path: Path) -> None:
-    replay = Replay(str(write_random_hybrid(tmp_path, "lfm2")), BLOCK)
-    with pytest.raises(UnsupportedModelError, match="recurrent layers.*end_of_prompt"):
-        replay.generate(replay.prefill(distinct_tokens(LENGTH)), setting(), 4)
+@pytest.mark.parametrize("name", ["lfm2", "granite4", "nemotron_h"])
+def test_recurrent_layers_keep_their_states(tmp_path: Path, name: str) -> None:
+    """Nothing is evicted from these. Where all is kept inside, tokens are those of the end."""
+    replay, tokens = Replay(str(write_random_hybrid(tmp_path, name)), BLOCK), distinct_tokens(300)
+    whole = replay.prefill(tokens)
+    config = setting(budget={"ratio": 0.5, "floor": 1})
+    part = replay.under(whole, config)
+    assert part.held is not None and part.held.positions[replay.full_layers[0]].shape[1] < 300
+    kept: list[KeptRows] = []
+    for start, end in ((0, 110), (110, 300)):
+        part = replay.forward(tokens[start:end], kept, start, part.states if kept else None)
+        kept = replay.kept(replace(part, token_ids=tokens[:end]), None)
+    assert part.first_token == whole.first_token
+    for a, b in zip(part.keys, whole.keys, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

@@ -192,31 +192,43 @@ class Replay:
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: list[int], kept: Sequence[KeptRows] = (), start: int = 0
+        self,
+        token_ids: list[int],
+        kept: Sequence[KeptRows] = (),
+        start: int = 0,
+        states: dict[int, Any] | None = None,
     ) -> Prefilled:
         """Run tokens from position `start` on over what is kept of those before them.
 
         Keys and values are then those that are kept, and the new ones; queries are the new ones.
         """
-        cache, masks = None, None
+        cache, steps = None, [token_ids]
         if kept:
             rows = [self._as_cached(each.keys, each.values) for each in kept]
-            cache = with_states(DynamicCache(config=self.text_config), {}, rows)
-            held = [each.keys.shape[1] for each in kept]
-            masks = [self._part_mask(layer, len(token_ids), n) for layer, n in enumerate(held)]
-        tokens = torch.tensor([token_ids], device=self.device)
-        positions = torch.arange(start, start + len(token_ids), device=self.device)[None]
-        self._queries = {}
-        with self.masked(masks):
-            output = self.model(
-                tokens,
-                past_key_values=cache,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        queries, self._queries = self._queries, None
-        keys, values = zip(*rows_of(output.past_key_values), strict=True)
+            cache = with_states(DynamicCache(config=self.text_config), states or {}, rows)
+            if states:  # from which transformers go on by single tokens only
+                steps = [[token] for token in token_ids]
+        collected: list[dict[int, torch.Tensor]] = []
+        for step in steps:
+            masks = None
+            if kept and len(step) > 1:
+                held = [each.keys.shape[1] for each in kept]
+                masks = [self._part_mask(layer, len(step), n) for layer, n in enumerate(held)]
+            self._queries = {}
+            with self.masked(masks):
+                output = self.model(
+                    torch.tensor([step], device=self.device),
+                    past_key_values=cache,
+                    position_ids=torch.arange(start, start + len(step), device=self.device)[None],
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            collected.append(self._queries)
+            cache, self._queries, start = output.past_key_values, None, start + len(step)
+        keys, values = zip(*rows_of(cache), strict=True)
+        queries = {
+            layer: torch.cat([each[layer] for each in collected], dim=1) for layer in collected[0]
+        }
         none = next(iter(queries.values()))[:, :0]
         return Prefilled(
             token_ids=token_ids,
@@ -225,7 +237,7 @@ class Replay:
             keys=list(keys),
             values=list(values),
             queries=[queries.get(number, none) for number in range(len(keys))],
-            states=states_of(output.past_key_values),
+            states=states_of(cache),
         )
 
     def _part_mask(self, layer: int, count: int, held: int) -> torch.Tensor:

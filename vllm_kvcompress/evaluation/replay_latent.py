@@ -26,10 +26,14 @@ class LatentReplay(Replay):
 
     @torch.inference_mode()
     def forward(
-        self, token_ids: list[int], kept: Sequence[KeptRows] = (), start: int = 0
+        self,
+        token_ids: list[int],
+        kept: Sequence[KeptRows] = (),
+        start: int = 0,
+        states: dict[int, Any] | None = None,
     ) -> Prefilled:
         """Run tokens over what is kept of those before them."""
-        prompt = super().forward(token_ids, kept, start)
+        prompt = super().forward(token_ids, kept, start, states)
         pairs = zip(prompt.keys, prompt.values, strict=True)
         rows = [torch.cat([latent, rotated], dim=-1) for latent, rotated in pairs]
         prompt.values = prompt.keys

@@ -7,12 +7,11 @@ whole cache of the prompt is never there, and nothing of it can be made up for l
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.errors import UnsupportedModelError
 from vllm_kvcompress.evaluation.replay_compaction import due_lengths
 from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.lengths.budgets import (
@@ -68,11 +67,6 @@ def computed_under(
 
     That is the prompt itself where it is compacted at its end alone, or not at all. Its queries
     are those of the last part, which hold the last observation window.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If a layer has a recurrent state, from which transformers do not compute several tokens.
     """
     token_ids = prompt.token_ids
     marks = marks_of(replay, len(token_ids), config)
@@ -81,19 +75,16 @@ def computed_under(
     assert config is not None
     if prompt.held is not None and (prompt.held.config, prompt.held.seed) == (config, seed):
         return prompt
-    if prompt.states:
-        raise UnsupportedModelError(
-            f"{replay.text_config.name_or_path} has recurrent layers, and a replay does not "
-            "compute its prompts in parts: set the trigger end_of_prompt."
-        )
     groups = max(layer_groups(len(replay.full_layers), config.layer_groups)) + 1
     caches = (GroupCache(0, permanent_ranges(len(token_ids), config)),) * groups
     kept: list[KeptRows] = []
+    states: dict[int, Any] = {}
     for start, end in pairwise((0, *marks)):
-        part = replay.forward(token_ids[start:end], kept, start)
+        part = replay.forward(token_ids[start:end], kept, start, states)
         grown = tuple(replace(each, num_tokens=each.num_tokens + end - start) for each in caches)
         positions = _positions(part, kept, start, end)
         part = replace(part, token_ids=token_ids, held=Held(config, seed, end, grown, positions))
+        states = part.states
         if end < len(token_ids):
             lengths = due_lengths(replay, part, config)
             kept = replay.kept(part, config, seed)

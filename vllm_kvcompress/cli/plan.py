@@ -167,8 +167,8 @@ def _print_plan(plan: _Plan) -> None:
             f"{kept_share(geometry, usage.blocks_after / usage.blocks_before)}, from "
             + (f"{later:,} output tokens on" if later else "the end of the prompt on")
             + f". At most {usage.size(usage.blocks_peak)} are held,\nfor the one step that copies "
-            f"the survivors before the old blocks are free; {usage.size(usage.blocks_needed)} where "
-            "the pool has\nno room for the copy."
+            f"the survivors before the old blocks are free; {usage.size(usage.blocks_needed)} in a "
+            "pool without\nroom for the copy."
         )
         if config.compresses_in_prompts:
             say(

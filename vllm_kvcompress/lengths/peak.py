@@ -35,7 +35,9 @@ def peak_tokens(
     shape = num_groups, block_size, codes_per_row
     peaks, behind, done = [0] * num_groups, [0] * num_groups, 0
     for each in compactions(prompt_len, num_tokens, config, *shape):
-        peaks = [max(peak, cache.num_tokens) for peak, cache in zip(peaks, each.before, strict=True)]
+        peaks = [
+            max(peak, cache.num_tokens) for peak, cache in zip(peaks, each.before, strict=True)
+        ]
         behind, done = [cache.num_tokens for cache in each.after], each.position
     rest = num_tokens - done
     return [max(peak, held + rest) for peak, held in zip(peaks, behind, strict=True)]

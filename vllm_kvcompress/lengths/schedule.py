@@ -1,4 +1,4 @@
-"""Every compaction of a request, in order, as the planner decides them where nothing has to wait."""
+"""Every compaction of a request, in order, as the planner decides them if nothing has to wait."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -53,6 +53,8 @@ COLUMNS = (
 WHOLE, END = "none", "end"
 BLOCK_SIZE = 32
 NUM_ANSWER_TOKENS = 12
+GOLDEN = 0.618
+"""Sorted by the fractions of its multiples, neighbours come far from each other."""
 
 Place = tuple[str, ...]
 """The first seven columns, as they are written."""
@@ -139,9 +141,10 @@ def measure(args: argparse.Namespace) -> None:
     for length in args.lengths:
         questions = questions_of(args, tokenizer, length)
         title = f"{args.model.name}, {length} tokens"
-        for number, question in track(
-            list(enumerate(questions)), title, console=Console(stderr=True)
-        ):
+        # Depths in turns, so that a run that is cut short has seen all of the text.
+        order = sorted(range(len(questions)), key=lambda number: number * GOLDEN % 1)
+        for number in track(order, title, console=Console(stderr=True)):
+            question = questions[number]
             where = args.model.name, str(length)
             places: dict[Setting, Place] = {
                 each: (
@@ -232,7 +235,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
     parser.add_argument("--intervals", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.12])
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--policies", nargs="*", default=list(POLICIES))
     parser.add_argument("--num-samples", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

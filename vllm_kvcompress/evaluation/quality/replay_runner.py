@@ -162,7 +162,8 @@ class ReplayRunner:
     ) -> Iterator[tuple[Variant, _Result]]:
         """How each cache predicts the text that follows, token by token, beside the whole one.
 
-        The first token is left out: it comes from the prefill, which no setting changes.
+        The first token is left out: it comes from the prefill, which a compaction at the prompt's
+        end does not change.
         """
         tokens = self.prompter.continuation(asked.sample.continuation)
         whole = self._log_probabilities(asked, None, tokens)

@@ -66,7 +66,9 @@ def run_plan(args: argparse.Namespace) -> int:
     evicts = config.mode != "draft"
     fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory and evicts else None
     size, ranks = args.block_size, args.tensor_parallel_size
-    longest = fit and longest_prompts(geometry, config, args.kv_cache_memory, size, ranks)
+    longest = None
+    if fit:
+        longest = longest_prompts(geometry, config, args.kv_cache_memory, size, ranks)
     plan = _Plan(args, variants[task], geometry, usage, fit, longest)
     speed = plan_speed(args, plan.config, geometry, usage)
     for warning in [*_warnings(plan), *(speed_warnings(args, speed) if speed else ())]:

@@ -84,11 +84,12 @@ def test_survivors_are_the_replays(run: Run, probe_model: str) -> None:
     assert "".join(each["text"] for each in found["pieces"]) == "<s>" + TEXT
 
 
-@pytest.mark.parametrize("preset", ["windowkv", "random", "h2o"])
+@pytest.mark.parametrize("preset", ["windowkv", "random", "h2o", "keydiff"])
 def test_survivors_on_a_model_without_a_tokenizer(qwen: Path, preset: str) -> None:
     ids = distinct_tokens(400)
     replay = load_replay(qwen, 16)
-    config = parse_config(preset, {"min_prompt_len": 0})
+    inside = {"trigger": "prompt", "prompt_interval": 64} if preset == "keydiff" else {}
+    config = parse_config(preset, {"min_prompt_len": 0, **inside})
     assert config is not None
     config = config.by_task["aggregation"] if config.tasks else config
     prompt = InspectedPrompt(ids, [Piece("a", i, i + 1) for i in range(400)], False, None)
@@ -97,6 +98,7 @@ def test_survivors_on_a_model_without_a_tokenizer(qwen: Path, preset: str) -> No
     for layer, rows in enumerate(expected):
         for head, row in enumerate(rows):
             assert np.flatnonzero(found.kept[layer, head]).tolist() == sorted(row.tolist())
+    assert any("every 64 tokens inside" in note for note in found.notes) == bool(inside)
     leaders = [row.leader for row in found.rows()]
     assert leaders == ([0, 1, 2, 3] if preset == "windowkv" else [None])
 

@@ -7,7 +7,7 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.lengths.budgets import prompt_marks
+from vllm_kvcompress.lengths.budgets import evicting_marks, prompt_marks
 from vllm_kvcompress.request_options import parse_request
 
 SETTING = {
@@ -77,6 +77,20 @@ def test_a_hit_ends_before_the_window_of_the_first_mark() -> None:
     plan = planner(policy={"name": "keydiff"})
     add(plan, 1900)
     assert plan.max_cached_tokens("r") == 499
+
+
+def test_marks_at_which_the_cache_is_whole_are_left_out() -> None:
+    """So a long prefix may come from the prefix cache, although the first mark is short of it."""
+    plan = planner(budget={"tokens": 1000})
+    tracked = add(plan, 1900)
+    assert tracked.marks == (1500, 1900) and plan.max_cached_tokens("r") == 1500 - 16
+    assert plan.clip_chunk("r", 0, 1800, 1900) == 1500
+    two = evicting_marks(1900, tracked.config, 2, 32)
+    assert two == (1500, 1900)
+    pyramid = {"layer_groups": {"count": 2}, "layer_budget": {"shape": "pyramid"}}
+    config = parse_config({**SETTING, "budget": {"tokens": 1000}, **pyramid})
+    assert config is not None
+    assert evicting_marks(1900, config, 2, 32) == (1500, 1900)
 
 
 def test_of_marks_that_have_waited_the_last_is_made_up_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lab.scenarios import churn
-from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened
+from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened, serving
 from tests.inside import preempt
 from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.worker.draft.feature import DraftFeature
@@ -225,6 +225,11 @@ def test_drafting_over_a_cache_that_evicts(probe_model: str, mixed) -> None:
         assert engine.generate(mixed[:1], NUM_TOKENS, none, ignore_eos=True) == expected[:1]
         assert engine.num_steps - before >= NUM_TOKENS
         assert stats.compactions["snapkv/prompt"] == 4, "it is compressed all the same"
+        with serving(engine, {**both, "trigger": "prompt", "prompt_interval": 256}):
+            inside = engine.generate(mixed, NUM_TOKENS, none, ignore_eos=True)
+            assert stats.compactions["snapkv/prompt"] > 4 + 3, "more than one a prompt"
+            assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == inside
+        assert_idle(engine)
         report = churn(engine, 12, seed=6)
         assert (report.blocks_missing, report.evicted_left) == (0, 0)
         assert_idle(engine)

@@ -99,8 +99,24 @@ def test_a_compressed_request_holds_fewer_blocks_and_says_what_transformers_say(
     assert engine.results["compressed"].token_ids == expected != whole
 
 
-PRESETS = ["windowkv", "tova", "knorm", "keydiff", "random", "streaming_llm", "rkv", "cake"]
-MORE = {"windowkv": {"task": "aggregation"}, "rkv": {"trigger": "both"}}
+INSIDE = {"trigger": "prompt", "prompt_interval": 96}
+PRESETS = [
+    "snapkv",
+    "windowkv",
+    "tova",
+    "knorm",
+    "keydiff",
+    "random",
+    "streaming_llm",
+    "rkv",
+    "cake",
+]
+MORE = {
+    "windowkv": {"task": "aggregation"},
+    "rkv": {"trigger": "both"},
+    "snapkv": INSIDE,
+    "knorm": INSIDE,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -137,6 +137,26 @@ def test_other_policies(engine: Engine, replay: Replay, preset: str) -> None:
     assert found == replay.generate(replay.prefill(tokens), chosen, NUM_TOKENS)
 
 
+@pytest.mark.parametrize("interval", [BLOCK, 130])
+def test_prompts_that_are_compacted_inside(engine: Engine, replay: Replay, interval: int) -> None:
+    """Marks where states are kept, and elsewhere. A second run, and an exact one, find no more."""
+    setting = {**SETTING, "trigger": "prompt", "prompt_interval": interval}
+    prompts = [distinct_tokens(length, seed=interval + length) for length in (500, 421)]
+    with serving(engine, setting):
+        for name in ("cold", "warm"):
+            for number, tokens in enumerate(prompts):
+                engine.add(f"{name}-{interval}-{number}", tokens, NUM_TOKENS, ignore_eos=True)
+            engine.drain()
+    for number, tokens in enumerate(prompts):
+        marked, whole = expected(replay, tokens, setting), expected(replay, tokens, None)
+        assert marked not in (whole, expected(replay, tokens, SETTING))
+        for name in ("cold", "warm"):
+            assert engine.results[f"{name}-{interval}-{number}"].token_ids == marked
+        exact = run(engine, f"exact-{interval}-{number}", tokens, xargs=UNCOMPRESSED)
+        assert exact.token_ids == whole
+    assert_idle(engine)
+
+
 def test_a_hit_ends_where_there_is_a_state_and_leaves_the_window(
     engine: Engine, replay: Replay
 ) -> None:

@@ -76,6 +76,25 @@ def test_hidden_questions_are_read_over_the_compressed_text(runner: ReplayRunner
         assert found[variant.budget].answer == runner.prompter.text(tokens)
 
 
+def test_prompts_that_are_compacted_inside_are_answered_so(
+    runner: ReplayRunner, tmp_path: Path
+) -> None:
+    """Their first token, too, is another one than after the whole prompt."""
+    fields = "version: 1\npolicy: {name: keydiff}\nbudget: {ratio: 0.12}\n"
+    file = tmp_path / "marks.yaml"
+    file.write_text(fields + "trigger: prompt\nprompt_interval: 256\n", encoding="utf-8")
+    variants = [Variant("none"), Variant("keydiff", 0.12), Variant(str(file), 0.12)]
+    sample = sample_of(runner)
+    found = {r.policy: r for r in runner.measure(sample, "visible", variants)}
+    prefilled = runner.replay.prefill(runner.prompter.of(sample).token_ids)
+    for variant in variants:
+        tokens = runner.replay.generate(prefilled, variant.setting(), 6)
+        assert found[variant.label].answer == runner.prompter.text(tokens)
+    part = runner.replay.under(prefilled, variants[2].setting())
+    assert part.held is not None and part.first_token != prefilled.first_token
+    assert found["marks"].kept == found["keydiff"].kept
+
+
 def test_a_short_prompt_is_left_alone_as_the_server_does(runner: ReplayRunner) -> None:
     sample = Sample("1", "t", words(runner, 40), "\nWhy?", ("x",), "all_in", 4)
     found = list(runner.measure(sample, "visible", VARIANTS))

@@ -33,11 +33,10 @@ from vllm_kvcompress.core.tracked_request import (
     TrackedRequest,
 )
 from vllm_kvcompress.lengths.budgets import (
-    compaction_lengths,
     compacts_again,
+    evicting_marks,
     next_lengths,
     permanent_ranges,
-    prompt_marks,
 )
 from vllm_kvcompress.lengths.decode_queries import decode_gap, decode_window
 from vllm_kvcompress.lengths.peak import peak_tokens
@@ -136,10 +135,9 @@ class Planner:
         prompt_len, tracked.marks = tracked.prompt_len, ()
         tracked.phase = Phase.ARMED
         if is_memory_scarce or not config.waits_for_pressure:
-            lengths = compaction_lengths(
+            tracked.marks = evicting_marks(
                 prompt_len, config, self.num_layer_groups, self.block_size, self.codes_per_row
             )
-            tracked.marks = prompt_marks(prompt_len, config) if any(lengths) else ()
         if tracked.marks:
             tracked.next_at = tracked.marks[0]
         elif config.waits_for_pressure:

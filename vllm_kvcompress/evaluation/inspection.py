@@ -21,6 +21,7 @@ from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
 from vllm_kvcompress.evaluation.replay import Replay, check_full_or_windowed
+from vllm_kvcompress.evaluation.replay_marks import marks_of
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.part_checks import Turning, keys_turn
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
@@ -364,6 +365,11 @@ def _notes(config: CompressionConfig, replay: Replay, length: int) -> Sequence[s
         notes.append("shown is the end of a prompt that started while memory was scarce.")
     elif config.compresses_while_decoding:
         notes.append("shown is the end of the prompt; decoding compresses further.")
+    if len(marks_of(replay, length, config)) > 1:
+        notes.append(
+            f"shown is the end of the prompt, which is compacted every {config.prompt_interval} "
+            "tokens inside, too: answers over the whole cache are those of an uncompressed prompt."
+        )
     if config.mode == "draft":
         notes.append(
             "the mode draft evicts nothing: shown is what the view keeps that is drafted over."

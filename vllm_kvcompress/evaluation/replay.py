@@ -9,7 +9,7 @@ its tokens against the engine's.
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from vllm_kvcompress.evaluation.replay_attention import (
     find_rotary,
     softmax_terms,
 )
-from vllm_kvcompress.evaluation.replay_queries import PromptSummaries, WindowQueries
-from vllm_kvcompress.evaluation.replay_rows import RememberedCodes, RowsOfPrompt
+from vllm_kvcompress.evaluation.replay_compaction import compact
+from vllm_kvcompress.evaluation.replay_marks import Held, computed_under
+from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.evaluation.replay_states import (
     attention_of,
     output_weight,
@@ -33,20 +34,9 @@ from vllm_kvcompress.evaluation.replay_states import (
     with_states,
 )
 from vllm_kvcompress.host.attention_probe import ProbedLayer, probe
-from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.kernels.formulas.rotary import Rotary
-from vllm_kvcompress.lengths.budgets import (
-    compaction_lengths,
-    forced_ranges,
-    layer_groups,
-    permanent_ranges,
-)
 from vllm_kvcompress.lengths.layer_kinds import full_layers, layer_types
 from vllm_kvcompress.lengths.layer_words import FULL, WINDOWED
-from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
-from vllm_kvcompress.worker.batch import CompactionJob
-from vllm_kvcompress.worker.codebook.writer import CodebookWriter
-from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
@@ -71,6 +61,8 @@ class Prefilled:
         layer the cache holds the last tokens only, of a recurrent one none.
     states : dict
         Of recurrent layers, by number, what transformers' cache holds.
+    held : Held or None
+        Where it was computed under a setting that compacts inside it, what is there of it.
     """
 
     token_ids: list[int]
@@ -81,6 +73,7 @@ class Prefilled:
     queries: list[torch.Tensor] = field(default_factory=list)
     states: dict[int, Any] = field(default_factory=dict)
     summaries: dict[tuple[str, str], Any] = field(default_factory=dict)
+    held: Held | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +198,7 @@ class Replay:
         return self._attention(module, query, key, value, attention_mask, **kwargs)
 
     @contextmanager
-    def masked(self, masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    def masked(self, masks: Sequence[torch.Tensor] | None) -> Iterator[None]:
         """Attend under these masks, bool [batch, 1, n, cache length] per layer, True is seen.
 
         Transformers make one mask for all layers, which may hold different numbers of tokens here.
@@ -216,24 +209,68 @@ class Replay:
         finally:
             self._masks = None
 
-    @torch.inference_mode()
     def prefill(self, token_ids: Sequence[int]) -> Prefilled:
         """Run a prompt and keep what compactions may need."""
-        self._queries = {}
-        prompt = torch.tensor([list(token_ids)], device=self.device)
-        output = self.model(prompt, use_cache=True, logits_to_keep=1)
-        queries, self._queries = self._queries, None
-        keys, values = zip(*rows_of(output.past_key_values), strict=True)
+        return self.forward(list(token_ids))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: list[int],
+        kept: Sequence[KeptRows] = (),
+        start: int = 0,
+        states: dict[int, Any] | None = None,
+    ) -> Prefilled:
+        """Run tokens from position `start` on over what is kept of those before them.
+
+        Keys and values are then those that are kept, and the new ones; queries are the new ones.
+        """
+        cache, steps = None, [token_ids]
+        if kept:
+            rows = [self._as_cached(each.keys, each.values) for each in kept]
+            cache = with_states(DynamicCache(config=self.text_config), states or {}, rows)
+            if states:  # from which transformers go on by single tokens only
+                steps = [[token] for token in token_ids]
+        collected: list[dict[int, torch.Tensor]] = []
+        for step in steps:
+            masks = None
+            if kept and len(step) > 1:
+                held = [each.keys.shape[1] for each in kept]
+                masks = [self._part_mask(layer, len(step), n) for layer, n in enumerate(held)]
+            self._queries = {}
+            with self.masked(masks):
+                output = self.model(
+                    torch.tensor([step], device=self.device),
+                    past_key_values=cache,
+                    position_ids=torch.arange(start, start + len(step), device=self.device)[None],
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            collected.append(self._queries)
+            cache, self._queries, start = output.past_key_values, None, start + len(step)
+        keys, values = zip(*rows_of(cache), strict=True)
+        queries = {
+            layer: torch.cat([each[layer] for each in collected], dim=1) for layer in collected[0]
+        }
         none = next(iter(queries.values()))[:, :0]
         return Prefilled(
-            token_ids=list(token_ids),
+            token_ids=token_ids,
             rotary=self.rotary,
             first_token=int(output.logits[0, -1].argmax()),
             keys=list(keys),
             values=list(values),
             queries=[queries.get(number, none) for number in range(len(keys))],
-            states=states_of(output.past_key_values),
+            states=states_of(cache),
         )
+
+    def _part_mask(self, layer: int, count: int, held: int) -> torch.Tensor:
+        """What `count` tokens see of `held` cached ones and of each other, [1, 1, count, n]."""
+        behind = torch.arange(held, held + count, device=self.device)[:, None]
+        distance = behind - torch.arange(held + count, device=self.device)
+        seen = distance >= 0
+        if layer not in self.full_layers:  # its rows are the last ones, without gaps
+            seen &= distance < self.text_config.sliding_window
+        return seen[None, None]
 
     @torch.inference_mode()
     def generate(
@@ -243,7 +280,18 @@ class Replay:
 
         `seed` is what the scheduler makes of the prompt, for policies that draw random numbers.
         """
+        prompt = self.under(prompt, config, seed)
         return self.decode(prompt, self.view(prompt, config, seed), max_tokens)
+
+    @torch.inference_mode()
+    def under(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
+    ) -> Prefilled:
+        """The prompt as `config` has it computed, with the first token that is said then.
+
+        Where `config` compacts inside prompts, that is another computation: see replay_marks.py.
+        """
+        return computed_under(self, prompt, config, seed)
 
     @torch.inference_mode()
     def decode(self, prompt: Prefilled, cache: DynamicCache, max_tokens: int) -> list[int]:
@@ -299,20 +347,8 @@ class Replay:
 
         Where nothing is evicted they are the prompt's own.
         """
-        rows = list(zip(prompt.keys, prompt.values, strict=True))
-        if config is None:
-            return rows, [None] * len(rows)
-        num_entries: list[torch.Tensor | None] = [None] * len(rows)
-        for layer, (layout, region) in self._compact(prompt, config, seed).items():
-            num_entries[layer] = layout.num_entries
-            if region is not None:
-                assert layout.kept is not None
-                keys, values = (
-                    torch.cat([kept, row[:, region:]], dim=1)
-                    for kept, row in zip(layout.kept, rows[layer], strict=True)
-                )
-                rows[layer] = keys, values
-        return rows, num_entries
+        found = self.kept(prompt, config, seed)
+        return [(each.keys, each.values) for each in found], [each.num_entries for each in found]
 
     @torch.inference_mode()
     def survivors(
@@ -322,53 +358,31 @@ class Replay:
 
         Those of the region, in the order in which they are written, then what lies behind it.
         """
+        return [each.positions for each in self.kept(prompt, config, seed)]
+
+    @torch.inference_mode()
+    def kept(
+        self, prompt: Prefilled, config: CompressionConfig | None, seed: int = 0
+    ) -> list[KeptRows]:
+        """What every layer keeps of the prompt; windowed and recurrent layers what they have."""
+        prompt = self.under(prompt, config, seed)
         everything = torch.arange(len(prompt.token_ids), device=self.device)
-        total = len(everything)
-        found = [everything[total - k.shape[1] :].expand(len(k), -1) for k in prompt.keys]
+        found = [
+            KeptRows(
+                keys, values, everything[len(everything) - keys.shape[1] :].expand(len(keys), -1)
+            )
+            for keys, values in zip(prompt.keys, prompt.values, strict=True)
+        ]
         if config is None:
             return found
-        for layer, (layout, region) in self._compact(prompt, config, seed).items():
-            if region is not None and layout.positions is not None:
-                behind = everything[region:].expand(len(found[layer]), -1)
-                found[layer] = torch.cat([layout.positions, behind], dim=1)
+        if prompt.held is not None:
+            places = prompt.held.positions
+            found = [replace(each, positions=p) for each, p in zip(found, places, strict=True)]
+        for layer, (layout, region) in compact(self, prompt, config, seed).items():
+            found[layer] = layout.kept_rows(found[layer], region)
         return found
 
-    def _compact(
-        self, prompt: Prefilled, config: CompressionConfig, seed: int
-    ) -> dict[int, tuple[RowsOfPrompt, int | None]]:
-        """By layer, what was written, and the region's length; None: it is left alone.
-
-        Windowed and recurrent layers are not among them.
-        """
-        num_layers, length = len(self.full_layers), len(prompt.token_ids)
-        group_of = layer_groups(num_layers, config.layer_groups)
-        codes = codes_per_row(prompt.keys[0].shape[-1] * prompt.keys[0].element_size())
-        by_group = compaction_lengths(length, config, max(group_of) + 1, self.block_size, codes)
-        lengths = [by_group[group] for group in group_of]
-        layouts = [RowsOfPrompt(prompt, layer) for layer in self.full_layers]
-        compactor = Compactor(
-            layers=[self._layer_cache(place, layouts[place]) for place in range(num_layers)],
-            num_layers=num_layers,
-            sources=QuerySources(
-                window=WindowQueries(prompt, config.observation_window),  # type: ignore[arg-type]
-                prompt=PromptSummaries(prompt, config, self),  # type: ignore[arg-type]
-                ring=None,  # type: ignore[arg-type]
-            ),
-            device=self.device,
-            all_reduce=lambda tensor: tensor,
-            num_ranks=1,
-            first_kv_head=0,
-        )
-        CodebookWriter(None, None, RememberedCodes()).register(compactor)
-        held = GroupCache(length, permanent_ranges(length, config))
-        forced = forced_ranges(held, config.observation_window)
-        groups = tuple(GroupPlan(e, held, forced, (), (), ()) if e else None for e in lengths)
-        plan = CompactionPlan("replay", length, False, seed, groups)
-        compactor.run([CompactionJob(plan, config, 0)])
-        regions = [each.region_len if each else None for each in lengths]
-        return dict(zip(self.full_layers, zip(layouts, regions, strict=True), strict=True))
-
-    def _layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
+    def layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
         """The layer at `place` among those that can be compacted."""
         number = self.full_layers[place]
         attention = attention_of(self.layers[number])

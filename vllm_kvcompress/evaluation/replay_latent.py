@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
+from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
@@ -24,9 +25,15 @@ class LatentReplay(Replay):
     """
 
     @torch.inference_mode()
-    def prefill(self, token_ids: Sequence[int]) -> Prefilled:
-        """Run a prompt and keep what compactions may need."""
-        prompt = super().prefill(token_ids)
+    def forward(
+        self,
+        token_ids: list[int],
+        kept: Sequence[KeptRows] = (),
+        start: int = 0,
+        states: dict[int, Any] | None = None,
+    ) -> Prefilled:
+        """Run tokens over what is kept of those before them."""
+        prompt = super().forward(token_ids, kept, start, states)
         pairs = zip(prompt.keys, prompt.values, strict=True)
         rows = [torch.cat([latent, rotated], dim=-1) for latent, rotated in pairs]
         prompt.values = prompt.keys
@@ -43,7 +50,7 @@ class LatentReplay(Replay):
         width = values.shape[-1]
         return keys[..., :width], keys[..., width:]
 
-    def _layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
+    def layer_cache(self, place: int, layout: CacheLayout) -> LayerCache:
         attention = self.layers[place].self_attn
         width = attention.kv_lora_rank + attention.qk_rope_head_dim
         shape, dtype = (0, 1, self.block_size, width), self.model.dtype

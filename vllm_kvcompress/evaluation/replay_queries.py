@@ -15,14 +15,14 @@ CHUNK = 1024
 
 
 class WindowQueries:
-    """Queries of a prompt that are all at hand."""
+    """Queries of a prompt, or of its last part: the last ones at hand are those of the window."""
 
     def __init__(self, prompt: Any, size: int) -> None:
         self.prompt, self.size = prompt, size
 
     def take(self, request_id: str, layer_name: str, end: int) -> torch.Tensor:
         """Queries of the observation window that ends at a position."""
-        return self.prompt.queries[int(layer_name)][:, max(end - self.size, 0) : end]
+        return self.prompt.queries[int(layer_name)][:, -self.size :]
 
 
 class PromptSummaries:

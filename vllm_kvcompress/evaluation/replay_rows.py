@@ -1,6 +1,7 @@
 """Where a replay's compactor finds rows and puts survivors: in the place of a paged cache."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,27 @@ from vllm_kvcompress.worker.batch import GroupBatch
 from vllm_kvcompress.worker.codebook.slots import BookSlots
 from vllm_kvcompress.worker.layout.base import CacheLayout
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What a layer keeps of a prompt.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        [KV, kept, D]: those of the region in the order in which they are written, then what lies
+        behind it.
+    positions : torch.Tensor
+        [KV, kept] int64, their positions in the prompt.
+    num_entries : torch.Tensor or None
+        [2, KV] int64: entries of the keys' and of the values' book; None without a book.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    num_entries: torch.Tensor | None = None
 
 
 class RowsOfPrompt(CacheLayout):
@@ -34,6 +56,20 @@ class RowsOfPrompt(CacheLayout):
         """Remember which tokens survive, too."""
         self.positions = indices[0, 0]
         super().move(caches, group, indices, rotary)
+
+    def kept_rows(self, rows: KeptRows, region: int | None) -> KeptRows:
+        """What stays of the prompt's rows after a compaction of `region` tokens; None: of none."""
+        if region is None:
+            return replace(rows, num_entries=self.num_entries)
+        assert self.kept is not None and self.positions is not None
+        before = (rows.keys, rows.values)
+        keys, values = (
+            torch.cat([kept, row[:, region:]], dim=1)
+            for kept, row in zip(self.kept, before, strict=True)
+        )
+        chosen = rows.positions.gather(1, self.positions)
+        positions = torch.cat([chosen, rows.positions[:, region:]], dim=1)
+        return KeptRows(keys, values, positions, self.num_entries)
 
     def read(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.prefilled.keys[self.layer], self.prefilled.values[self.layer]

@@ -166,6 +166,26 @@ def prompt_marks(prompt_len: int, config: CompressionConfig) -> tuple[int, ...]:
     return (*(inside if config.compresses_in_prompts else ()), prompt_len)
 
 
+def evicting_marks(
+    prompt_len: int,
+    config: CompressionConfig,
+    num_groups: int,
+    block_size: int,
+    codes_per_row: int | None = None,
+) -> tuple[int, ...]:
+    """The `prompt_marks` from the first one on at which anything is evicted.
+
+    Up to there the cache is whole. So whole blocks of it may come from the prefix cache, and no
+    chunk need end at the marks that are left out.
+    """
+    marks = prompt_marks(prompt_len, config)
+    for number, mark in enumerate(marks):
+        caches = [GroupCache(mark, permanent_ranges(prompt_len, config))] * num_groups
+        if any(next_lengths(prompt_len, mark, caches, config, block_size, codes_per_row)):
+            return marks[number:]
+    return ()
+
+
 def compaction_lengths(
     prompt_len: int,
     config: CompressionConfig,

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
-    compaction_lengths,
     compacts_again,
+    evicting_marks,
     next_lengths,
     permanent_ranges,
-    prompt_marks,
 )
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 
@@ -56,8 +55,7 @@ def compactions(
     codes_per_row : int or None
         Tokens whose codes a slot takes; needed where the setting has a codebook.
     """
-    at_end = compaction_lengths(prompt_len, config, num_groups, block_size, codes_per_row)
-    marks = iter(prompt_marks(prompt_len, config) if any(at_end) else ())
+    marks = iter(evicting_marks(prompt_len, config, num_groups, block_size, codes_per_row))
     caches, done = [GroupCache(0, permanent_ranges(prompt_len, config))] * num_groups, 0
     while True:
         position = next(marks, None)

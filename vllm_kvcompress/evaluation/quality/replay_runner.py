@@ -130,19 +130,25 @@ class ReplayRunner:
         metric = METRICS[asked.sample.metric]
         for batch in _batches(variants, asked.length):
             start = time.perf_counter()
-            caches = [self.replay.rows(asked.prefilled, asked.setting(v))[0] for v in batch]
-            found = self._decode(asked, caches)
+            settings = [asked.setting(variant) for variant in batch]
+            prompts = [self.replay.under(asked.prefilled, setting) for setting in settings]
+            caches = [
+                self.replay.rows(prompt, setting)[0]
+                for prompt, setting in zip(prompts, settings, strict=True)
+            ]
+            found = self._decode(asked, caches, [prompt.first_token for prompt in prompts])
             seconds = (time.perf_counter() - start) / len(batch)
             for variant, tokens in zip(batch, found, strict=True):
                 answer = self.prompter.text(tokens)
                 score = metric(answer, asked.sample)
                 yield variant, _Result(answer, len(tokens), score, seconds)
 
-    def _decode(self, asked: _Asked, caches: Sequence[Rows]) -> list[list[int]]:
+    def _decode(
+        self, asked: _Asked, caches: Sequence[Rows], first_tokens: list[int]
+    ) -> list[list[int]]:
         batch = ReplayBatch(self.replay, caches, asked.length)
         if asked.protocol == "visible":
-            first = torch.full((batch.size,), asked.prefilled.first_token)
-            first = first.to(self.replay.device)
+            first = torch.tensor(first_tokens, device=self.replay.device)
         else:
             rest = torch.tensor([asked.prompt.rest], device=self.replay.device)
             first = batch.extend(rest.expand(batch.size, -1))[:, -1].argmax(-1)
@@ -155,7 +161,8 @@ class ReplayRunner:
     ) -> Iterator[tuple[Variant, _Result]]:
         """How each cache predicts the text that follows, token by token, beside the whole one.
 
-        The first token is left out: it comes from the prefill, which no setting changes.
+        The first token is left out: it comes from the prefill, which a compaction at the prompt's
+        end does not change.
         """
         tokens = self.prompter.continuation(asked.sample.continuation)
         whole = self._log_probabilities(asked, None, tokens)

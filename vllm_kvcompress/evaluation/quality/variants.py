@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.quality.records import BASELINE
-from vllm_kvcompress.lengths.budgets import compaction_lengths, layer_groups
+from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.lengths.schedule import compactions
 from vllm_kvcompress.request_options import parse_request, resolve_request
 
 
@@ -106,9 +106,8 @@ def kept_share(
     if config is None:
         return 1.0
     groups = layer_groups(num_layers, config.layer_groups)
-    lengths = compaction_lengths(length, config, max(groups) + 1, block_size, codes)
-    freed = 0
-    for group in groups:
-        each: Any = lengths[group]
-        freed += each.evicted if each else 0
-    return 1 - freed / (num_layers * length)
+    held, since = [length] * len(groups), 0
+    for done in compactions(length, length, config, max(groups) + 1, block_size, codes):
+        held = [each.num_tokens for each in done.after]
+        since = length - done.position
+    return sum(held[group] + since for group in groups) / (num_layers * length)

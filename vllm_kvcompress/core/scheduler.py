@@ -24,6 +24,7 @@ from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
@@ -55,6 +56,8 @@ class CompressionMixin(Scheduler):
         Judge of requests that arrive.
     compactions : Compactions
         Takes blocks for what is due.
+    sessions : Sessions
+        Caches that wait for a conversation's next turn.
     query_slots : QuerySlots
         Who may record queries while decoding.
     stats : CompressionStats
@@ -88,7 +91,12 @@ class CompressionMixin(Scheduler):
             self.max_model_len,
             self.stats,
         )
-        setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, self.compactions.room)
+        room = self.compactions.room
+        self.sessions = room.sessions = Sessions(
+            self.planner, self._managers, group_map.layer_groups, room.pool, self.stats,
+            room.note_change,
+        )  # fmt: skip
+        setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
     def _groups(self) -> list[CompressedAttentionManager | HostGroup]:
@@ -106,6 +114,8 @@ class CompressionMixin(Scheduler):
         output = super().schedule(throttle_prefills)
         # Before any of them can be compacted, which changes what its workers must know.
         setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
+        for new in output.scheduled_new_reqs:
+            self.sessions.note_started(self.requests[new.req_id])
         self.query_slots.provide(
             (name, (end := self.requests[name].num_computed_tokens) - count, end)
             for name, count in output.num_scheduled_tokens.items()
@@ -143,6 +153,7 @@ class CompressionMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
+        self.sessions.keep(request, self.compactions.settle)
         tracked = self.planner.remove(request.request_id)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
@@ -188,7 +199,15 @@ class CompressionMixin(Scheduler):
             )
             blocks = manager.create_kv_cache_blocks(hits)
             boundary = num_hit + num_uncached if num_uncached else 0
+        kept = self.sessions.find(request, num_hit)
+        if kept is not None:
+            return kept, kept.num_tokens, 0, False
         return blocks, num_hit, boundary, diverged
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Give back what waits for a next turn, too: weights may have changed."""
+        self.sessions.clear()
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -219,6 +238,7 @@ class CompressionMixin(Scheduler):
                 assert evicted == lost, (request_id, evicted, lost)
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
+        self.sessions.check_integrity()
 
 
 class CompressedScheduler(DraftMixin, CompressionMixin, Scheduler):

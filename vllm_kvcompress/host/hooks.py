@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm_kvcompress.config.reading import CONFIG_KEY, NONE, parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
-from vllm_kvcompress.host.checks import check_config, check_setting
+from vllm_kvcompress.host.checks import check_config, check_session, check_setting
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
 from vllm_kvcompress.host.model_checks import layer_groups_warning, num_full_layers
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
@@ -239,13 +239,19 @@ def _check_request(
 
     additional = vllm_config.additional_config
     enabled = isinstance(additional, dict) and CONFIG_KEY in additional
-    ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
+    off = ("kv_compression", NONE)
+    ours = [key for key in REQUEST_KEYS if key in extra and (key, extra[key]) != off]
     try:
         options = parse_request(extra, len(prompt) if prompt is not None else None)
         if options.pins and is_session:
             raise ConfigError(
                 "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
                 "leave it out."
+            )
+        if options.session is not None and is_session:
+            raise ConfigError(
+                "kv_session: a streaming session is never compressed, so there is nothing to "
+                "continue; leave it out."
             )
         odd = [key for key in extra if not isinstance(key, str)]
         if odd and enabled:
@@ -256,6 +262,8 @@ def _check_request(
         if ours:
             server = _server_setting(json.dumps(additional[CONFIG_KEY]))
             check_fits_server(server, options)
+            if options.session is not None:
+                check_session(vllm_config)
             if (named := named_config(server, options)) is not None and named is not server:
                 check_setting(named, vllm_config)
     except ConfigError as error:

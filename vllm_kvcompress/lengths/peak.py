@@ -6,7 +6,7 @@ happens in place.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.budgets import (
@@ -18,6 +18,25 @@ from vllm_kvcompress.lengths.budgets import (
 from vllm_kvcompress.plans import GroupCache
 
 
+@dataclass(frozen=True)
+class Start:
+    """A cache that a prompt begins with.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Tokens of the prompt that are computed.
+    caches : sequence of GroupCache
+        What each layer group holds of them.
+    marks : tuple[int, ...]
+        Lengths of the prompt at which it will be compacted, ascending.
+    """
+
+    num_tokens: int
+    caches: Sequence[GroupCache]
+    marks: tuple[int, ...]
+
+
 def peak_tokens(
     prompt_len: int,
     num_tokens: int,
@@ -25,6 +44,7 @@ def peak_tokens(
     num_groups: int,
     block_size: int,
     codes_per_row: int | None = None,
+    start: Start | None = None,
 ) -> list[int]:
     """Most slots that a request of `num_tokens` tokens has ever needed, for each layer group.
 
@@ -39,10 +59,15 @@ def peak_tokens(
         Layer groups, and tokens per block.
     codes_per_row : int or None
         Tokens whose codes a slot takes; needed where the setting has a codebook.
+    start : Start or None
+        What it begins with; None: with nothing.
     """
-    caches = [GroupCache(0, permanent_ranges(prompt_len, config))] * num_groups
-    peaks, done = [0] * num_groups, 0
-    for mark in prompt_marks(prompt_len, config):
+    if start is None:
+        empty = GroupCache(0, permanent_ranges(prompt_len, config))
+        start = Start(0, [empty] * num_groups, prompt_marks(prompt_len, config))
+    done, caches = start.num_tokens, start.caches
+    peaks = _higher([0] * num_groups, caches)
+    for mark in start.marks:
         if mark > num_tokens:
             break
         caches = _grown(caches, mark - done)

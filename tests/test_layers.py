@@ -24,7 +24,7 @@ LAYERS = {
     "metrics": 1,
     "registry": 1,
     "cli.common": 1,
-    "spec": 1,
+    "spec": 4,
     "config": 2,
     "lengths": 3,
     "request_options": 4,
@@ -74,7 +74,8 @@ MODES = re.compile("draft|codebook", re.IGNORECASE)
 
 # Files and folders that are about a mode, or about all of them.
 ROOMS = (
-    "worker.draft", "worker.codebook", "core.draft", "config.codebook", "lengths.codebook",
+    "worker.draft", "worker.codebook", "core.draft", "config.codebook", "config.mode_checks",
+    "lengths.codebook",
     "kernels.codebook", "kernels.torch_backend.codebook",
     "evaluation", "cli", "speed",
 )  # fmt: skip

@@ -2,10 +2,14 @@
 
 Layers with different numbers refuse to merge, so vLLM's hybrid allocator gives every layer group
 its own block table over the one shared pool.
+
+Of the spec vLLM asks how much memory the longest request takes, and starts where that fits: less
+than all of it where the server's setting compresses inside prompts.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -14,7 +18,9 @@ from vllm.v1.kv_cache_interface import (
     iter_layer_specs,
 )
 
+from vllm_kvcompress.config.reading import server_setting
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
+from vllm_kvcompress.lengths.peak import longest_prompt_peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,24 +32,42 @@ class CompressedAttentionSpec(FullAttentionSpec):
     layer_group : int or None
         Number of the layer group, from 0. None for layers that are never compacted, those of a
         draft model: they have blocks of their own.
+    num_layer_groups : int
+        Layer groups of the model.
     """
 
     layer_group: int | None = 0
+    num_layer_groups: int = 1
 
     @classmethod
     def from_full(
-        cls, spec: FullAttentionSpec, layer_group: int | None
+        cls, spec: FullAttentionSpec, layer_group: int | None, num_layer_groups: int = 1
     ) -> "CompressedAttentionSpec":
         """Copy every field of a plain full-attention spec."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec)}
-        return cls(**values, layer_group=layer_group)
+        return cls(**values, layer_group=layer_group, num_layer_groups=num_layer_groups)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes that the longest prompt takes, of this layer, at most.
+
+        What comes behind a prompt may take more: requests end where the pool does
+        (core/longest.py).
+        """
+        whole = super().max_memory_usage_bytes(vllm_config)
+        setting = server_setting(vllm_config.additional_config)
+        if setting is None or self.layer_group is None:
+            return whole
+        max_len = vllm_config.model_config.max_model_len
+        peaks = longest_prompt_peak(max_len, setting, self.num_layer_groups, self.block_size)
+        num_blocks = -(-peaks[self.layer_group] // self.block_size)
+        return min(whole, num_blocks * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list["CompressedAttentionSpec"]) -> "CompressedAttentionSpec":  # type: ignore[override]
         """Merge specs of one layer group; specs of different groups raise AssertionError."""
         _check_one_group(specs)
         merged = super().merge(specs)
-        return replace(merged, layer_group=specs[0].layer_group)
+        return _numbered_as(specs[0], merged)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether all layers belong to this spec's layer group."""
@@ -65,7 +89,13 @@ class CompressedMLASpec(MLAAttentionSpec, CompressedAttentionSpec):
         """Merge specs of one layer group; specs of different groups raise AssertionError."""
         _check_one_group(specs)
         merged = super().merge(specs)
-        return replace(merged, layer_group=specs[0].layer_group)
+        return _numbered_as(specs[0], merged)
+
+
+def _numbered_as(first: CompressedAttentionSpec, merged: Any) -> Any:
+    """vLLM's merge takes none of our fields along."""
+    ours = {"layer_group": first.layer_group, "num_layer_groups": first.num_layer_groups}
+    return replace(merged, **ours)
 
 
 def _check_one_group(specs: Iterable[KVCacheSpec]) -> None:

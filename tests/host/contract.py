@@ -6,8 +6,8 @@ WHERE_CALLS_ARE = ("v1", "engine", "entrypoints")
 RECEIVERS = {
     "Scheduler": {"scheduler"},
     "FullAttentionManager": {"manager"},
-    "MLAAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec"},
-    "FullAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec"},
+    "MLAAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec", "spec"},
+    "FullAttentionSpec": {"layer_specs", "kv_cache_spec_values", "specs", "first_spec", "spec"},
     "GPUModelRunner": {"model_runner", "runner"},
     "CPUModelRunner": {"model_runner", "runner"},
     "DefaultModelState": {"model_state"},

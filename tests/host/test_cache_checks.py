@@ -8,6 +8,7 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
+from tests.host.requests import incoming
 from tests.host.test_checks import Overlay
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
@@ -15,6 +16,7 @@ from vllm_kvcompress.host import hooks
 from vllm_kvcompress.host.cache_checks import cache_kind, has_eight_bits
 from vllm_kvcompress.host.checks import check_config, check_setting
 from vllm_kvcompress.host.model_checks import check_layer
+from vllm_kvcompress.host.request_checks import check_request
 
 FP8 = ["fp8", "fp8_e4m3", "fp8_e5m2"]
 OTHERS = ["fp8_inc", "fp8_ds_mla", "nvfp4", "turboquant_4bit_nc", "ultraquant_4bit"]
@@ -165,6 +167,6 @@ def test_settings_that_rewrite_rows(config, probe_model: str, preset: str, words
 @pytest.mark.parametrize(("preset", "words"), REWRITING)
 def test_requests_that_would_rewrite_rows_get_http_400(config, preset: str, words: str) -> None:
     for fine in ("none", "snapkv", "keydiff"):
-        hooks._check_request(config, {"kv_compression": fine}, [1] * 9, False)
+        check_request(config, incoming({"kv_compression": fine}, [1] * 9))
     with pytest.raises(VLLMValidationError, match=words):
-        hooks._check_request(config, {"kv_compression": preset}, [1] * 9, False)
+        check_request(config, incoming({"kv_compression": preset}, [1] * 9))

@@ -8,11 +8,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
 from lab.random_models import write_random_model
+from tests.host.requests import incoming
 from tests.host.test_checks import Overlay
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.host.checks import check_config, check_setting
-from vllm_kvcompress.host.hooks import _check_request, install_hooks
+from vllm_kvcompress.host.hooks import install_hooks
+from vllm_kvcompress.host.request_checks import check_request
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.registry import load_policy_class, policy_names
 
@@ -180,6 +182,6 @@ def test_a_request_is_refused_at_admission(model: str) -> None:
         additional_config={"kv_compression": "snapkv"},
     )  # fmt: skip
     config = args.create_engine_config()
-    _check_request(config, {"kv_compression": "keydiff"}, list(range(600)), False)
+    check_request(config, incoming({"kv_compression": "keydiff"}, list(range(600))))
     with pytest.raises(VLLMValidationError, match=r"lagkv compares values"):
-        _check_request(config, {"kv_compression": "lagkv"}, list(range(600)), False)
+        check_request(config, incoming({"kv_compression": "lagkv"}, list(range(600))))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -225,3 +226,18 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise config_error(_OVERRIDES, twice, "this field is given twice; keep one")
     return fields
+
+
+# --- in a running server ------------------------------------------------------------------
+
+
+def server_setting(additional_config: Any) -> CompressionConfig | None:
+    """The setting in ``VllmConfig.additional_config`` of a server; None without compression."""
+    if not isinstance(additional_config, dict) or CONFIG_KEY not in additional_config:
+        return None
+    return _setting_of(json.dumps(additional_config[CONFIG_KEY]))
+
+
+@cache
+def _setting_of(text: str) -> CompressionConfig | None:
+    return parse_config(json.loads(text))

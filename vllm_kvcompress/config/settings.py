@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from vllm_kvcompress.config.codebook import CodebookConfig
 from vllm_kvcompress.config.merging import merge_fields
+from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts
 from vllm_kvcompress.config.plain_values import build
 from vllm_kvcompress.config.sessions import SessionsConfig
 from vllm_kvcompress.registry import load_policy_class
@@ -288,10 +289,11 @@ class CompressionConfig(_Model):
         for start, end in self.pinned:
             if start >= end:
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
-        self._check_drafts()
-        self._check_prompt_interval()
-        if self.codebook is not None and not self.compresses_prompts:
-            raise ValueError("codebook: books are made when prompts end; set trigger end_of_prompt")
+        check_drafts(self)
+        check_codebook(self)
+        if self.compresses_in_prompts and self.prompt_interval < self.observation_window:
+            window = self.observation_window
+            raise ValueError(f"prompt_interval: must be at least observation_window ({window})")
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
@@ -299,49 +301,6 @@ class CompressionConfig(_Model):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
-
-    def _check_drafts(self) -> None:
-        draft = self.draft
-        if self.mode == "draft" and draft.budget is not None:
-            raise ValueError('draft.budget: in the mode "draft" set budget, which is the view\'s')
-        if not self.drafts:
-            given = [name for name in draft.model_fields_set if getattr(draft, name) is not None]
-            for name in sorted(given):
-                flag = " (--kv-draft-tokens)" if name == "tokens" else ""
-                raise ValueError(
-                    f"draft.{name}{flag}: nothing is drafted in the mode evict; set mode to draft "
-                    "(--kv-compression-mode draft), or set draft.budget"
-                )
-            return
-        if self.codebook is not None:
-            raise ValueError(
-                "codebook: no draft is made over one; set mode evict without draft.budget, or "
-                "leave out codebook"
-            )
-        if self.mode == "evict" and draft.refreshes:
-            raise ValueError(
-                "draft.refresh_every, draft.refresh_below: a cache that evicts has nothing to "
-                "refresh a view from"
-            )
-        if draft.tokens == 0:
-            raise ValueError("draft.tokens: draft at least one token per step")
-        if self.mode == "draft" and self.compresses_in_prompts:
-            raise ValueError("trigger: the mode draft keeps the whole cache; set end_of_prompt")
-        if self.compresses_while_decoding:
-            raise ValueError("trigger: views to draft over are taken at the end of the prompt")
-
-    def _check_prompt_interval(self) -> None:
-        if not self.compresses_in_prompts:
-            return
-        if self.prompt_interval < self.observation_window:
-            raise ValueError(
-                f"prompt_interval: must be at least observation_window ({self.observation_window})"
-            )
-        if self.codebook is not None:
-            raise ValueError(
-                "codebook: keys are coded by their positions, which a compaction inside the prompt "
-                "loses; set trigger end_of_prompt, or leave codebook out"
-            )
 
     @property
     def drafts(self) -> bool:

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -21,6 +22,7 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager, regis
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.draft.scheduling import DraftMixin
 from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.longest import LongestSequence
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
@@ -58,6 +60,8 @@ class CompressionMixin(Scheduler):
         Takes blocks for what is due.
     sessions : Sessions
         Caches that wait for a conversation's next turn.
+    longest : LongestSequence
+        Ends requests that the pool cannot hold.
     query_slots : QuerySlots
         Who may record queries while decoding.
     stats : CompressionStats
@@ -91,12 +95,14 @@ class CompressionMixin(Scheduler):
             self.max_model_len,
             self.stats,
         )
-        room = self.compactions.room
-        self.sessions = room.sessions = Sessions(
-            self.planner, self._managers, group_map.layer_groups, room.pool, self.stats,
-            room.note_change,
-        )  # fmt: skip
+        room, pool = self.compactions.room, self.kv_cache_manager.block_pool
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
+        self.sessions = room.sessions = Sessions(
+            self.planner, self._managers, group_map.layer_groups, pool, self.stats, room.note_change
+        )
+        ahead = self.num_lookahead_tokens
+        self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
+        self._too_long: list[str] = []
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
     def _groups(self) -> list[CompressedAttentionManager | HostGroup]:
@@ -150,6 +156,8 @@ class CompressionMixin(Scheduler):
         if not is_new:
             return  # the next chunk of a streaming session, which is never compressed
         self.admission.admit(request)
+        if not self.longest.bound(request):
+            self._too_long.append(request.request_id)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
@@ -212,9 +220,16 @@ class CompressionMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
-        """Take the worker's measurements along."""
+        """Take the worker's measurements along, and answer requests that never can be served."""
         StepReport.of(model_runner_output).count_into(self.stats)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        too_long, self._too_long = self._too_long, []
+        for request in self.finish_requests(too_long, RequestStatus.FINISHED_ERROR):
+            reason = request.get_finished_reason()
+            answer = EngineCoreOutput(request.request_id, [], finish_reason=reason)
+            each = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            each.outputs.append(answer)
+        return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Send our counts with vLLM's."""

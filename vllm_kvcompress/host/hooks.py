@@ -9,28 +9,28 @@ manager, the KV cache spec.
 import functools
 import importlib
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_kvcompress.config.reading import CONFIG_KEY, NONE, parse_config, preset_names
+from vllm_kvcompress.config.reading import (
+    CONFIG_KEY,
+    NONE,
+    parse_config,
+    preset_names,
+    server_setting,
+)
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.errors import ConfigError, UnsupportedModelError, config_error
-from vllm_kvcompress.host.checks import check_config, check_session, check_setting
+from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
+from vllm_kvcompress.host.checks import check_config, check_setting
 from vllm_kvcompress.host.cli_options import exit_with, move_to_additional_config
 from vllm_kvcompress.host.model_checks import layer_groups_warning, num_full_layers
 from vllm_kvcompress.host.prometheus import PrometheusRecorder
+from vllm_kvcompress.host.request_checks import check_request
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, take_counts
-from vllm_kvcompress.request_options import (
-    REQUEST_KEYS,
-    check_fits_server,
-    named_config,
-    parse_request,
-)
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -208,14 +208,11 @@ def _process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        extra = getattr(request.sampling_params, "extra_args", None)
-        if extra:
-            tokens, is_session = request.prompt_token_ids, request.resumable
-            try:
-                _check_request(self.vllm_config, extra, tokens, is_session)
-            except Exception:  # the server's answer to the client
-                _forget_images(self.renderer.mm_processor_cache, request.mm_features)
-                raise
+        try:
+            check_request(self.vllm_config, request)
+        except Exception:  # the server's answer to the client
+            _forget_images(self.renderer.mm_processor_cache, request.mm_features)
+            raise
         return request
 
     return process_inputs
@@ -229,52 +226,6 @@ def _forget_images(sent: Any, features: Any) -> None:
     for feature in features or ():
         if sent is not None:
             sent.invalidate(feature.mm_hash or feature.identifier)
-
-
-def _check_request(
-    vllm_config: Any, extra: dict[str, Any], prompt: list[int] | None, is_session: bool
-) -> None:
-    """Refuse bad ``vllm_xargs``; the server answers HTTP 400."""
-    from vllm.exceptions import VLLMValidationError
-
-    additional = vllm_config.additional_config
-    enabled = isinstance(additional, dict) and CONFIG_KEY in additional
-    off = ("kv_compression", NONE)
-    ours = [key for key in REQUEST_KEYS if key in extra and (key, extra[key]) != off]
-    try:
-        options = parse_request(extra, len(prompt) if prompt is not None else None)
-        if options.pins and is_session:
-            raise ConfigError(
-                "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
-                "leave it out."
-            )
-        if options.session is not None and is_session:
-            raise ConfigError(
-                "kv_session: a streaming session is never compressed, so there is nothing to "
-                "continue; leave it out."
-            )
-        odd = [key for key in extra if not isinstance(key, str)]
-        if odd and enabled:
-            # msgspec would end the engine's input thread: every later request would wait for ever.
-            raise config_error("extra_args", "", "a key must be a text", odd[0])
-        if ours and not enabled:
-            raise ConfigError(f"{ours[0]}: this server was started without --kv-compression.")
-        if ours:
-            server = _server_setting(json.dumps(additional[CONFIG_KEY]))
-            check_fits_server(server, options)
-            if options.session is not None:
-                check_session(vllm_config)
-            if (named := named_config(server, options)) is not None and named is not server:
-                check_setting(named, vllm_config)
-    except ConfigError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-
-
-@functools.cache
-def _server_setting(text: str) -> CompressionConfig:
-    config = parse_config(json.loads(text))
-    assert config is not None, "checked when the server started"
-    return config
 
 
 # --- memory -------------------------------------------------------------------------------
@@ -303,9 +254,9 @@ def _init_stat_loggers(original: Callable[..., Any]) -> Callable[..., Any]:
     def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         additional = vllm_config.additional_config
-        if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+        setting = server_setting(additional)
+        if setting is None:
             return
-        setting = _server_setting(json.dumps(additional[CONFIG_KEY]))
         model = vllm_config.model_config
         groups = layer_groups(num_full_layers(model), setting.layer_groups)
         recorder = PrometheusRecorder(

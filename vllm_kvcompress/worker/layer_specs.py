@@ -92,6 +92,7 @@ class CompactedLayers:
             If a layer is of another kind than the model's configuration says.
         """
         groups = layer_groups(len(self), config)
+        num_groups = max(groups) + 1
         layers = self.vllm_config.compilation_config.static_forward_context
         found: dict[str, KVCacheSpec] = {}
         for name, spec in host_specs.items():
@@ -102,7 +103,7 @@ class CompactedLayers:
                 number = None if place is None else groups[place]
                 latent = isinstance(whole, MLAAttentionSpec)
                 ours = CompressedMLASpec if latent else CompressedAttentionSpec
-                found[name] = ours.from_full(whole, number)
+                found[name] = ours.from_full(whole, number, num_groups)
             elif not is_other and self._is_left_to_vllm(name, host_specs):
                 found[name] = spec
             else:

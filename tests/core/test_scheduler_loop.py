@@ -43,13 +43,15 @@ LOOPS = {
 class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
-    def __init__(self, model: str, kind: type, num_drafts: int, num_blocks: int) -> None:
+    def __init__(
+        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING
+    ) -> None:
         install_hooks()
         init_none_hash(sha256)
         drafts = {"method": "ngram_gpu", "num_speculative_tokens": num_drafts}
         args = EngineArgs(
             model=model, dtype="float32", block_size=BLOCK, max_model_len=512, max_num_seqs=4,
-            max_num_batched_tokens=64, additional_config={"kv_compression": SETTING},
+            max_num_batched_tokens=64, additional_config={"kv_compression": setting},
             speculative_config=drafts if num_drafts else None,
         )  # fmt: skip
         config = args.create_engine_config()
@@ -70,11 +72,17 @@ class Loop:
         self.num_steps = 0
         self.stop_next = False
 
-    def add(self, name: str, prompt: list[int], max_tokens: int = 40) -> Request:
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP])
-        request = Request(
-            name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256)
-        )
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 40,
+        xargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP], extra_args=xargs)
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        request = Request(name, prompt, params, None, block_hasher=hasher, **options)
         self.scheduler.add_request(request)
         return request
 

@@ -34,18 +34,21 @@ class Turns:
 
     Attributes
     ----------
-    computed : list[int]
-        Prompt tokens computed, by turn.
+    computed, prompts : list[int]
+        Prompt tokens computed, and prompt tokens that there were, by turn.
     right : list[int]
         Chats that were answered right, by turn; of turns that ask.
     answers : list[list[int]]
         Tokens of every answer, in order.
+    counts : dict
+        What the metrics counted of conversations.
     """
 
     computed: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
 
 
 class CountedEngine(Engine):
@@ -125,7 +128,9 @@ def measure(args: argparse.Namespace, name: str, setting: Any, is_session: bool)
     xargs = [{"kv_session": f"chat-{n}"} if is_session else None for n in range(args.num_chats)]
     found = talk(engine, samples, args.num_turns, args.ask, xargs)
     if is_session:
-        print(name, dict(engine.scheduler.stats.session_requests), file=sys.stderr)
+        stats = engine.scheduler.stats
+        found.counts = {"requests": dict(stats.session_requests), "tokens": stats.session_tokens}
+        found.counts["given back"] = dict(stats.sessions_given_back)
     engine.close()
     return found
 
@@ -136,7 +141,7 @@ def main() -> int:
     parser.add_argument("--pool", choices=POOLS, default="tight")
     parser.add_argument("--ask", choices=("always", "last"), default="always")
     parser.add_argument("--preset", default="auto")
-    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--ratio", type=float, default=0.12)
     parser.add_argument("--num-chats", type=int, default=4)
     parser.add_argument("--num-turns", type=int, default=10)
     parser.add_argument("--num-tokens", type=int, default=1200, help="of a chat's first prompt")
@@ -156,7 +161,15 @@ def main() -> int:
         cells = [f"{each.computed[turn]:8} {each.right[turn]:6}" for each in found.values()]
         longest = max(each.prompts[turn] for each in found.values())
         print(f"{turn + 1:4} {longest:8} " + " ".join(cells))
+    if "stock" in found:
+        for name, each in found.items():
+            pairs = zip(found["stock"].answers, each.answers, strict=True)
+            equal = sum(a == b for x, y in pairs for a, b in zip(x, y, strict=True))
+            print(f"{name}: {equal} of {sum(map(len, each.answers))} tokens equal to stock's")
     sums = [f"{sum(each.computed):8} {sum(each.right):6}" for each in found.values()]
     print(f"{'all':>4} {'':8} " + " ".join(sums))
+    for name, each in found.items():
+        if each.counts:
+            print(f"{name}: {each.counts}")
     totals = {name: sum(each.computed) for name, each in found.items()}
     return 0 if totals.get("reuse", 0) <= min(totals.values()) else 1

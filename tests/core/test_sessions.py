@@ -205,7 +205,7 @@ def test_other_conversations_do_not_help(probe_model: str) -> None:
 
 
 def test_pins_of_what_was_generated_are_not_promised(probe_model: str) -> None:
-    """Pinned are [0, 230) of all prompts; of a shorter one that is all, and of its answer nothing."""
+    """Pinned is [0, 230) of all prompts: all of a shorter one, and nothing of its answer."""
     setting = {**UNEVEN, "pinned": [[0, 230]], "trigger": "both", "interval": 16}
     chats = watch(Chats(probe_model, *LOOPS["sync"], 200, setting=setting))
     for length, outcome in ((300, "reused"), (220, "other_setting")):
@@ -336,7 +336,6 @@ def test_any_traffic(name: str, setting: dict[str, Any], probe_model: str) -> No
     chats.num_steps = 0
     chats.run()
     found = chats.stats.session_requests
-    print(name, found, chats.stats.sessions_given_back)
     assert found["reused"] > 20 and found["other_tokens"] and found["nothing_kept"], found
     chats.scheduler.sessions.clear()
     assert chats.pool.get_num_free_blocks() == chats.usable

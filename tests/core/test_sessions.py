@@ -24,6 +24,8 @@ UNEVEN = {
 WINDOW = {**UNEVEN, "preset": "snapkv", "observation_window": 8}
 EVERYWHERE = {**WINDOW, "trigger": "all", "prompt_interval": 64, "interval": 16}
 CHAT = {"kv_session": "chat"}
+LENGTHS = [1, 2, 5, 5, 10, 20]
+"""Output tokens, in any traffic."""
 
 
 class Chats(Loop):
@@ -277,6 +279,32 @@ def test_no_room_leaves_everything_as_it_was(probe_model: str) -> None:
     assert chats.finished >= {"runs", "waits"}
 
 
+@pytest.mark.parametrize("others", [False, True])
+def test_a_turn_that_fits_beside_nothing_starts_from_nothing(
+    others: bool, probe_model: str
+) -> None:
+    """Where others run, what it would continue waits with it: they may end."""
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
+    text = chats.ask("first", prompt(200), 8)
+    if others:
+        chats.add("runs", prompt(60, 40), 60, {"kv_compression": "none"})
+        chats.step()
+    sessions, planner = chats.scheduler.sessions, chats.scheduler.planner
+    request = chats.add("second", [*text, *prompt(90, 3)], 8, CHAT)
+    before = planner.requests["second"]
+    found = sessions.find(request, 0)
+    assert found is not None
+    found.begin()
+    assert planner.requests["second"].num_reused == found.num_tokens and not sessions.held_blocks()
+    chats.scheduler.check_integrity()
+    found.end(admitted=False)
+    assert planner.requests["second"] is before
+    assert bool(sessions.held_blocks()) is others
+    assert chats.stats.sessions_given_back == ({} if others else {"no_fit": 1})
+    chats.check_blocks()
+    chats.run()
+
+
 def test_what_was_hashed_before_a_late_compaction_is_not_written(probe_model: str) -> None:
     """While others hold its prompt it is not compacted, and blocks behind the prompt are hashed."""
     chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
@@ -320,7 +348,7 @@ def test_any_traffic(name: str, setting: dict[str, Any], probe_model: str) -> No
             xargs = rng.choice([own] * 18 + [None, {**own, "kv_budget_tokens": 80}])
             salt = rng.choice([None] * 19 + ["s"])
             request_id = f"{chat}{count}"
-            length = rng.choice([1, 2, 5, 5, 10, 20])
+            length = rng.choice(LENGTHS)
             live[request_id] = chat, chats.add(request_id, text, length, xargs, cache_salt=salt)
         if live and rng.random() < 0.02:
             victim = rng.choice(list(live))

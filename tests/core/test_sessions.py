@@ -173,10 +173,8 @@ def test_who_comes_first_takes_it(chats: Chats) -> None:
     [
         {"xargs": {**CHAT, "kv_budget_tokens": 64}},
         {"xargs": {**CHAT, "kv_pin": [0, 64]}},
-        {"cache_salt": "other"},
-        {"lora_request": LoRARequest("adapter", 1, "/nowhere")},
     ],
-    ids=["budget", "pins", "salt", "adapter"],
+    ids=["budget", "pins"],
 )
 def test_settings_are_never_mixed(options: dict[str, Any], probe_model: str) -> None:
     chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
@@ -186,6 +184,24 @@ def test_settings_are_never_mixed(options: dict[str, Any], probe_model: str) -> 
     assert chats.hits["second"] <= 192
     chats.ask("third", [*text, *prompt(60, 3)], **options)
     assert chats.stats.session_requests["reused"] == 1, "the second left its own"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_salt": "other"}, {"lora_request": LoRARequest("adapter", 1, "/nowhere")}],
+    ids=["salt", "adapter"],
+)
+def test_a_name_is_a_name_under_one_salt_and_adapter(
+    options: dict[str, Any], probe_model: str
+) -> None:
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
+    text = chats.ask("first", prompt(200))
+    other = chats.ask("second", [*text, *prompt(60, 3)], **options)
+    assert chats.stats.session_requests == {"nothing_kept": 2}
+    assert chats.hits["second"] == 0
+    chats.ask("third", [*text, *prompt(60, 4)])
+    chats.ask("fourth", [*other, *prompt(60, 4)], **options)
+    assert chats.stats.session_requests == {"nothing_kept": 2, "reused": 2}, "nobody took it away"
 
 
 def test_policies_are_never_mixed(probe_model: str) -> None:
@@ -228,11 +244,11 @@ def test_the_longest_unused_goes_first(probe_model: str) -> None:
             texts["a"] = chats.ask("a again", more, 8, xargs={"kv_session": "a"})
     assert chats.hits["a again"] > 200
     assert chats.stats.sessions_given_back == {"limit": 1}
-    assert list(chats.scheduler.sessions._kept) == ["c", "a", "d"]
+    assert [name for name, *_ in chats.scheduler.sessions._kept] == ["c", "a", "d"]
     big = {**CHAT, "kv_budget_tokens": 300}
     chats.ask("big", prompt(450, 50), 8, xargs=big)
     assert chats.stats.sessions_given_back == {"limit": 1, "too_large": 1}
-    assert list(chats.scheduler.sessions._kept) == ["c", "a", "d"]
+    assert [name for name, *_ in chats.scheduler.sessions._kept] == ["c", "a", "d"]
 
 
 def test_what_is_kept_gives_way_before_anybody_waits(probe_model: str) -> None:

@@ -8,6 +8,9 @@ from vllm.v1.request import Request
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.tracked_request import CompactionSchedule
 
+Place = tuple[str, str | None, tuple[str, int] | None]
+"""Name of a conversation, cache salt, adapter."""
+
 
 class Outcome:
     """What became of a request that names a conversation; values of the metric's label."""
@@ -49,8 +52,6 @@ class Kept:
         Tokens of its last turn's prompt.
     config : CompressionConfig
         Its setting.
-    lineage : tuple
-        What keys depend on besides: the cache salt, the adapter.
     """
 
     token_ids: list[int]
@@ -58,7 +59,6 @@ class Kept:
     held: CompactionSchedule
     prompt_len: int
     config: CompressionConfig
-    lineage: tuple
 
     @property
     def num_blocks(self) -> int:
@@ -66,10 +66,14 @@ class Kept:
         return sum(map(len, self.blocks))
 
 
-def lineage_of(request: Request) -> tuple:
-    """What a request's keys depend on beside its tokens."""
+def place_of(request: Request, session: str) -> Place:
+    """Where a conversation's cache is kept.
+
+    One cache salt's names are no business of another's, and an adapter has keys of its own.
+    """
     adapter = request.lora_request
-    return request.cache_salt, None if adapter is None else (adapter.lora_name, adapter.lora_int_id)
+    own = None if adapter is None else (adapter.lora_name, adapter.lora_int_id)
+    return session, request.cache_salt, own
 
 
 def is_served(request: Request) -> bool:

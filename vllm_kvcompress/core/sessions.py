@@ -26,11 +26,12 @@ from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.kept_cache import (
     Kept,
     Outcome,
+    Place,
     Reason,
     is_private,
     is_served,
-    lineage_of,
     num_common,
+    place_of,
 )
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, TrackedRequest
@@ -60,18 +61,18 @@ class Continuation(KVCacheBlocks):
     """
 
     def __init__(
-        self, sessions: "Sessions", request_id: str, name: str, kept: Kept, num_tokens: int
+        self, sessions: "Sessions", request_id: str, place: Place, kept: Kept, num_tokens: int
     ) -> None:
         super().__init__(tuple(() for _ in kept.blocks))
         self.num_tokens = num_tokens
-        self._sessions, self._request_id, self._name = sessions, request_id, name
+        self._sessions, self._request_id, self._place = sessions, request_id, place
         self._kept = kept
         self._before: TrackedRequest | None = None
 
     def begin(self) -> None:
         """The blocks are the request's."""
         self._before = self._sessions.hand_over(
-            self._request_id, self._name, self._kept, self.num_tokens
+            self._request_id, self._place, self._kept, self.num_tokens
         )
 
     def end(self, admitted: bool) -> None:
@@ -80,7 +81,7 @@ class Continuation(KVCacheBlocks):
         if admitted:
             self._sessions.free_behind(self._kept, self.num_tokens)
         else:
-            self._sessions.take_back(self._before, self._request_id, self._name, self._kept)
+            self._sessions.take_back(self._before, self._request_id, self._place, self._kept)
 
 
 class Sessions:
@@ -120,7 +121,7 @@ class Sessions:
         self._groups = [number for number in layer_group_of if number is not None]
         usable = pool.num_gpu_blocks - 1
         self._max_blocks = int(planner.config.sessions.max_blocks_ratio * usable) if is_alone else 0
-        self._kept: dict[str, Kept] = {}  # the longest unused comes first
+        self._kept: dict[Place, Kept] = {}  # the longest unused comes first
 
     # --- the end of a turn ----------------------------------------------------------------
 
@@ -153,10 +154,10 @@ class Sessions:
             held=tracked.compaction,
             prompt_len=tracked.prompt_len,
             config=tracked.config,
-            lineage=lineage_of(request),
         )
         kept = self._without_rest(kept, num_tokens)
-        self.give_back(tracked.session, Reason.REPLACED)
+        place = place_of(request, tracked.session)
+        self.give_back(place, Reason.REPLACED)
         self.stats.sessions_kept += 1
         if kept.num_blocks > self._max_blocks:
             self._free(kept.blocks)
@@ -164,7 +165,7 @@ class Sessions:
             return
         while self._num_blocks() + kept.num_blocks > self._max_blocks:
             self._give_back_oldest(Reason.LIMIT)
-        self._kept[tracked.session] = kept
+        self._kept[place] = kept
 
     def _may_be_kept(self, request: Request, tracked: TrackedRequest) -> bool:
         return (
@@ -186,7 +187,8 @@ class Sessions:
         tracked = self.planner.requests.get(name)
         if tracked is None or tracked.session is None or request.num_preemptions:
             return None
-        found = self._match(request, tracked)
+        place = place_of(request, tracked.session)
+        found = self._match(request, tracked, self._kept.get(place))
         if isinstance(found, str):
             tracked.session_outcome = found
             return None
@@ -195,19 +197,19 @@ class Sessions:
             tracked.session_outcome = Outcome.PREFIX_CACHE
             return None
         tracked.session_outcome = Outcome.REUSED
-        return Continuation(self, name, tracked.session, kept, num_tokens)
+        return Continuation(self, name, place, kept, num_tokens)
 
-    def _match(self, request: Request, tracked: TrackedRequest) -> tuple[Kept, int] | str:
+    def _match(
+        self, request: Request, tracked: TrackedRequest, kept: Kept | None
+    ) -> tuple[Kept, int] | str:
         """What is kept for a request and how many tokens of it are of use, or why nothing is."""
-        assert tracked.session is not None
-        kept = self._kept.get(tracked.session)
         if tracked.config is None or tracked.phase is Phase.SKIPPED:
             return Outcome.UNCOMPRESSED
         if not is_served(request) or request.skip_reading_prefix_cache:
             return Outcome.UNSERVED
         if kept is None:
             return Outcome.NOTHING_KEPT
-        if kept.config != tracked.config or kept.lineage != lineage_of(request):
+        if kept.config != tracked.config:
             return Outcome.OTHER_SETTING
         assert request.prompt_token_ids is not None
         common = num_common(kept.token_ids, request.prompt_token_ids)
@@ -233,26 +235,28 @@ class Sessions:
 
     # --- whose blocks they are ------------------------------------------------------------
 
-    def hand_over(self, request_id: str, name: str, kept: Kept, num_tokens: int) -> TrackedRequest:
+    def hand_over(
+        self, request_id: str, place: Place, kept: Kept, num_tokens: int
+    ) -> TrackedRequest:
         """What is kept is the request's, with those of its blocks that it needs.
 
         Returns the request's state before that.
         """
-        del self._kept[name]
+        del self._kept[place]
         for manager, blocks, evicted, count in self._parts(kept, num_tokens):
             manager.take_over(request_id, blocks[:count], evicted)
         return self.planner.continue_from(request_id, kept.held, num_tokens)
 
-    def take_back(self, before: TrackedRequest, request_id: str, name: str, kept: Kept) -> None:
+    def take_back(self, before: TrackedRequest, request_id: str, place: Place, kept: Kept) -> None:
         """There was no room for the request: everything is as before `hand_over`."""
         for manager in self._managers:
             manager.pop_blocks_for_free(request_id)
         self.planner.requests[request_id] = before
-        self._kept[name] = kept
+        self._kept[place] = kept
         used = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
         if used == len({block.block_id for block in self.held_blocks()}):
             # Nobody runs who could make room. From nothing it needs no more than when it came.
-            self.give_back(name, Reason.NO_FIT)
+            self.give_back(place, Reason.NO_FIT)
 
     def free_behind(self, kept: Kept, num_tokens: int) -> None:
         """Free the blocks that the request has not taken."""
@@ -292,9 +296,9 @@ class Sessions:
     def give_back_sharers(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Give back whatever holds one of these, for whose owner they do not come free."""
         wanted = {block.block_id for block in blocks if block.ref_cnt > 1}
-        for name, kept in list(self._kept.items()):
+        for place, kept in list(self._kept.items()):
             if any(block.block_id in wanted for group in kept.blocks for block in group):
-                self.give_back(name, Reason.ROOM)
+                self.give_back(place, Reason.ROOM)
 
     def clear(self) -> None:
         """Give everything back: the prefix cache is emptied."""
@@ -302,14 +306,14 @@ class Sessions:
             pass
 
     def _give_back_oldest(self, reason: str) -> bool:
-        for name in self._kept:
-            self.give_back(name, reason)
+        for place in self._kept:
+            self.give_back(place, reason)
             return True
         return False
 
-    def give_back(self, name: str, reason: str) -> None:
+    def give_back(self, place: Place, reason: str) -> None:
         """Free a conversation's blocks, if it has any."""
-        kept = self._kept.pop(name, None)
+        kept = self._kept.pop(place, None)
         if kept is not None:
             self._free(kept.blocks)
             self.stats.record_session_given_back(reason)
@@ -333,8 +337,8 @@ class Sessions:
         assert self._num_blocks() <= self._max_blocks
         for block in self.held_blocks():
             assert block.ref_cnt > 0, f"block {block.block_id} is kept and free"
-        for name, kept in self._kept.items():
+        for place, kept in self._kept.items():
             num_tokens = len(kept.token_ids)
-            assert 0 < kept.held.compacted_at <= num_tokens, name
+            assert 0 < kept.held.compacted_at <= num_tokens, place
             for _, blocks, _, count in self._parts(kept, num_tokens):
-                assert len(blocks) == count, name
+                assert len(blocks) == count, place

@@ -5,6 +5,7 @@
     python scripts/show.py pool      steps and preemptions in a pool that is too small
     python scripts/show.py churn     what 200 mixed requests leave behind
     python scripts/show.py prefix    prefix-cache hits after the first owner was compressed
+    python scripts/show.py long      prompts of 8,000 tokens in a pool of 3,000
     python scripts/show.py draft     greedy tokens of draft mode against stock vLLM's, 50 prompts
 
 Each runs on CPU in float32 with the probe model, `draft` with two random ones besides. Every
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lab.long_prompts import show_long
 from lab.places import PROBE_MODEL, ROOT
 from lab.random_models import distinct_tokens, write_random_model
 from lab.scenarios import SERVER, NeedleRow, churn, drain, needle_answers
@@ -277,6 +279,7 @@ def main() -> int:
         "pool": show_pool,
         "churn": show_churn,
         "prefix": show_prefix,
+        "long": lambda args: show_long(MODEL, args.num_samples),
         "draft": show_draft,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])

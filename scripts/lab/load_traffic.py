@@ -66,6 +66,9 @@ MODES = {
     "draft-linked": Mode({**_LINKED, **_QUARTER, **_DRAFT}, 4),
     "ngram": Mode({"preset": "snapkv", **_QUARTER}, 1, {"speculative_config": NGRAM}),
     "interval": Mode({"preset": "snapkv", **_QUARTER, "trigger": "both", "interval": 64}),
+    "prompt": Mode(
+        {"preset": "snapkv", **_QUARTER, "trigger": "all", "prompt_interval": 96, "interval": 64}
+    ),
     "codebook": Mode({"preset": "spindlekv", "min_prompt_len": 128, "interval": 64}, 4),
 }
 

@@ -89,6 +89,7 @@ class Report:
     steps: int = 0
     finished: int = 0
     aborted: int = 0
+    refused: int = 0
     resets: int = 0
     preemptions: int = 0
     compactions: int = 0
@@ -103,7 +104,7 @@ class Report:
         """One line for a terminal."""
         return (
             f"{self.mode}: {self.seconds:.0f} s, {self.steps} steps, {self.finished} requests "
-            f"finished, {self.aborted} aborted, {self.resets} resets, {self.preemptions} "
+            f"finished, {self.aborted} aborted, {self.refused} refused, {self.resets} resets, {self.preemptions} "
             f"preemptions, {self.compactions} compactions, {self.views} views, {self.deferrals} "
             f"deferrals, {len(self.failures)} failures, {self.blocks_missing} blocks missing"
         )
@@ -182,6 +183,7 @@ class Run:
 
     def _arrive(self) -> None:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         engine = self.engine
         while len(engine.scheduler.requests) < MAX_IN_FLIGHT and self.rng.random() < 0.5:
@@ -192,6 +194,11 @@ class Run:
             params = SamplingParams(**arrival.sampling)
             try:
                 engine.engine.add_request(arrival.name, prompt, params)
+            except VLLMValidationError as error:
+                if error.parameter != "input_tokens":
+                    raise
+                del self.arrivals[arrival.name], engine.results[arrival.name]
+                self.report.refused += 1  # the pool is smaller than the longest sequence
             except ValueError as error:
                 raise SystemExit(
                     f"the traffic is wrong, not the engine: {arrival}: {error}"

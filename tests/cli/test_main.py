@@ -252,13 +252,14 @@ def test_plan_in_numbers(run: Run, probe_model: str) -> None:
     assert found["block_bytes"] == 4 * 8192
     assert [g["tokens_after"] for g in found["groups"]] == [960]
     assert (found["blocks_before"], found["blocks_after"], found["blocks_peak"]) == (500, 60, 560)
-    assert found["kept_ratio"] == 0.12
+    assert found["blocks_needed"] == 500 and found["kept_ratio"] == 0.12
+    assert found["longest_prompt"] == {"without": 8192, "with": 8192}
     assert found["requests"] == {
         "stock_prompts": 65,  # 32,767 blocks of 32 KiB
         "prompts": 65,
         "stock_decoding": 64,
         "decoding": 489,  # 67 blocks each
-        "one_by_one": 481,
+        "one_by_one": 482,
     }
 
 
@@ -269,6 +270,12 @@ def test_plan_for_people(run: Run, probe_model: str) -> None:
     assert "layer group" in out and "total" in out
     assert "Requests at once in 1.0 GiB" in out
     assert all(len(line) <= PIPE_WIDTH for line in out.splitlines())
+    inside = '{"trigger": "prompt", "prompt_interval": 512, "budget": {"tokens": 512}}'
+    options = ("--kv-cache-memory", "4MiB", "--kv-compression-config", inside)
+    out = plan(run, probe_model, *options)[1]
+    assert "compressed every 512 tokens: until it is done, 2.0 MiB are held at most" in out
+    (row,) = (line for line in out.splitlines() if "tokens of the longest prompt" in line)
+    assert "2,032" in row and "8,192" in row  # 127 blocks of 16 tokens; the model's longest
     without = plan(run, probe_model)[1]
     assert "Requests at once" not in without and "12.0% of the cache stays" in without
 
@@ -332,7 +339,7 @@ def test_a_task_that_keeps_more_is_shown(run: Run, probe_model: str) -> None:
         (["--output-len", "200"], ["8200 tokens", "max_position_embeddings (8192)"]),
         (["--prompt-len", "100"], ["left alone: it is shorter than min_prompt_len (512)"]),
         (["--prompt-len", "512", "--kv-compression-config", '{"budget": {"ratio": 1}}'], ["whole"]),
-        (["--kv-cache-memory", "16MiB"], ["16.0 MiB is too small", "17.5 MiB"]),
+        (["--kv-cache-memory", "15MiB"], ["15.0 MiB is too small", "15.7 MiB"]),
     ],
 )
 def test_plan_warns(run: Run, probe_model: str, options: list[str], words: list[str]) -> None:

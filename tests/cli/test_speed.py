@@ -36,6 +36,13 @@ def plan(capsys: pytest.CaptureFixture[str], probe_model: str) -> Plan:
 RATES = ("--speed", "--bandwidth", "1GB/s", "--flops", "1PFLOP/s", "--launch-us", "0")
 
 
+def test_compactions_inside_prompts_are_not_modelled(plan: Plan) -> None:
+    inside = ("--kv-compression-config", '{"trigger": "prompt"}')
+    status, out, err = plan(*RATES, *inside)
+    assert status == 1 and not out and "--speed: times of compactions inside the prompt" in err
+    assert plan(*inside)[0] == 0
+
+
 def test_in_numbers(plan: Plan, probe_model: str) -> None:
     """Time is bytes: a token's cache is 4 * 2 * 2 * 64 * 2 = 2,048; 960 of 8,000 stay."""
     options = ("--json", "--batch", "2,3", "--accepted", "2.5", "--kv-cache-memory", "64MiB")

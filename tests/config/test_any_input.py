@@ -78,7 +78,8 @@ PATHS = [
     "tasks.localization.policy.scorer.kernel_size",
 ]
 
-WORDS = ["name", "ratio", "scorer", "budget", "evict", "draft", "both", "interval", "prompt", "linear"]
+WORDS = ["name", "ratio", "scorer", "budget", "evict", "draft", "both", "interval", "linear"]
+WORDS += ["prompt"]
 WORDS += ["localization", "[key]", "tuple[", "function-after[x]", "a.b", "", "\n", "\ud800", "none"]
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -(10**4000), 0, 1, 2, 0.5])
 words = st.sampled_from(WORDS) | st.text(max_size=8) | st.just("x" * 5000)

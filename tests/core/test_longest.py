@@ -29,7 +29,14 @@ def bounded(longest: LongestSequence, *lengths: int) -> int | None:
 
 @pytest.mark.parametrize(
     ("prompt_len", "max_tokens", "expected"),
-    [(100, 50, 50), (100, 100, 100), (100, 101, 100), (199, 500, 1), (200, 1, None), (450, 9, None)],
+    [
+        (100, 50, 50),
+        (100, 100, 100),
+        (100, 101, 100),
+        (199, 500, 1),
+        (200, 1, None),
+        (450, 9, None),
+    ],
 )
 def test_a_request_ends_where_the_pool_does(
     prompt_len: int, max_tokens: int, expected: int | None

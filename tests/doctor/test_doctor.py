@@ -75,7 +75,7 @@ def test_a_model_and_a_setting_that_start(run: Run, probe_model: str) -> None:
             "16.0 MiB per worker."
         )
         assert found["memory"] == [
-            "64.0 MiB hold 24 such prompts once compressed, and 3 without compression."
+            "64.0 MiB hold 25 such prompts once compressed, and 3 without compression."
         ]
 
 
@@ -93,7 +93,7 @@ def test_for_people(capsys, probe_model: str) -> None:
     rows = [line.split(maxsplit=2) for line in out.splitlines() if line]
     assert ["ok", "setting", "windowkv is valid (policy windowkv)."] in rows
     memory = next(row for row in rows if row[1] == "memory")
-    assert memory[0] == "warning" and "1.0 MiB is too small to compress a prompt" in memory[2]
+    assert memory[0] == "warning" and "1.0 MiB is too small for a prompt" in memory[2]
     assert out.splitlines()[-1].endswith(" ok, 1 warnings, 0 failed.")
 
 

@@ -1,12 +1,15 @@
 """Prompts larger than the pool: served in bounded memory, refused where they cannot be."""
 
 from collections.abc import Iterator
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 from vllm.exceptions import VLLMValidationError
 
 from tests.e2e.conftest import assert_idle, opened
+from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.evaluation.engine import Engine
 
 pytestmark = pytest.mark.engine
@@ -28,9 +31,22 @@ def prompt(length: int, seed: int) -> list[int]:
     return [5 + (seed + i * 7919) % 4000 for i in range(length)]
 
 
+GROUPS = {**SETTING, "preset": "windowkv", "layer_groups": {"count": 4}, "task": "localization"}
+GROUPS |= {"policy": {"window_size": 32, "layers_per_leader": None}}
+GROUPS |= {"layer_budget": {"shape": "uniform"}}
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "one group": (SETTING, POOL),
+    "groups, asynchronous": (
+        GROUPS,
+        {**POOL, "num_blocks": 4 * PEAK + 1, "async_scheduling": True},
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def engine(probe_model: str) -> Iterator[Engine]:
-    with opened(probe_model, SETTING, **POOL) as engine:
+def engine(probe_model: str, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    setting, options = KINDS[getattr(request, "param", "one group")]
+    with opened(probe_model, setting, **options) as engine:
         yield engine
 
 
@@ -42,6 +58,14 @@ def most_held(engine: Engine) -> int:
         most = max(most, engine.num_usable_blocks - engine.pool.get_num_free_blocks())
         engine.scheduler.check_integrity()
     return most
+
+
+def test_the_line_at_the_start_says_what_is_held(engine: Engine) -> None:
+    line = savings_line(parse_config(SETTING), engine.scheduler.kv_cache_config, 4096)
+    assert (
+        "back to its budget every 256 tokens of the prompt: no prompt holds more than 17 blocks on "
+        "its way, of the pool's 24" in line
+    )
 
 
 def test_stock_does_not_start_with_such_a_pool(probe_model: str) -> None:
@@ -60,6 +84,7 @@ def test_the_longest_prompt_is_served_within_the_pool(engine: Engine) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("engine", KINDS, indirect=True)
 def test_tokens_are_the_same_alone_and_in_a_crowd(engine: Engine) -> None:
     prompts = [prompt(length, 100 * seed) for seed, length in enumerate(LENGTHS)]
     alone = []
@@ -77,6 +102,7 @@ def test_tokens_are_the_same_alone_and_in_a_crowd(engine: Engine) -> None:
             engine.abort("aborted")
     assert [engine.results[name].token_ids for name in names] == alone
     assert engine.scheduler.stats.deferrals == 0
+    assert len({tuple(tokens) for tokens in alone}) > 1
     assert_idle(engine)
 
 

@@ -14,7 +14,7 @@ STEPS = 30
 MAX_OUTPUT = 24
 
 
-@pytest.mark.parametrize("mode", ["draft-copied", "draft-linked", "ngram", "interval", "codebook"])
+@pytest.mark.parametrize("mode", ["draft-copied", "draft-linked", "ngram", "interval", "prompt", "codebook"])
 def test_random_load_leaves_nothing_behind(mode: str) -> None:
     load = random_load.Load(mode, seed=1, max_output=MAX_OUTPUT)
     with random_load.opened(load) as engine:

@@ -194,6 +194,15 @@ def run_preemption(engine: Engine, prompts: Prompts) -> Said:
     return said
 
 
+def run_inside_prompts(engine: Engine, prompts: Prompts) -> Said:
+    """Compactions every 56 tokens of a prompt, whose chunks read what the earlier ones left."""
+    inside = {**DECODING, "trigger": "all", "prompt_interval": 56}
+    with serving(engine, inside):
+        engine.add("inside", [17, *prompts[0][1:]], 40, ignore_eos=True)
+        engine.add("inside too", [19, *prompts[1][1:180]], 8, ignore_eos=True)
+        return finish(engine, ["inside", "inside too"])
+
+
 def run_small_pool(engine: Engine, prompts: Prompts) -> Said:
     """More than the pool holds: requests wait, are preempted and come back."""
     names = [f"crowd {number}" for number in range(5)]
@@ -213,6 +222,7 @@ EVICT: dict[str, Scenario] = {
     "codebooks": run_codebooks,
     "prefix hits": run_prefix_hits,
     "preemption": run_preemption,
+    "inside prompts": run_inside_prompts,
     "small pool": run_small_pool,
 }
 

@@ -50,6 +50,19 @@ def test_what_turns_keys_does_not_go_with_images_under_mrope(config) -> None:
     check_setting(parse_config("snapkv"), Overlay(config, {"model_config": both}))
 
 
+def test_no_compaction_comes_between_tokens_that_see_each_other(config) -> None:
+    """Gemma 3 lets the tokens of an image see each other both ways."""
+    given: dict[str, Any] = {"is_mm_prefix_lm": True, "supports_multimodal_inputs": True}
+    inside = parse_config({"preset": "snapkv", "trigger": "prompt"})
+    both_ways = Overlay(config.model_config, given)
+    with pytest.raises(ConfigError, match=r"^trigger: .*both ways.*--language-model-only"):
+        check_setting(inside, Overlay(config, {"model_config": both_ways}))
+    check_setting(parse_config("snapkv"), Overlay(config, {"model_config": both_ways}))
+    for name in given:
+        one_way = Overlay(config.model_config, {**given, name: False})
+        check_setting(inside, Overlay(config, {"model_config": one_way}))
+
+
 @pytest.mark.parametrize(
     "what", ["supports_multimodal_inputs", "enable_prompt_embeds", "uses_mrope"]
 )

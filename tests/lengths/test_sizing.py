@@ -13,10 +13,12 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import ModelGeometry, read_geometry
+from vllm_kvcompress.lengths.peak import longest_prompt_peak
 from vllm_kvcompress.lengths.sizing import (
     block_tables,
     capacity,
     format_size,
+    longest_prompts,
     parse_size,
     request_usage,
 )
@@ -262,7 +264,7 @@ def test_one_request_by_hand() -> None:
     usage = request_usage(LLAMA_8B, setting(), 32_000, output_len=1000)
     assert usage.block_bytes == usage.stock_block_bytes == 2 << 20
     assert (usage.blocks_before, usage.blocks_after) == (2000, 240)
-    assert usage.blocks_peak == 2240
+    assert (usage.blocks_peak, usage.blocks_needed) == (2240, 2000)
     assert usage.blocks_decoding == 303  # 4,840 tokens
     assert (usage.stock_blocks_prompt, usage.stock_blocks_decoding) == (2000, 2063)
     assert usage.padding == 0
@@ -272,7 +274,7 @@ def test_one_request_by_hand() -> None:
     fit = capacity(usage, 40 << 30)
     assert (fit.stock_prompts, fit.prompts) == (10, 10)
     assert (fit.stock_decoding, fit.decoding) == (9, 67)
-    assert fit.one_by_one == 61  # 60 * 303 + 2240 = 20,420; one more would be 20,723
+    assert fit.one_by_one == 61  # 60 * 303 + 2000 = 20,180; one more would be 20,483
 
 
 def test_the_tail_behind_the_region_is_kept() -> None:
@@ -323,11 +325,37 @@ def test_a_prompt_within_its_budget_is_left_alone() -> None:
         assert usage.blocks_peak == usage.blocks_decoding == usage.stock_blocks_decoding == 2001
 
 
-def test_a_pool_too_small_for_the_copy_is_told() -> None:
+def test_a_pool_without_room_for_the_copy_is_large_enough() -> None:
+    """Survivors overwrite blocks of the request then."""
     usage = request_usage(LLAMA_8B, setting(), 32_000)
-    assert capacity(usage, 2240 * usage.block_bytes).one_by_one == 0
-    assert capacity(usage, 2241 * usage.block_bytes).one_by_one == 1
+    assert capacity(usage, 2000 * usage.block_bytes).one_by_one == 0
+    assert capacity(usage, 2001 * usage.block_bytes).one_by_one == 1
     assert capacity(usage, 1).prompts == 0
+
+
+def test_compactions_inside_the_prompt_bound_what_is_held() -> None:
+    """12 % of 32,000 is 3,840; 2,048 more come between two marks; the last way is 1,280 long."""
+    usage = request_usage(LLAMA_8B, setting(trigger="prompt"), 32_000, output_len=1000)
+    assert (usage.blocks_before, usage.blocks_after) == (2000, 240)
+    assert usage.blocks_prompt == usage.blocks_needed == (3840 + 2048) // 16
+    assert usage.blocks_peak == usage.blocks_needed + 240
+    assert (usage.compacted_at, usage.blocks_decoding) == (32_000, 303)
+    fit = capacity(usage, 40 << 30)
+    assert (fit.prompts, fit.one_by_one) == (55, 67)
+
+
+def test_longest_prompts_that_fit() -> None:
+    model = ModelGeometry(32, 8, 128, "bfloat16", 131_072)
+    memory = 501 * 16 * 128 * 1024  # 500 blocks of 16 tokens, and the one that vLLM keeps back
+    assert longest_prompts(model, setting(), memory) == (8000, 8000)
+    inside = setting(trigger="prompt", budget={"tokens": 4096})
+    assert longest_prompts(model, inside, memory) == (8000, 131_072)
+    assert longest_prompts(model, inside, memory, tensor_parallel_size=2) == (16_016, 131_072)
+    stock, longest = longest_prompts(model, setting(trigger="prompt"), memory)
+    assert stock == 8000 < 40_000 < longest < 60_000
+    shape = 1, 16
+    (peak,) = longest_prompt_peak(longest, setting(trigger="prompt"), *shape)
+    assert peak <= 8000 < longest_prompt_peak(longest + 1, setting(trigger="prompt"), *shape)[0]
 
 
 @pytest.mark.parametrize("trigger", ["end_of_prompt", "interval", "both"])

@@ -30,6 +30,7 @@ from vllm_kvcompress.lengths.sizing import (
     RequestUsage,
     capacity,
     format_size,
+    longest_prompts,
     parse_size,
     request_usage,
 )
@@ -42,6 +43,7 @@ class _Plan(NamedTuple):
     geometry: ModelGeometry
     usage: RequestUsage
     fit: Capacity | None
+    longest: tuple[int, int] | None
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -63,7 +65,11 @@ def run_plan(args: argparse.Namespace) -> int:
     task, usage = max(usages.items(), key=lambda item: item[1].blocks_decoding)
     evicts = config.mode != "draft"
     fit = capacity(usage, args.kv_cache_memory) if args.kv_cache_memory and evicts else None
-    plan = _Plan(args, variants[task], geometry, usage, fit)
+    size, ranks = args.block_size, args.tensor_parallel_size
+    longest = None
+    if fit:
+        longest = longest_prompts(geometry, config, args.kv_cache_memory, size, ranks)
+    plan = _Plan(args, variants[task], geometry, usage, fit, longest)
     speed = plan_speed(args, plan.config, geometry, usage)
     for warning in [*_warnings(plan), *(speed_warnings(args, speed) if speed else ())]:
         complain("warning", warning)
@@ -84,7 +90,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _warnings(plan: _Plan) -> Iterator[str]:
-    args, config, geometry, usage, fit = plan
+    args, config, geometry, usage, fit, _ = plan
     length, longest = args.prompt_len + args.output_len, geometry.max_positions
     if longest and length > longest:
         yield (
@@ -107,13 +113,13 @@ def _warnings(plan: _Plan) -> Iterator[str]:
         )
     if fit is not None and fit.one_by_one == 0:
         yield (
-            f"--kv-cache-memory {format_size(args.kv_cache_memory)} is too small for one request "
-            f"to be compressed, which takes {usage.size(usage.blocks_peak + 1)} for one step."
+            f"--kv-cache-memory {format_size(args.kv_cache_memory)} is too small for one request, "
+            f"which takes {usage.size(usage.blocks_needed + 1)}."
         )
 
 
 def _plan_json(plan: _Plan) -> dict[str, Any]:
-    args, config, geometry, usage, fit = plan
+    args, config, geometry, usage, fit, longest = plan
     asked = ("prompt_len", "output_len", "block_size", "tensor_parallel_size", "kv_cache_memory")
     return {
         "model": {"folder": str(args.model), **asdict(geometry)},
@@ -122,11 +128,12 @@ def _plan_json(plan: _Plan) -> dict[str, Any]:
         **asdict(usage),
         "kept_ratio": 1.0 if config.mode == "draft" else usage.blocks_after / usage.blocks_before,
         "requests": asdict(fit) if fit else None,
+        "longest_prompt": {"without": longest[0], "with": longest[1]} if longest else None,
     }
 
 
 def _print_plan(plan: _Plan) -> None:
-    args, config, geometry, usage, fit = plan
+    args, config, geometry, usage, fit, longest = plan
     each = " per worker" if args.tensor_parallel_size > 1 else ""
     heads = geometry.heads_per_worker(args.tensor_parallel_size)
     say(
@@ -162,25 +169,33 @@ def _print_plan(plan: _Plan) -> None:
             f"{kept_share(geometry, usage.blocks_after / usage.blocks_before)}, from "
             + (f"{later:,} output tokens on" if later else "the end of the prompt on")
             + f". At most {usage.size(usage.blocks_peak)} are held,\nfor the one step that copies "
-            "the survivors before the old blocks are free."
+            f"the survivors before the old blocks are free; {usage.size(usage.blocks_needed)} in a "
+            "pool without\nroom for the copy."
         )
-    if fit is not None:
+        if config.compresses_in_prompts:
+            say(
+                f"The prompt is compressed every {config.prompt_interval:,} tokens: until it is "
+                f"done, {usage.size(usage.blocks_prompt)} are held at most."
+            )
+    if fit is not None and longest is not None:
         say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
-        _print_capacity(fit, args.output_len)
+        _print_capacity(fit, longest, args.output_len)
 
 
-def _print_capacity(fit: Capacity, output_len: int) -> None:
+def _print_capacity(fit: Capacity, longest: tuple[int, int], output_len: int) -> None:
     output = f" and {output_len:,} output tokens" if output_len else ""
     rows = {
-        "whole prompts, none compressed yet": (fit.stock_prompts, fit.prompts),
+        "prompts on their way": (fit.stock_prompts, fit.prompts),
         f"decoding: kept tokens{output}": (fit.stock_decoding, fit.decoding),
         "decoding, prompts admitted one after another": (fit.stock_decoding, fit.one_by_one),
+        "tokens of the longest prompt, alone": longest,
     }
     table = make_table("", "without", "with compression", right=(1, 2))
     for title, counts in rows.items():
         table.add_row(title, *(f"{count:,}" for count in counts))
     show(table)
-    say("Prompts are admitted whole. Prefix-cache hits and --max-num-seqs are ignored.")
+    say("Prompts are admitted when the most that they will hold is free. Prefix-cache hits and")
+    say("--max-num-seqs are ignored.")
 
 
 def _size(text: str) -> int:

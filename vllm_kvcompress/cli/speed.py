@@ -116,6 +116,11 @@ def plan_speed(
             if getattr(args, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')}: goes with --speed only.")
         return None
+    if config.compresses_in_prompts:
+        raise ConfigError(
+            "--speed: times of compactions inside the prompt are not modelled; plan with the "
+            "trigger end_of_prompt, or leave it out."
+        )
     machine = make_machine(
         args.machine, args.measured, args.bandwidth, args.flops, args.link_bandwidth, args.launch_us
     )

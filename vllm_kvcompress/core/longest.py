@@ -5,8 +5,6 @@ would wait for ever. With compression inside prompts the longest prompt fits und
 setting. What a request asks for beyond that, a longer output or less compression, ends here.
 """
 
-from typing import Any
-
 from vllm.logger import init_logger
 from vllm.v1.request import Request
 

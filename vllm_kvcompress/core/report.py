@@ -14,6 +14,7 @@ from vllm_kvcompress.core.draft.report import views_alone, views_beside
 from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
 from vllm_kvcompress.lengths.codebook import coded_groups
+from vllm_kvcompress.lengths.peak import longest_prompt_peak
 from vllm_kvcompress.spec import GroupMap
 
 
@@ -29,7 +30,10 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     lengths = compaction_lengths(
         max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
     )
-    full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = 0
+    peaks = longest_prompt_peak(
+        max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
+    )
+    full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = on_its_way = 0
     # A block lies on every pipeline stage, and is as large as the largest group's there.
     most_layers = max(len(group.layer_names) for group in groups)
     for group, number in zip(groups, group_map.layer_groups, strict=True):
@@ -45,6 +49,7 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             num_blocks = blocks_per_state(spec)
         plan = None if number is None else lengths[number]
         num_saved = plan.evicted // block_size if plan else 0
+        on_its_way += num_blocks if number is None else -(-peaks[number] // block_size)
         full, saved = full + num_blocks, saved + num_saved
         full_bytes, saved_bytes = full_bytes + num_blocks * page, saved_bytes + num_saved * page
     num_tables = len(groups) - group_map.layer_groups.count(None)
@@ -92,6 +97,12 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         if has_eight_bits:
             share = (full_bytes - saved_bytes) / (2 * full_bytes)
             what += f", {share:.0%} of the bytes of a whole cache of 16 bits"
+    if config.compresses_in_prompts:
+        what += (
+            f", back to its budget every {config.prompt_interval} tokens of the prompt: no prompt "
+            f"holds more than {on_its_way} blocks on its way, of the pool's "
+            f"{kv_cache.num_blocks - 1}"
+        )
     if config.compresses_while_decoding:
         what += f", back to its budget every {config.interval} generated tokens"
     return what + views_beside(config)

@@ -7,7 +7,7 @@ from enum import Enum
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.draft.views import ViewSchedule
 from vllm_kvcompress.lengths.budgets import after_compaction
-from vllm_kvcompress.lengths.peak import Start
+from vllm_kvcompress.lengths.schedule import Start
 from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 
 

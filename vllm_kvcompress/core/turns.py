@@ -11,7 +11,7 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
     prompt_marks,
 )
-from vllm_kvcompress.lengths.peak import Start
+from vllm_kvcompress.lengths.schedule import Start
 
 
 def window_read(config: CompressionConfig) -> int:

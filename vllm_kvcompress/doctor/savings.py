@@ -60,8 +60,8 @@ def _fitting(usage: RequestUsage, length: int, memory: int) -> Iterator[Finding]
         yield Finding(
             "warning",
             "memory",
-            f"{size} is too small to compress a prompt of {length:,} tokens, which takes "
-            f"{usage.size(usage.blocks_peak + 1)} for one step: give more, or set --max-model-len.",
+            f"{size} is too small for a prompt of {length:,} tokens, which takes "
+            f"{usage.size(usage.blocks_needed + 1)}: give more, or set --max-model-len.",
         )
         return
     yield Finding(

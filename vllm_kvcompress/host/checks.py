@@ -206,6 +206,13 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             "draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
+        sees_both_ways = model.is_mm_prefix_lm and model.supports_multimodal_inputs
+        if variant.compresses_in_prompts and sees_both_ways:
+            raise ConfigError(
+                f"trigger: tokens of an image see each other both ways in {model.model}, which a "
+                "compaction inside the prompt may come between; set end_of_prompt, or serve text "
+                "alone with --language-model-only."
+            )
         policy = variant.build_policy()
         if (policy.needs_rotary or policy.rerotates_keys) and not has_plain_rotary(model):
             raise ConfigError(

@@ -34,7 +34,8 @@ def check_pool(
     num_usable = _usable_blocks(vllm_config)
     if num_usable is None or not _may_be_short(server):
         return
-    settings = [None] if is_session else list(_possible(server, options))
+    never: list[CompressionConfig | None] = [None]
+    settings = never if is_session else list(_possible(server, options))
     group_tables = _tables(vllm_config.model_config, server)
     block_size = vllm_config.cache_config.block_size
     ahead = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0

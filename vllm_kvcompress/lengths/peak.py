@@ -5,38 +5,10 @@ Compactions inside a prompt bound it: between them the cache grows by what the s
 where the pool has no room for them, it happens in place.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.lengths.budgets import (
-    after_compaction,
-    compaction_lengths,
-    compacts_again,
-    next_lengths,
-    permanent_ranges,
-    prompt_marks,
-)
-from vllm_kvcompress.plans import GroupCache
-
-
-@dataclass(frozen=True)
-class Start:
-    """A cache that a prompt begins with.
-
-    Attributes
-    ----------
-    num_tokens : int
-        Tokens of the prompt that are computed.
-    caches : sequence of GroupCache
-        What each layer group holds of them.
-    marks : tuple[int, ...]
-        Lengths of the prompt at which it will be compacted, ascending.
-    """
-
-    num_tokens: int
-    caches: Sequence[GroupCache]
-    marks: tuple[int, ...]
+from vllm_kvcompress.lengths.schedule import Start, compactions
 
 
 def peak_tokens(
@@ -61,33 +33,20 @@ def peak_tokens(
     codes_per_row : int or None
         Tokens whose codes a slot takes; needed where the setting has a codebook.
     start : Start or None
-        What it begins with; None: with nothing.
+        What its prompt begins with; None: with nothing.
     """
     shape = num_groups, block_size, codes_per_row
-    if start is None:
-        empty = GroupCache(0, permanent_ranges(prompt_len, config))
-        lengths_at_end = compaction_lengths(prompt_len, config, *shape)
-        marks = prompt_marks(prompt_len, config) if any(lengths_at_end) else ()
-        start = Start(0, [empty] * num_groups, marks)
-    done, caches = start.num_tokens, list(start.caches)
-    peaks, following = _higher([0] * num_groups, caches), iter(start.marks)
-    while True:
-        mark = next(following, None)
-        if mark is None:
-            if not compacts_again(config, caches):
-                break
-            mark = max(done, prompt_len) + config.interval
-        if mark > num_tokens:
-            break
-        caches = _grown(caches, mark - done)
-        peaks = _higher(peaks, caches)
-        lengths = next_lengths(prompt_len, mark, caches, config, *shape[1:])
-        caches = [
-            after_compaction(cache, each) if each else cache
-            for cache, each in zip(caches, lengths, strict=True)
+    behind, done = [0] * num_groups, 0
+    if start is not None:
+        behind, done = [cache.num_tokens for cache in start.caches], start.num_tokens
+    peaks = behind
+    for each in compactions(prompt_len, num_tokens, config, *shape, start=start):
+        peaks = [
+            max(peak, cache.num_tokens) for peak, cache in zip(peaks, each.before, strict=True)
         ]
-        done = mark
-    return _higher(peaks, _grown(caches, num_tokens - done))
+        behind, done = [cache.num_tokens for cache in each.after], each.position
+    rest = num_tokens - done
+    return [max(peak, held + rest) for peak, held in zip(peaks, behind, strict=True)]
 
 
 def longest_prompt_peak(
@@ -119,11 +78,3 @@ def _worst_prompts(max_len: int, config: CompressionConfig) -> Iterator[int]:
     if max_len >= step + window:
         yield max_len - (max_len - window + 1) % step
     yield min(max_len, max(config.min_prompt_len - 1, 1))
-
-
-def _grown(caches: Sequence[GroupCache], num_tokens: int) -> list[GroupCache]:
-    return [replace(each, num_tokens=each.num_tokens + num_tokens) for each in caches]
-
-
-def _higher(peaks: Sequence[int], caches: Sequence[GroupCache]) -> list[int]:
-    return [max(peak, each.num_tokens) for peak, each in zip(peaks, caches, strict=True)]

@@ -6,21 +6,17 @@ out as vLLM 0.32 lays out a hybrid model: a block of the pool holds `block_size`
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
-from vllm_kvcompress.lengths.budgets import (
-    after_compaction,
-    compaction_lengths,
-    layer_groups,
-    next_lengths,
-    permanent_ranges,
-)
+from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import ModelGeometry
-from vllm_kvcompress.plans import GroupCache, GroupLengths
+from vllm_kvcompress.lengths.peak import longest_prompt_peak, peak_tokens
+from vllm_kvcompress.lengths.schedule import compactions
+from vllm_kvcompress.plans import GroupCache
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {"B": 1, **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}}
@@ -74,7 +70,8 @@ class GroupUsage:
         Its number, its layers, and the block tables they are spread over.
     tokens_before, tokens_after : int
         Slots in use per layer before and after the first compaction: one per token, fewer where a
-        codebook stands for tokens.
+        codebook stands for tokens. With compressions inside the prompt: of the whole prompt, and
+        behind the compaction at its end.
     tokens_attended : int
         Tokens that a decode step attends to per layer after it, coded ones included.
     blocks_before, blocks_after : int
@@ -101,17 +98,20 @@ class RequestUsage:
     groups : tuple[GroupUsage, ...]
         One entry per layer group, in order.
     compacted_at : int or None
-        Sequence length of the first compaction; None if there is none.
+        Sequence length of the first compaction that is not inside the prompt; None if there is
+        none.
     block_bytes : int
         Bytes of one block.
     padding : float
         Share of the pool that no layer uses, in [0, 1).
     blocks_before, blocks_after : int
         Held before and after the first compaction.
-    blocks_peak : int
-        Most that are held at once: old blocks and the copy of the survivors, for one step.
+    blocks_peak, blocks_needed : int
+        Most that are held at once: old blocks and the copy of the survivors, for one step; and in
+        a pool without room for the copy, where survivors overwrite blocks of the request.
     blocks_prompt, blocks_decoding : int
-        Held when the prompt is done, and at most from the first compaction to the last token.
+        Most that are held until the prompt is done, without the copy of the survivors, and from
+        the first compaction to the last token.
     stock_block_bytes, stock_blocks_prompt, stock_blocks_decoding : int
         The same without compression: one block table for all layers.
     """
@@ -123,6 +123,7 @@ class RequestUsage:
     blocks_before: int
     blocks_after: int
     blocks_peak: int
+    blocks_needed: int
     blocks_prompt: int
     blocks_decoding: int
     stock_block_bytes: int
@@ -132,39 +133,6 @@ class RequestUsage:
     def size(self, num_blocks: int) -> str:
         """Bytes of so many blocks, for people."""
         return format_size(num_blocks * self.block_bytes)
-
-
-@dataclass(frozen=True)
-class _Compaction:
-    position: int
-    before: list[GroupCache]
-    after: list[GroupCache]
-    lengths: list[GroupLengths | None]
-
-
-def _compactions(
-    prompt_len: int,
-    output_len: int,
-    config: CompressionConfig,
-    num_groups: int,
-    block_size: int,
-    codes: int,
-) -> Iterator[_Compaction]:
-    """Every compaction of a request, in order, as the planner will decide them."""
-    position = prompt_len
-    before = [GroupCache(prompt_len, permanent_ranges(prompt_len, config))] * num_groups
-    lengths = compaction_lengths(prompt_len, config, num_groups, block_size, codes)
-    runs_on = config.compresses_while_decoding or config.extends_codebooks
-    while True:
-        pairs = list(zip(before, lengths, strict=True))
-        after = [after_compaction(cache, each) if each else cache for cache, each in pairs]
-        if any(lengths):
-            yield _Compaction(position, before, after, lengths)
-        position += config.interval
-        if not runs_on or position > prompt_len + output_len:
-            return
-        before = [replace(c, num_tokens=c.num_tokens + config.interval) for c in after]
-        lengths = next_lengths(prompt_len, position, before, config, block_size, codes)
 
 
 def _attended(cache: GroupCache) -> int:
@@ -191,14 +159,23 @@ def request_usage(
 
     end = prompt_len + output_len
     codes = codes_per_row(geometry.head_dim * geometry.cache_bytes)
-    done = list(_compactions(prompt_len, output_len, config, len(tables), block_size, codes))
-    peaks, grown = [blocks([end if not done else prompt_len] * len(tables))], []
+    shape = len(tables), block_size, codes
+    done = list(compactions(prompt_len, end, config, *shape))
+    whole_prompt = [prompt_len] * len(tables)
+    prompt = peak_tokens(prompt_len, prompt_len, config, *shape)
+    held, grown = [blocks(prompt) if done else blocks([end] * len(tables))], []
+    copied = [0]
     for index, each in enumerate(done):
-        held = blocks(cache.num_tokens for cache in each.before)
-        peaks.append(held + blocks(lens.kept_len if lens else 0 for lens in each.lengths))
+        held.append(blocks(cache.num_tokens for cache in each.before))
+        copied.append(blocks(lens.kept_len if lens else 0 for lens in each.lengths))
         until = done[index + 1].position if index + 1 < len(done) else end
-        grown.append(blocks(c.num_tokens + until - each.position for c in each.after))
-    before = [c.num_tokens for c in done[0].before] if done else [prompt_len] * len(tables)
+        if each.position >= prompt_len:
+            grown.append(blocks(c.num_tokens + until - each.position for c in each.after))
+    # Compactions inside the prompt lead up to the one that is shown.
+    done = [each for each in done if each.position >= prompt_len]
+    before = [c.num_tokens for c in done[0].before] if done else whole_prompt
+    if config.compresses_in_prompts:
+        before = whole_prompt
     after = [c.num_tokens for c in done[0].after] if done else before
     attended = [_attended(c) for c in done[0].after] if done else before
     groups = tuple(
@@ -222,9 +199,10 @@ def request_usage(
         padding=1 - geometry.num_layers / (sum(tables) * width),
         blocks_before=blocks(before),
         blocks_after=blocks(after),
-        blocks_peak=max(peaks),
-        blocks_prompt=blocks([prompt_len] * len(tables)),
-        blocks_decoding=max(grown, default=peaks[0]),
+        blocks_peak=max(own + copy for own, copy in zip(held, copied, strict=True)),
+        blocks_needed=max(held + grown),
+        blocks_prompt=blocks(prompt),
+        blocks_decoding=max(grown, default=held[0]),
         stock_block_bytes=page * geometry.num_layers,
         stock_blocks_prompt=-(-prompt_len // block_size),
         stock_blocks_decoding=-(-end // block_size),
@@ -243,7 +221,7 @@ class Capacity:
         Requests that hold all their output tokens.
     one_by_one : int
         Requests that can be decoding when they are admitted one after another, so that the last
-        one passes through its peak beside the others. 0 if one alone is too much.
+        one passes through its prompt beside the others. 0 if one alone is too much.
     """
 
     stock_prompts: int
@@ -258,7 +236,7 @@ def capacity(usage: RequestUsage, memory: int) -> Capacity:
     stock = max(memory // usage.stock_block_bytes - 1, 0)
     pool = max(memory // usage.block_bytes - 1, 0)
     decoding = pool // usage.blocks_decoding
-    room = pool - usage.blocks_peak
+    room = pool - usage.blocks_needed
     return Capacity(
         stock_prompts=stock // usage.stock_blocks_prompt,
         prompts=pool // usage.blocks_prompt,
@@ -266,3 +244,31 @@ def capacity(usage: RequestUsage, memory: int) -> Capacity:
         decoding=decoding,
         one_by_one=min(1 + room // usage.blocks_decoding, decoding) if room >= 0 else 0,
     )
+
+
+def longest_prompts(
+    geometry: ModelGeometry,
+    config: CompressionConfig,
+    memory: int,
+    block_size: int = 16,
+    tensor_parallel_size: int = 1,
+) -> tuple[int, int]:
+    """Tokens of the longest prompts that a pool of `memory` bytes per worker holds.
+
+    Without and with compression; at most the model's longest sequence, if that is known.
+    """
+    tables, width = block_tables(layer_groups(geometry.num_layers, config.layer_groups))
+    page = geometry.page_bytes(block_size, tensor_parallel_size)
+    stock, pool = (max(memory // (page * n) - 1, 0) for n in (geometry.num_layers, width))
+    most = geometry.max_positions or 2**20
+    codes = codes_per_row(geometry.head_dim * geometry.cache_bytes)
+
+    def fits(length: int) -> bool:
+        peaks = longest_prompt_peak(length, config, len(tables), block_size, codes)
+        return sum(n * -(-p // block_size) for n, p in zip(tables, peaks, strict=True)) <= pool
+
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return min(stock * block_size, most), low

@@ -75,6 +75,12 @@ def test_a_turn_says_what_a_reference_says_over_the_same_survivors(
                 more = distinct_tokens(NEW[turn], seed=10 * turn + number)
                 texts[name] = [*text, *found.token_ids, *more]
         compactions.append(sum(engine.scheduler.stats.compactions.values()))
+    # It shows in tokens: compressed anew, or not at all, some chats would have said other things.
+    for config in (lambda name: chats[name].config, lambda name: None):
+        prefilled = {name: replay.prefill(text) for name, text in texts.items()}
+        other = {name: replay.generate(prefilled[name], config(name), NUM_TOKENS) for name in texts}
+        last = {name: engine.results[f"{name} {len(NEW)}"].token_ids for name in texts}
+        assert sum(other[name] != last[name] for name in texts) >= 2
     stats = engine.scheduler.stats
     assert stats.session_requests == {"nothing_kept": 6, "reused": 18}
     assert stats.session_tokens == reused

@@ -295,6 +295,20 @@ def test_no_room_leaves_everything_as_it_was(probe_model: str) -> None:
     assert chats.finished >= {"runs", "waits"}
 
 
+def test_what_is_kept_does_not_stand_in_the_way_of_a_compaction(probe_model: str) -> None:
+    """A compaction that gains nothing because its blocks are kept, too, gets them alone."""
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
+    chats.ask("first", prompt(200), 8)
+    sessions = chats.scheduler.sessions
+    both = sessions.held_blocks()[0]
+    sessions.give_back_sharers([both])
+    assert sessions.held_blocks(), "nobody else holds it"
+    chats.pool.touch([both])
+    sessions.give_back_sharers([both])
+    assert not sessions.held_blocks() and both.ref_cnt == 1
+    assert chats.stats.sessions_given_back == {"room": 1}
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_a_turn_that_fits_beside_nothing_starts_from_nothing(
     others: bool, probe_model: str

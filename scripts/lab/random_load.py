@@ -104,8 +104,8 @@ class Report:
         """One line for a terminal."""
         return (
             f"{self.mode}: {self.seconds:.0f} s, {self.steps} steps, {self.finished} requests "
-            f"finished, {self.aborted} aborted, {self.refused} refused, {self.resets} resets, {self.preemptions} "
-            f"preemptions, {self.compactions} compactions, {self.views} views, {self.deferrals} "
+            f"finished, {self.aborted} aborted, {self.refused} refused, {self.resets} resets, "
+            f"{self.preemptions} preemptions, {self.compactions} compactions, {self.views} views, {self.deferrals} "
             f"deferrals, {len(self.failures)} failures, {self.blocks_missing} blocks missing"
         )
 

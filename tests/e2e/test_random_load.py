@@ -12,9 +12,10 @@ pytestmark = pytest.mark.engine
 STEPS = 30
 """Steps of load; the engine then runs until all requests are answered."""
 MAX_OUTPUT = 24
+MODES = ("draft-copied", "draft-linked", "ngram", "interval", "prompt", "codebook")
 
 
-@pytest.mark.parametrize("mode", ["draft-copied", "draft-linked", "ngram", "interval", "prompt", "codebook"])
+@pytest.mark.parametrize("mode", MODES)
 def test_random_load_leaves_nothing_behind(mode: str) -> None:
     load = random_load.Load(mode, seed=1, max_output=MAX_OUTPUT)
     with random_load.opened(load) as engine:

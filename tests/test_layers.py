@@ -55,7 +55,7 @@ PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "
 PURE |= {"host.latent_checks"}  # the command line asks it, too
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
 PURE |= {"host.interpreter_speed"}  # called by host.cpu_triton
-PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request"}
+PURE |= {"doctor.findings", "core.classifier", "core.planner", "core.tracked_request", "core.turns"}
 PURE |= {"core.query_slots", "core.draft.history", "core.draft.views", "core.draft.report"}
 PURE_COMPACTIONS = {
     "worker.batch", "worker.codebook.slots", "worker.codebook.warm_up",
@@ -111,7 +111,7 @@ ALLOWED = {
     "messages": 4,
     "metrics": 5,
     "plans": 1,
-    "request_options": 17,
+    "request_options": 23,
     "spec": 1,
     "worker.compaction.compactor": 1,
     "worker.compaction.working_memory": 1,

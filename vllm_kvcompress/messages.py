@@ -39,10 +39,14 @@ class RequestSetup:
     marks : tuple[int, ...]
         Lengths of its prompt at which its cache is compacted, or a view taken: the policy's queries
         must be kept until then. Empty if that happens while decoding only.
+    evicted : tuple[int, ...]
+        Slots that each layer group of the cache it continues has given up; empty where it begins
+        with nothing.
     """
 
     config: CompressionConfig
     marks: tuple[int, ...]
+    evicted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

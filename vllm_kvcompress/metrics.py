@@ -54,6 +54,14 @@ class CompressionStats:
     codebooks : dict[str, float]
         Of "key" and "value" vectors, by "kind/what": coded "vectors", "entries" added, "forced"
         ones, and their "forced_distance".
+    session_requests : dict[str, int]
+        Requests that named a conversation, by what became of that.
+    session_tokens : int
+        Prompt tokens that they took over from an earlier turn.
+    sessions_kept : int
+        Caches that were kept for a next turn.
+    sessions_given_back : dict[str, int]
+        Those of them that were given back, by reason.
     deferrals : int
         Steps that a request had to wait for a slot for its queries, or a view for blocks.
     kept_ratios : deque of (str, float)
@@ -74,6 +82,10 @@ class CompressionStats:
     view_tokens: dict[str, int] = field(default_factory=dict)
     views_given_up: dict[str, int] = field(default_factory=dict)
     codebooks: dict[str, float] = field(default_factory=dict)
+    session_requests: dict[str, int] = field(default_factory=dict)
+    session_tokens: int = 0
+    sessions_kept: int = 0
+    sessions_given_back: dict[str, int] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: deque[tuple[str, float]] = _samples()
     seconds: deque[float] = _samples()
@@ -141,6 +153,15 @@ class CompressionStats:
     def record_uncompressed(self, reason: str) -> None:
         """Count one request that is served without compression."""
         _add(self.uncompressed, reason, 1)
+
+    def record_session(self, outcome: str, num_tokens: int) -> None:
+        """Count one request that named a conversation, and the tokens that it took over."""
+        _add(self.session_requests, outcome, 1)
+        self.session_tokens += num_tokens
+
+    def record_session_given_back(self, reason: str) -> None:
+        """Count one kept cache that was given back."""
+        _add(self.sessions_given_back, reason, 1)
 
     def clear(self) -> None:
         """Start anew; the object stays, because several parts count into it."""

@@ -223,6 +223,8 @@ class RequestOptions:
         "localization" or "aggregation"; None leaves it to the server.
     draft_tokens : int | None
         Tokens to draft per step, where the server drafts.
+    session : str | None
+        Conversation whose compressed cache it continues, and leaves for the next turn.
     """
 
     preset: str | None = None
@@ -231,3 +233,4 @@ class RequestOptions:
     pins: tuple[Span, ...] = ()
     task: str | None = None
     draft_tokens: int | None = None
+    session: str | None = None

@@ -16,9 +16,13 @@ from vllm_kvcompress.plans import RequestOptions
 
 REQUEST_KEYS = (
     "kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task", "kv_draft_tokens",
+    "kv_session",
 )  # fmt: skip
-_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft")
+_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft", "kv_session")
 TASKS = ("localization", "aggregation")
+
+MAX_SESSION_LEN = 128
+"""Characters of a conversation's name."""
 
 _LIMIT = 2**63  # of numbers: more than any tensor's length or position
 
@@ -59,6 +63,14 @@ def _choice(extra: Mapping[str, Any], key: str, allowed: list[str], rule: str) -
     if value is None or (isinstance(value, str) and value in allowed):
         return value
     raise config_error(key, "", rule, value)
+
+
+def _name(extra: Mapping[str, Any], key: str) -> str | None:
+    """A text that the client chose, and that is compared with others and goes nowhere else."""
+    value = extra.get(key)
+    if value is None or (isinstance(value, str) and 0 < len(value) <= MAX_SESSION_LEN):
+        return value
+    raise config_error(key, "", f"expected a text of 1 to {MAX_SESSION_LEN} characters", value)
 
 
 def _pins(value: Any, prompt_len: int | None) -> tuple[tuple[int, int], ...]:
@@ -122,6 +134,7 @@ def parse_request(
         pins=_pins(extra.get("kv_pin"), prompt_len),
         task=_choice(extra, "kv_task", ["auto", *TASKS], rule),
         draft_tokens=_whole_number(extra, "kv_draft_tokens", 0),
+        session=_name(extra, "kv_session"),
     )
 
 
@@ -204,7 +217,8 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
     ------
     ConfigError
         If the request's preset reads more queries while decoding than the server keeps, a task
-        is given where none matters, or more draft tokens than the server drafts.
+        is given where none matters, more draft tokens than the server drafts, or a conversation
+        that nothing can be kept of.
     """
     drafts = options.draft_tokens
     if drafts is not None and not server.drafts:
@@ -217,6 +231,8 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
             f"kv_draft_tokens: at most {server.draft.tokens} (--kv-draft-tokens), got {drafts}."
         )
     config = named_config(server, options)
+    if options.session is not None:
+        _check_session(server, config)
     if config is None:
         return
     if options.task is not None and not config.tasks:
@@ -234,3 +250,35 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
             f"server keeps {kept}; start it with --kv-compression {options.preset}, or choose a "
             "preset that compresses prompts only."
         )
+
+
+def _check_session(server: CompressionConfig, config: CompressionConfig | None) -> None:
+    """Refuse to continue what cannot be kept, or cannot be compressed a second time."""
+    if not server.sessions.max_blocks_ratio:
+        raise ConfigError(
+            "kv_session: this server keeps nothing between turns; start it with "
+            "--kv-compression-config.sessions.max_blocks_ratio=0.5, or leave it out."
+        )
+    if server.drafts:
+        raise ConfigError(
+            "kv_session: this server drafts over views, which are not kept between turns; leave it "
+            "out, or start the server without draft mode and draft.budget."
+        )
+    variants = [] if config is None else [config, *config.by_task.values()]
+    for each in variants:
+        if each.codebook is not None:
+            raise ConfigError(
+                "kv_session: codebooks are made when a prompt ends and are not continued; choose a "
+                "preset without a codebook, or leave it out."
+            )
+        if each.waits_for_pressure:
+            raise ConfigError(
+                "kv_session: with the trigger pressure a conversation may end whole, and nothing "
+                "is kept of it; choose a preset with another trigger, or leave it out."
+            )
+        policy = each.build_policy()
+        if policy.queries.value == "prompt" or not policy.runs_while_decoding:
+            raise ConfigError(
+                f"kv_session: {each.policy.name} scores whole prompts, and a later turn computes "
+                "its own part alone; choose another preset, or leave it out."
+            )

@@ -70,6 +70,8 @@ PATHS = [
     "draft.acceptance",
     "draft.typical_epsilon",
     "draft.typical_delta",
+    "sessions",
+    "sessions.max_blocks_ratio",
     "task",
     "tasks",
     "tasks.localization",

@@ -49,7 +49,7 @@ class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
     def __init__(
-        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: dict = SETTING
+        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING
     ) -> None:
         install_hooks()
         init_none_hash(sha256)
@@ -77,11 +77,17 @@ class Loop:
         self.num_steps, self.max_steps = 0, 1000
         self.stop_next = False
 
-    def add(self, name: str, prompt: list[int], max_tokens: int = 40) -> Request:
-        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP])
-        request = Request(
-            name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256)
-        )
+    def add(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int = 40,
+        xargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP], extra_args=xargs)
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        request = Request(name, prompt, params, None, block_hasher=hasher, **options)
         self.scheduler.add_request(request)
         return request
 

@@ -14,7 +14,13 @@ from vllm_kvcompress import __version__
 from vllm_kvcompress.cli.main import make_parser
 from vllm_kvcompress.config.reading import preset_names
 from vllm_kvcompress.config.settings import CompressionConfig, PolicyConfig
-from vllm_kvcompress.host.prometheus import COUNTERS, PREFIX, SKIP_REASONS
+from vllm_kvcompress.host.prometheus import (
+    COUNTERS,
+    PREFIX,
+    SESSION_OUTCOMES,
+    SESSION_REASONS,
+    SKIP_REASONS,
+)
 from vllm_kvcompress.registry import load_policy_class, policy_names
 from vllm_kvcompress.request_options import REQUEST_KEYS
 
@@ -106,6 +112,10 @@ def test_every_metric_and_reason_has_a_row_with_its_labels() -> None:
     assert table.keys() == wanted.keys() | set(SKIP_REASONS)
     for name, labels in wanted.items():
         assert set(re.findall(r"`(\w+)`", table[name][1])) == labels, name
+
+
+def test_every_outcome_of_a_conversation_has_a_row() -> None:
+    assert rows(DOCS / "sessions.md").keys() == {*SESSION_OUTCOMES, *SESSION_REASONS}
 
 
 def test_every_command_is_on_its_page() -> None:

@@ -96,7 +96,31 @@ def main() -> None:
             continue
         labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger", "kind")}
         counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
-    sys.stdout.write(json.dumps({"tokens": tokens, "counts": counts}) + "\n")
+    turns = two_turns(llm, prompts) if mode == "evict" else {}
+    sys.stdout.write(json.dumps({"tokens": tokens, "counts": counts, "turns": turns}) + "\n")
+
+
+def two_turns(llm: LLM, prompts: list[str]) -> dict[str, list]:
+    """By policy: of every chat's second turn, tokens that it took over, and what it says."""
+    tokenize, found = llm.get_tokenizer().encode, {}
+    for policy in ("windowkv", "snapkv"):
+        texts = [tokenize(prompt) for prompt in prompts]
+        for turn in range(2):
+            params = [
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=12,
+                    ignore_eos=True,
+                    extra_args={"kv_compression": policy, "kv_session": f"{policy} {chat}"},
+                )
+                for chat in range(len(texts))
+            ]
+            outputs = llm.generate([{"prompt_token_ids": text} for text in texts], params)
+            answers = [list(each.outputs[0].token_ids) for each in outputs]
+            more = tokenize(f"And then, in turn {turn}, the grass is green, and the sky is")
+            texts = [[*text, *said, *more] for text, said in zip(texts, answers, strict=True)]
+        found[policy] = [[o.num_cached_tokens, list(o.outputs[0].token_ids)] for o in outputs]
+    return found
 
 
 if __name__ == "__main__":

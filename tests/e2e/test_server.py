@@ -119,6 +119,8 @@ def test_options_of_one_request(server: Server, samples) -> None:
         ({"kv_budget_token": 5}, ["unknown key", "did you mean 'kv_budget_tokens'"]),
         ({"kv_task": "qa"}, ["kv_task", "auto, localization or aggregation"]),
         ({"kv_task": "auto", "kv_compression": "snapkv"}, ["snapkv does not depend on the task"]),
+        ({"kv_session": ""}, ["kv_session", "a text of 1 to 128 characters"]),
+        ({"kv_session": "c", "kv_compression": "h2o"}, ["kv_session", "h2o scores whole prompts"]),
         ({"kv_compression": "rkv"}, ["reads 8 queries while decoding", "keeps 0"]),
     ],
 )
@@ -184,3 +186,17 @@ def test_the_client_example(server: Server, root: Path) -> None:
     assert "refused: kv_budget_ratio: must be greater than 0 and at most 1" in done.stdout
     assert 'policy="keydiff"' in done.stdout
     assert server.metric("vllm:kv_compression_requests_total", policy="windowkv") == before + 3
+
+
+def test_the_chat_example(server: Server, root: Path) -> None:
+    """examples/chat.py: its later turns compute little but what they bring."""
+    outcome = "vllm:kv_compression_session_requests_total"
+    before = server.metric(outcome, outcome="reused")
+    command = [sys.executable, str(root / "examples" / "chat.py"), server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [[int(n) for n in re.findall(r"\d+", line)] for line in done.stdout.splitlines()]
+    (_, first), (second_len, second), (third_len, third) = counts
+    assert first == 0 and second_len - 80 < second < second_len < third < third_len
+    assert server.metric(outcome, outcome="reused") == before + 2
+    assert server.metric("vllm:kv_compression_session_tokens_total") > 1000

@@ -53,6 +53,9 @@ def test_two_ranks_give_the_tokens_of_one(probe_model: str) -> None:
     assert two == one
     for policy in one["tokens"]:
         assert one["counts"][f"kv_compression_requests/{policy}"] == 2, one["counts"]
+    # Second turns go on from the compressed caches of both ranks.
+    reused = [cached for turns in one["turns"].values() for cached, _ in turns]
+    assert len(reused) == 4 and all(cached > 1400 for cached in reused)
     # Both heads of the first layer, two prompts of which it keeps a third: of all ranks together.
     assert one["counts"]["kv_compression_codebook_vectors/key"] > 2 * 2 * 400
 

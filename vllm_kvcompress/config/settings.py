@@ -15,6 +15,7 @@ from vllm_kvcompress.config.merging import merge_fields
 from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts
 from vllm_kvcompress.config.plain_values import build
 from vllm_kvcompress.config.pressure import PressureConfig
+from vllm_kvcompress.config.sessions import SessionsConfig
 from vllm_kvcompress.registry import load_policy_class
 
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
@@ -260,6 +261,8 @@ class CompressionConfig(_Model):
         "typical": only at the temperature 0).
     draft : DraftConfig
         Of the mode "draft".
+    sessions : SessionsConfig
+        Caches that wait for a conversation's next turn; the server's own setting alone counts.
     task : {"auto", "localization", "aggregation"}
         Which of `tasks` to apply; "auto" asks the classifier, once per request.
     tasks : dict
@@ -282,6 +285,7 @@ class CompressionConfig(_Model):
     pinned: tuple[Range, ...] = ()
     mode: Literal["evict", "draft"] = "evict"
     draft: DraftConfig = DraftConfig()
+    sessions: SessionsConfig = SessionsConfig()
     task: Literal["auto", "localization", "aggregation"] = "auto"
     tasks: dict[Task, dict[str, Any]] = {}
 
@@ -298,7 +302,8 @@ class CompressionConfig(_Model):
         if self.tasks and len(self.tasks) != 2:
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
-            for key in ("task", "tasks", "layer_groups", "version", "mode", "draft", "pressure"):
+            common = ("task", "tasks", "layer_groups", "version", "mode", "draft")
+            for key in (*common, "pressure", "sessions"):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
@@ -372,9 +377,11 @@ class CompressionConfig(_Model):
         """JSON-ready form that `parse_config` reads back to an equal object.
 
         Where nothing is drafted it has no `draft`, and where nothing waits for pressure none of
-        that: defaults would be refused as fields that do nothing.
+        that: defaults would be refused as fields that do nothing. Nor has it `sessions` as they are
+        by default: they change no token of a request.
         """
         unused = set() if self.drafts else {"draft"}
+        unused |= set() if self.sessions != SessionsConfig() else {"sessions"}
         triggers = [self.trigger, *(fields.get("trigger") for fields in self.tasks.values())]
         if not any(each == "pressure" for each in triggers):  # a task's may be anything yet
             unused.add("pressure")

@@ -8,7 +8,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.core.tracked_request import TrackedRequest
-from vllm_kvcompress.host.checks import check_setting
+from vllm_kvcompress.host.checks import check_session, check_setting
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import (
@@ -66,6 +66,8 @@ class Admission:
             options = parse_request(extra, prompt_len)
             if options != RequestOptions():
                 check_fits_server(server, options)
+                if options.session is not None:
+                    check_session(self.vllm_config)
                 named = named_config(server, options)
                 if named is not None and named is not server:
                     check_setting(named, self.vllm_config)

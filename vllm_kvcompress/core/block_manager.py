@@ -149,6 +149,18 @@ class CompressedAttentionManager(FullAttentionManager):
     def forget(self, request_id: str) -> None:
         """Nothing: a request's books go with its blocks."""
 
+    def take_over(self, request_id: str, blocks: Sequence[KVCacheBlock], evicted: int) -> None:
+        """A request that holds nothing begins with blocks of another, which is gone.
+
+        They have a holder already, and `evicted` slots fewer than their tokens would need.
+        """
+        assert not self.req_to_blocks.get(request_id), f"{request_id} holds blocks"
+        self.req_to_blocks[request_id] = list(blocks)
+        self.num_cached_block[request_id] = 0  # to the host it is under way: it looks up no hits
+        if evicted:
+            self.evicted[request_id] = evicted
+        self.mark_lossy(request_id)
+
     def mark_lossy(self, request_id: str) -> None:
         """Hash no more blocks of a request: some group of layers has lost tokens."""
         self.lossy.add(request_id)

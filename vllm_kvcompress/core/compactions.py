@@ -82,6 +82,7 @@ class Compactions:
         for request in due:
             name, each = request.request_id, tracked[request.request_id]
             if name in evictions and name not in worthwhile:
+                self.room.free_for(name, evictions[name])
                 self.planner.decline(each)
             else:
                 plans += self._plan_one(request, each)
@@ -160,14 +161,30 @@ class Compactions:
         planned, self._planned = self._planned, {}
         for request_id, num_own in planned.items():
             tracked = self.planner.planned(request_id)
-            if tracked is None:
-                continue  # finished, aborted or preempted since; its blocks are free already
-            for purpose, lengths in reversed(tracked.work):
-                if purpose.is_view:
-                    self._commit_view(request_id, tracked, lengths)
-                else:
-                    self._commit_eviction(request_id, tracked, lengths, num_own)
-            self.planner.commit(tracked)
+            if tracked is not None:  # else its blocks are free already
+                self._commit_one(request_id, tracked, num_own)
+
+    def _commit_one(self, request_id: str, tracked: TrackedRequest, num_own: int) -> None:
+        for purpose, lengths in reversed(tracked.work):
+            if purpose.is_view:
+                self._commit_view(request_id, tracked, lengths)
+            else:
+                self._commit_eviction(request_id, tracked, lengths, num_own)
+        self.planner.commit(tracked)
+
+    def settle(self, request_id: str, num_tokens: int) -> bool:
+        """Commit at once what the last step compacted of a request that ends.
+
+        False, and nothing is done, if that were more than its first `num_tokens` tokens. The step
+        is on its way to the device, or through: what `commit` relies on.
+        """
+        tracked = self.planner.planned(request_id)
+        if tracked is None:
+            return True
+        if tracked.position > num_tokens:
+            return False
+        self._commit_one(request_id, tracked, self._planned.pop(request_id))
+        return True
 
     def _commit_view(self, request_id: str, tracked: TrackedRequest, lengths: Lengths) -> None:
         for manager in self.managers:

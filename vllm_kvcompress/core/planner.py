@@ -22,6 +22,7 @@ all there is, a request that is DONE goes back to PLANNED whenever a new one is 
 """
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 
 from vllm_kvcompress.config.settings import CompressionConfig
@@ -32,6 +33,7 @@ from vllm_kvcompress.core.tracked_request import (
     SkipReason,
     TrackedRequest,
 )
+from vllm_kvcompress.core.turns import continue_from, window_read
 from vllm_kvcompress.lengths.budgets import (
     compacts_again,
     evicting_marks,
@@ -86,7 +88,7 @@ class Planner:
         one a step) never reads what the end of its prompt would compact.
         """
         config = resolve_request(self.config, options, task)
-        tracked = TrackedRequest(prompt_len, config, task)
+        tracked = TrackedRequest(prompt_len, config, task, session=options.session)
         if config is None:
             tracked.skip_reason = SkipReason.OPTED_OUT
         elif streaming:
@@ -113,7 +115,8 @@ class Planner:
         for request_id in request_ids:
             tracked = self.requests.get(request_id)
             if tracked and tracked.config and tracked.phase is not Phase.SKIPPED:
-                setups[request_id] = RequestSetup(tracked.config, tracked.marks)
+                evicted = tracked.compaction.evicted if tracked.start else ()
+                setups[request_id] = RequestSetup(tracked.config, tracked.marks, evicted)
         return setups
 
     def _begin(self, tracked: TrackedRequest, config: CompressionConfig) -> None:
@@ -122,7 +125,7 @@ class Planner:
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.compaction = CompactionSchedule([cache] * self.num_layer_groups)
         tracked.view = ViewSchedule.of(config, self.config, self.block_size)
-        tracked.is_shared = False
+        tracked.is_shared, tracked.start = False, None
         tracked.queries_since, tracked.lacks_queries = None, False
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
@@ -160,6 +163,8 @@ class Planner:
         tracked = self.requests.pop(request_id, None)
         if tracked is None or tracked.counted or tracked.skip_reason is not None:
             return None
+        if tracked.start is not None:
+            return None  # compressed, by an earlier turn
         if tracked.phase is Phase.DUE:
             tracked.skip_reason = (
                 SkipReason.SHARED_PROMPT if tracked.is_shared else SkipReason.NO_ROOM
@@ -184,6 +189,18 @@ class Planner:
         if tracked is not None and tracked.phase is not Phase.SKIPPED:
             assert tracked.config is not None
             self._begin(tracked, tracked.config)
+
+    def continue_from(
+        self, request_id: str, held: CompactionSchedule, num_tokens: int
+    ) -> TrackedRequest:
+        """A request begins with `num_tokens` of what an earlier turn held.
+
+        Returns its state before that. Preempted, it starts again from nothing.
+        """
+        before = self.requests[request_id]
+        self.requests[request_id] = tracked = copy(before)
+        continue_from(tracked, held, num_tokens, self.block_size, self.codes_per_row)
+        return before
 
     def upcoming(self, request_id: str) -> TrackedRequest | None:
         """The request, if a compaction or the first view is still to come for it."""
@@ -222,8 +239,7 @@ class Planner:
         queries = tracked.config.build_policy().queries.value
         if queries == "prompt" and not tracked.while_decoding:
             return 0
-        window = tracked.config.observation_window if queries != "none" else 1
-        return tracked.next_at - window
+        return tracked.next_at - window_read(tracked.config)
 
     def most_held(self, group: int, request_id: str, num_tokens: int) -> int:
         """Most slots of a layer group that a request of so many tokens has ever needed."""
@@ -231,7 +247,9 @@ class Planner:
         if tracked is None or tracked.config is None or len(tracked.marks) < 2:
             return num_tokens
         config, size = tracked.config, self.block_size
-        peaks = peak_tokens(tracked.prompt_len, num_tokens, config, self.num_layer_groups, size)
+        peaks = peak_tokens(
+            tracked.prompt_len, num_tokens, config, self.num_layer_groups, size, start=tracked.start
+        )
         return peaks[group]
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:

@@ -7,8 +7,9 @@ not depend on how full the pool is:
    holds too does not come free, unless that request is compacted in the same step.
 2. Such a compaction never waits. It takes free blocks, and where there are too few of them it
    overwrites blocks that its own request gives up: by rule 1 there are enough.
-3. Views that drafts read are memory for speed alone. They are given back before a request is
-   preempted, before one has to wait, and before a compaction overwrites anything.
+3. Caches that wait for a conversation's next turn, and views that drafts read, are memory for speed
+   alone. They are given back, in this order, before a request is preempted, before one has to
+   wait, and before a compaction overwrites anything.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.sessions import Continuation, Sessions
 from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
 
@@ -46,6 +48,8 @@ class Room:
     num_lacking : int
         Blocks that a request asked for and did not get, in the step that is being scheduled; the
         most of all requests.
+    sessions : Sessions or None
+        Caches of conversations.
     """
 
     managers: Sequence[CompressedAttentionManager | HostGroup]
@@ -54,6 +58,7 @@ class Room:
     max_model_len: int
     give_up_view: Callable[[], bool] = lambda: False
     num_lacking: int = 0
+    sessions: Sessions | None = None
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
 
@@ -71,8 +76,9 @@ class Room:
 
     @property
     def num_held(self) -> int:
-        """Blocks that requests hold; those that are only cached are free."""
-        return self.num_usable - self.num_free
+        """Blocks that requests hold; those that are only cached, or wait for a turn, are free."""
+        num_waiting = self.sessions.num_private if self.sessions is not None else 0
+        return self.num_usable - self.num_free - num_waiting
 
     @property
     def num_usable(self) -> int:
@@ -181,6 +187,14 @@ class Room:
                 together[frozenset(others)] = gain
         return alone, together
 
+    def free_for(self, request_id: str, lengths: Lengths) -> None:
+        """Give back what waits for a next turn and holds blocks of a compaction that is declined.
+
+        It is looked at again in the next step.
+        """
+        if self.sessions is not None:
+            self.sessions.give_back_sharers(self._sources(request_id, lengths))
+
     # --- where survivors go ---------------------------------------------------------------
 
     def own_destinations(self, request_id: str, lengths: Lengths) -> list[int] | None:
@@ -217,6 +231,21 @@ class Room:
         Its caller relies on None leaving everything as it was, and on blocks for the tokens
         otherwise; a running request that gets None is preempted, or another one for it.
         """
+        hits = options.get("new_computed_blocks")
+        if not isinstance(hits, Continuation):
+            return self._allocate(allocate_slots, request, num_new_tokens, options)
+        hits.begin()
+        blocks = self._allocate(allocate_slots, request, num_new_tokens, options)
+        hits.end(admitted=blocks is not None)
+        return blocks
+
+    def _allocate(
+        self,
+        allocate_slots: Callable[..., Any],
+        request: Request,
+        num_new_tokens: int,
+        options: Mapping[str, Any],
+    ) -> Any:
         if self._spare is not None:
             given = self._spare.take(request, num_new_tokens, options)
             if given is not None:
@@ -244,16 +273,21 @@ class Room:
         return blocks
 
     def make_free(self, num_blocks: int) -> bool:
-        """Whether so many blocks are free, after giving back views if need be."""
+        """Whether so many blocks are free, after giving back caches and views if need be."""
         while self.num_free < num_blocks:
             if not self._give_way(num_blocks):
                 return False
         return True
 
     def _give_way(self, num_blocks: int) -> bool:
-        """Give one view back; False if there is none, or all of them would not be enough."""
+        """Give one cache or view back; False if there is none, or all would not be enough."""
         held = sum(len(view) for manager in self.managers for view in manager.views.values())
-        return held > 0 and self.num_free + held >= num_blocks and self.give_up_view()
+        idle = 0 if self.sessions is None else self.sessions.num_private
+        if held + idle == 0 or self.num_free + held + idle < num_blocks:
+            return False
+        if self.sessions is not None and self.sessions.give_way():
+            return True
+        return self.give_up_view()
 
 
 def _families(shared: Mapping[str, Sequence[KVCacheBlock]]) -> list[set[str]]:

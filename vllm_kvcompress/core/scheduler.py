@@ -27,6 +27,7 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
@@ -58,6 +59,8 @@ class CompressionMixin(Scheduler):
         Judge of requests that arrive.
     compactions : Compactions
         Takes blocks for what is due.
+    sessions : Sessions
+        Caches that wait for a conversation's next turn.
     longest : LongestSequence
         Ends requests that the pool cannot hold.
     query_slots : QuerySlots
@@ -97,6 +100,9 @@ class CompressionMixin(Scheduler):
         )
         room, pool = self.compactions.room, self.kv_cache_manager.block_pool
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
+        self.sessions = room.sessions = Sessions(
+            self.planner, self._managers, group_map.layer_groups, pool, self.stats, room.note_change
+        )
         ahead = self.num_lookahead_tokens
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
@@ -121,6 +127,8 @@ class CompressionMixin(Scheduler):
         output = super().schedule(throttle_prefills)
         # Before any of them can be compacted, which changes what its workers must know.
         setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
+        for new in output.scheduled_new_reqs:
+            self.sessions.note_started(self.requests[new.req_id])
         self.query_slots.provide(
             (name, (end := self.requests[name].num_computed_tokens) - count, end)
             for name, count in output.num_scheduled_tokens.items()
@@ -160,6 +168,7 @@ class CompressionMixin(Scheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
+        self.sessions.keep(request, self.compactions.settle)
         tracked = self.planner.remove(request.request_id, request.num_computed_tokens)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
@@ -212,7 +221,15 @@ class CompressionMixin(Scheduler):
             )
             blocks = manager.create_kv_cache_blocks(hits)
             boundary = num_hit + num_uncached if num_uncached else 0
+        kept = self.sessions.find(request, num_hit)
+        if kept is not None:
+            return kept, kept.num_tokens, 0, False
         return blocks, num_hit, boundary, diverged
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Give back what waits for a next turn, too: weights may have changed."""
+        self.sessions.clear()
+        return super().reset_prefix_cache(*args, **kwargs)
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -250,6 +267,7 @@ class CompressionMixin(Scheduler):
                 assert evicted == lost, (request_id, evicted, lost)
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
+        self.sessions.check_integrity()
 
 
 class CompressedScheduler(DraftMixin, CompressionMixin, Scheduler):

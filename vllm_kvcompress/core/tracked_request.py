@@ -7,6 +7,7 @@ from enum import Enum
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.draft.views import ViewSchedule
 from vllm_kvcompress.lengths.budgets import after_compaction
+from vllm_kvcompress.lengths.schedule import Start
 from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 
 
@@ -59,6 +60,11 @@ class CompactionSchedule:
         grown = position - self.compacted_at
         return [replace(each, num_tokens=each.num_tokens + grown) for each in self.caches]
 
+    @property
+    def evicted(self) -> tuple[int, ...]:
+        """Slots that each layer group has given up."""
+        return tuple(self.compacted_at - each.num_tokens for each in self.caches)
+
     def commit(self, position: int) -> None:
         """The compaction at `position` has been done."""
         self.caches = [
@@ -104,6 +110,12 @@ class TrackedRequest:
         Position from which its queries are recorded; None while it has no slot of the ring.
     lacks_queries : bool
         Whether its compaction is due and waits for queries.
+    session : str or None
+        The conversation it belongs to.
+    session_outcome : str or None
+        What is to be counted of that once the request starts.
+    start : Start or None
+        The cache of an earlier turn that it continues; None: it began with nothing.
     """
 
     prompt_len: int
@@ -123,6 +135,14 @@ class TrackedRequest:
     query_gap: int = 0
     queries_since: int | None = None
     lacks_queries: bool = False
+    session: str | None = None
+    session_outcome: str | None = None
+    start: Start | None = None
+
+    @property
+    def num_reused(self) -> int:
+        """Tokens that it took over from an earlier turn."""
+        return 0 if self.start is None else self.start.num_tokens
 
     @property
     def policy(self) -> str:

@@ -26,7 +26,7 @@ from vllm_kvcompress.host.model_checks import (
 )
 from vllm_kvcompress.host.part_checks import check_parts
 from vllm_kvcompress.host.pipeline_checks import check_pipeline_setting, pipeline
-from vllm_kvcompress.host.speculation_checks import speculation
+from vllm_kvcompress.host.speculation_checks import WITHOUT_LAYERS, speculation
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
 
@@ -264,3 +264,26 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             "draft.acceptance: tokens that typical acceptance samples carry no watermark; set "
             "rejection, or remove --watermark-config."
         )
+
+
+def check_session(vllm_config: Any) -> None:
+    """Refuse to keep a request's cache for the next turn where that has not been tried.
+
+    Raises
+    ------
+    ConfigError
+        With the first reason found.
+    """
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    if model.use_mla:
+        beside = "multi-head latent attention (MLA)"
+    elif (others := layers_beside(model)) is not None:
+        beside = others
+    elif speculative is not None and speculative.method not in WITHOUT_LAYERS:
+        beside = f"a drafter with a cache of its own ({speculative.method})"
+    else:
+        return
+    raise ConfigError(
+        f"kv_session: {model.model} runs with {beside}, with which no cache is kept between turns; "
+        "leave it out."
+    )

@@ -19,6 +19,13 @@ SKIP_REASONS = (
 )  # fmt: skip
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
 
+SESSION_OUTCOMES = (
+    "reused", "nothing_kept", "other_setting", "other_tokens", "shared_block", "prefix_cache",
+    "uncompressed", "unserved",
+)  # fmt: skip
+SESSION_REASONS = ("replaced", "limit", "room", "reset", "no_fit", "too_large")
+"""What became of a conversation; core/kept_cache.py has them."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -91,6 +98,23 @@ COUNTERS: dict[str, Family] = {
         "views_given_up",
         "Views whose blocks were given back because a request needed them.",
         _POLICY,
+    ),
+    "session_requests": Family(
+        "session_requests",
+        "Requests that named a conversation (kv_session), by what became of that.",
+        {"outcome": SESSION_OUTCOMES},
+    ),
+    "session_tokens": Family(
+        "session_tokens", "Prompt tokens that they took over from an earlier turn's cache.", {}
+    ),
+    "sessions_kept": Family(
+        "sessions_kept", "Caches that were kept for a conversation's next turn.", {}
+    ),
+    "sessions_given_back": Family(
+        "sessions_given_back",
+        "Kept caches that were given back, by reason; what was kept and is neither given back nor "
+        "reused is still there.",
+        {"reason": SESSION_REASONS},
     ),
     "deferrals": Family(
         "deferrals",

@@ -8,7 +8,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm_kvcompress.config.reading import NONE, server_setting
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error
-from vllm_kvcompress.host.checks import check_setting
+from vllm_kvcompress.host.checks import check_session, check_setting
 from vllm_kvcompress.host.pool_checks import check_pool
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import (
@@ -57,11 +57,17 @@ def _read_options(
     vllm_config: Any, server: CompressionConfig | None, extra: dict[str, Any], request: Any
 ) -> RequestOptions:
     prompt = request.prompt_token_ids
-    ours = [key for key in REQUEST_KEYS if key in extra and extra[key] != NONE]
+    off = "kv_compression", NONE
+    ours = [key for key in REQUEST_KEYS if key in extra and (key, extra[key]) != off]
     options = parse_request(extra, len(prompt) if prompt is not None else None)
     if options.pins and request.resumable:
         raise ConfigError(
             "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
+            "leave it out."
+        )
+    if options.session is not None and request.resumable:
+        raise ConfigError(
+            "kv_session: a streaming session is never compressed, so there is nothing to continue; "
             "leave it out."
         )
     odd = [key for key in extra if not isinstance(key, str)]
@@ -73,6 +79,8 @@ def _read_options(
     if ours:
         assert server is not None
         check_fits_server(server, options)
+        if options.session is not None:
+            check_session(vllm_config)
         if (named := named_config(server, options)) is not None and named is not server:
             check_setting(named, vllm_config)
     return options

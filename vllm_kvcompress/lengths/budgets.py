@@ -154,6 +154,23 @@ def after_compaction(cache: GroupCache, lengths: GroupLengths) -> GroupCache:
     return GroupCache(cache.num_tokens - evicted, _merged([(0, inside), *behind]))
 
 
+def continued_cache(
+    cache: GroupCache, evicted: int, num_tokens: int, prompt_len: int, config: CompressionConfig
+) -> GroupCache:
+    """What a group holds where a longer prompt continues `num_tokens` tokens, by `evicted` fewer.
+
+    Of `cache` nothing that matters lies behind these; pins of the new part of the prompt join in.
+    """
+    held = num_tokens - evicted
+    inside = [(start, min(end, held)) for start, end in cache.permanent]
+    behind = [
+        (max(start, num_tokens) - evicted, end - evicted)
+        for start, end in permanent_ranges(prompt_len, config)
+        if end > num_tokens
+    ]
+    return replace(cache, permanent=_merged([*inside, *behind]))
+
+
 def prompt_marks(prompt_len: int, config: CompressionConfig) -> tuple[int, ...]:
     """Lengths of a prompt at which its cache is compacted, ascending; the last is its end.
 

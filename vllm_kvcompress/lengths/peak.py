@@ -8,7 +8,7 @@ where the pool has no room for them, it happens in place.
 from collections.abc import Iterator
 
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.lengths.schedule import compactions
+from vllm_kvcompress.lengths.schedule import Start, compactions
 
 
 def peak_tokens(
@@ -18,6 +18,7 @@ def peak_tokens(
     num_groups: int,
     block_size: int,
     codes_per_row: int | None = None,
+    start: Start | None = None,
 ) -> list[int]:
     """Most slots that a request of `num_tokens` tokens has ever needed, for each layer group.
 
@@ -31,10 +32,15 @@ def peak_tokens(
         Layer groups, and tokens per block.
     codes_per_row : int or None
         Tokens whose codes a slot takes; needed where the setting has a codebook.
+    start : Start or None
+        What its prompt begins with; None: with nothing.
     """
     shape = num_groups, block_size, codes_per_row
-    peaks, behind, done = [0] * num_groups, [0] * num_groups, 0
-    for each in compactions(prompt_len, num_tokens, config, *shape):
+    behind, done = [0] * num_groups, 0
+    if start is not None:
+        behind, done = [cache.num_tokens for cache in start.caches], start.num_tokens
+    peaks = behind
+    for each in compactions(prompt_len, num_tokens, config, *shape, start=start):
         peaks = [
             max(peak, cache.num_tokens) for peak, cache in zip(peaks, each.before, strict=True)
         ]

@@ -34,6 +34,25 @@ class Compaction:
     lengths: list[GroupLengths | None]
 
 
+@dataclass(frozen=True)
+class Start:
+    """A cache that a prompt begins with.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Tokens of the prompt that are computed.
+    caches : list[GroupCache]
+        What the layer groups hold of them.
+    marks : tuple[int, ...]
+        Lengths of the prompt at which it will be compacted, ascending.
+    """
+
+    num_tokens: int
+    caches: list[GroupCache]
+    marks: tuple[int, ...]
+
+
 def compactions(
     prompt_len: int,
     num_tokens: int,
@@ -41,6 +60,7 @@ def compactions(
     num_groups: int,
     block_size: int,
     codes_per_row: int | None = None,
+    start: Start | None = None,
 ) -> Iterator[Compaction]:
     """Go through a sequence of `num_tokens` tokens, `prompt_len` of them prompt.
 
@@ -54,9 +74,14 @@ def compactions(
         Layer groups, and tokens per block.
     codes_per_row : int or None
         Tokens whose codes a slot takes; needed where the setting has a codebook.
+    start : Start or None
+        What the prompt begins with; None: with nothing.
     """
-    marks = iter(evicting_marks(prompt_len, config, num_groups, block_size, codes_per_row))
-    caches, done = [GroupCache(0, permanent_ranges(prompt_len, config))] * num_groups, 0
+    if start is None:
+        empty = GroupCache(0, permanent_ranges(prompt_len, config))
+        ends = evicting_marks(prompt_len, config, num_groups, block_size, codes_per_row)
+        start = Start(0, [empty] * num_groups, ends)
+    caches, done, marks = start.caches, start.num_tokens, iter(start.marks)
     while True:
         position = next(marks, None)
         if position is None:

@@ -95,7 +95,8 @@ class CompressionStateMixin(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         """Reset the row; expect queries if the scheduler says that the request's policy reads them.
 
-        A preempted request comes back through here and starts again from nothing.
+        A preempted request comes back through here and starts again from nothing; one that
+        continues an earlier turn has a shorter row from the first step on.
         """
         super().add_request(req_index, new_req_data)
         assert self.lengths is not None
@@ -106,6 +107,10 @@ class CompressionStateMixin(DefaultModelState):
         if setup is None:
             return
         self.request_configs[request_id] = setup.config
+        if setup.evicted:  # it continues a cache that an earlier turn has compacted
+            for group, number in enumerate(self._groups.layer_groups):
+                if number is not None:
+                    self.lengths.add_evicted(group, req_index, setup.evicted[number])
         policy = setup.config.build_policy()
         if setup.marks and policy.queries is Queries.WINDOW:
             self.window.add_request(request_id, setup.marks, setup.config.observation_window)

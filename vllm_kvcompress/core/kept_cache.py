@@ -1,0 +1,94 @@
+"""What a conversation has left in the cache, and what must agree for a next turn to go on there."""
+
+from dataclasses import dataclass
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core.tracked_request import CompactionSchedule
+
+Place = tuple[str, str | None, tuple[str, int] | None]
+"""Name of a conversation, cache salt, adapter."""
+
+
+class Outcome:
+    """What became of a request that names a conversation; values of the metric's label."""
+
+    REUSED = "reused"
+    NOTHING_KEPT = "nothing_kept"
+    OTHER_SETTING = "other_setting"
+    OTHER_TOKENS = "other_tokens"
+    SHARED_BLOCK = "shared_block"
+    PREFIX_CACHE = "prefix_cache"
+    UNCOMPRESSED = "uncompressed"
+    UNSERVED = "unserved"
+
+
+class Reason:
+    """Why a cache is kept no longer, or not at all; values of the metric's label."""
+
+    REPLACED = "replaced"
+    LIMIT = "limit"
+    ROOM = "room"
+    RESET = "reset"
+    NO_FIT = "no_fit"
+    TOO_LARGE = "too_large"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One conversation's cache.
+
+    Attributes
+    ----------
+    token_ids : list[int]
+        Tokens whose keys are in the cache, for certain.
+    blocks : list[list[KVCacheBlock]]
+        By KV cache group.
+    held : CompactionSchedule
+        What its layer groups hold.
+    prompt_len : int
+        Tokens of its last turn's prompt.
+    config : CompressionConfig
+        Its setting.
+    """
+
+    token_ids: list[int]
+    blocks: list[list[KVCacheBlock]]
+    held: CompactionSchedule
+    prompt_len: int
+    config: CompressionConfig
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all groups."""
+        return sum(map(len, self.blocks))
+
+
+def place_of(request: Request, session: str) -> Place:
+    """Where a conversation's cache is kept.
+
+    One cache salt's names are no business of another's, and an adapter has keys of its own.
+    """
+    adapter = request.lora_request
+    own = None if adapter is None else (adapter.lora_name, adapter.lora_int_id)
+    return session, request.cache_salt, own
+
+
+def is_served(request: Request) -> bool:
+    """Whether its prompt is token ids and nothing else: no images, no embeddings."""
+    return request.prompt_token_ids is not None and not request.mm_features
+
+
+def is_private(block: KVCacheBlock) -> bool:
+    """Whether nobody else reads a block, nor can find it in the prefix cache."""
+    return block.ref_cnt == 1 and block.block_hash is None
+
+
+def num_common(kept: list[int], prompt: list[int]) -> int:
+    """Tokens that two texts begin with alike."""
+    if prompt[: len(kept)] == kept:
+        return len(kept)
+    pairs = enumerate(zip(kept, prompt, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(kept), len(prompt)))

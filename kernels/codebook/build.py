@@ -335,7 +335,7 @@ def build_codebook(
     num_warps = 16
     if vectors.dtype == torch.float32:
         # Without tensor cores, threads hold whole vectors; larger tiles would spill.
-        block, num_warps = 32, 8
+        block, num_warps = 32, 4
     shape = {"BLOCK": block, "BLOCK_D": block_d}
     grid = (triton.cdiv(num_places, block) * num_problems,)
     strides = vectors.stride()[:2]

@@ -20,7 +20,7 @@ from vllm_kvcompress.kernels.formulas.rotary import Rotary
 
 _VARYING = ["num_requests", "num_survivors", "stride_source", "stride_destination"]
 _PROGRAM_BYTES = 16 << 10  # 128 bytes, eight loads of 16, in flight per thread of 4 warps
-_TURNED_BYTES = 8 << 10  # of rows that are turned, but for 8 bits: more would spill registers
+_TURNED_BYTES, _TURNED_NUMBERS = 8 << 10, 4096  # of rows that are turned: more would spill
 
 
 @triton.jit
@@ -180,8 +180,9 @@ def compact_pages(
     if (rotary is None) != (first_target is None):
         raise ValueError("rotary and first_target come together")
     block_c = triton.next_power_of_2(width)
-    is_small = rotary is None or cache.element_size() == 1
-    num_bytes = _PROGRAM_BYTES if is_small else _TURNED_BYTES
+    num_bytes = _PROGRAM_BYTES
+    if rotary is not None:
+        num_bytes = min(_TURNED_BYTES, _TURNED_NUMBERS * cache.element_size())
     block_t = max(num_bytes // (block_c * cache.element_size()), 1)
     grid = (triton.cdiv(num_survivors, block_t), num_kv_heads, num_layers * num_requests)
     common = (

@@ -156,3 +156,14 @@ def test_settings_that_do_not_go_with_marks(more: dict, message: str) -> None:
 def test_an_interval_of_prompts_without_the_trigger_does_nothing() -> None:
     with pytest.raises(ConfigError, match="nothing is done inside prompts"):
         parse_config({"preset": "snapkv", "prompt_interval": 500})
+
+
+def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:
+    """It may not fit otherwise; what its end compacts nobody reads."""
+    plan = planner()
+    tracked = plan.add("r", 1900, parse_request(None), max_output=1)
+    assert tracked.skip_reason is None and tracked.next_at == 500
+    assert plan.most_held(0, "r", 1900) < 800
+    short = plan.add("s", 501, parse_request(None), max_output=1)
+    assert short.skip_reason == SkipReason.SHORT_OUTPUT
+    assert plan.most_held(0, "s", 501) == 501

@@ -18,7 +18,7 @@ from vllm_kvcompress.evaluation.quality.prompts import Prompter
 from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner
 from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant
-from vllm_kvcompress.evaluation.replay import check_all_full, check_full_or_windowed
+from vllm_kvcompress.evaluation.replay_checks import check_all_full, check_full_or_windowed
 from vllm_kvcompress.evaluation.tuning.grid import make_candidates
 from vllm_kvcompress.evaluation.tuning.measuring import LossMeter
 from vllm_kvcompress.evaluation.tuning.prompts_file import read_prompts

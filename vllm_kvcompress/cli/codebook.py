@@ -172,7 +172,8 @@ def _prepare(args: argparse.Namespace) -> _Run:
             check_rotary,
         )
         from vllm_kvcompress.evaluation.prompt_files import first_line, read_prompts
-        from vllm_kvcompress.evaluation.replay import Replay, check_all_full
+        from vllm_kvcompress.evaluation.replay import Replay
+        from vllm_kvcompress.evaluation.replay_checks import check_all_full
     except ImportError as error:
         raise ConfigError(f"codebook needs vLLM and transformers ({error}): {_INSTALL}.") from None
     at_ratio(config, 1)  # refuses before a model is loaded

@@ -85,7 +85,8 @@ class Planner:
         """Register a request; its phase is ARMED or SKIPPED afterwards.
 
         One that generates a single token at most (`max_output`; beam search sends such requests,
-        one a step) never reads what the end of its prompt would compact.
+        one a step) never reads what the end of its prompt would compact. What is compacted inside
+        its prompt it does read, and may not fit without.
         """
         config = resolve_request(self.config, options, task)
         tracked = TrackedRequest(prompt_len, config, task, session=options.session)
@@ -95,7 +96,8 @@ class Planner:
             tracked.skip_reason = SkipReason.STREAMING_INPUT
         else:
             self._begin(tracked, config)
-            if tracked.skip_reason is None and max_output is not None and max_output <= 1:
+            is_short = max_output is not None and max_output <= 1
+            if tracked.skip_reason is None and is_short and len(tracked.marks) < 2:
                 tracked.skip_reason = SkipReason.SHORT_OUTPUT
         if tracked.skip_reason is not None:
             tracked.phase = Phase.SKIPPED

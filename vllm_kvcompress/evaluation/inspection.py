@@ -20,7 +20,8 @@ from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.evaluation.inspected_prompt import InspectedPrompt
 from vllm_kvcompress.evaluation.prompt_files import first_line
-from vllm_kvcompress.evaluation.replay import Replay, check_full_or_windowed
+from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.replay_checks import check_full_or_windowed
 from vllm_kvcompress.evaluation.replay_marks import marks_of
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.host.part_checks import Turning, keys_turn

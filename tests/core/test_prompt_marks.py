@@ -164,6 +164,6 @@ def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:
     tracked = plan.add("r", 1900, parse_request(None), max_output=1)
     assert tracked.skip_reason is None and tracked.next_at == 500
     assert plan.most_held(0, "r", 1900) < 800
-    short = plan.add("s", 501, parse_request(None), max_output=1)
+    short = plan.add("s", 515, parse_request(None), max_output=1)
     assert short.skip_reason == SkipReason.SHORT_OUTPUT
-    assert plan.most_held(0, "s", 501) == 501
+    assert plan.most_held(0, "s", 515) == 515

@@ -22,6 +22,7 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager, regis
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
+from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.scheduler import num_unverified
 from vllm_kvcompress.core.tracked_request import Phase
@@ -69,7 +70,11 @@ class Books:
             self.planner, self.managers, group_map.layer_groups, self.pool, 4096, self.stats
         )
         slots = QuerySlots(self.planner, 0, self.stats)
-        self.scheduler = scheduler_of(self.managers, planner=self.planner, query_slots=slots)
+        sessions = Sessions(
+            self.planner, self.managers, group_map.layer_groups, self.pool, self.stats, lambda: None
+        )
+        books = {"planner": self.planner, "query_slots": slots, "sessions": sessions}
+        self.scheduler = scheduler_of(self.managers, **books)
 
     def prefill(self, num_tokens: int) -> Any:
         """Allocate the prompt in every group; what the scheduler knows once it is scheduled."""

@@ -35,6 +35,7 @@ def test_other_values_are_refused(name: Any) -> None:
         ({"preset": "spindlekv"}, {}, "codebooks are made when a prompt ends"),
         ({"preset": "auto"}, {"kv_compression": "spindlekv"}, "codebooks are made"),
         ({"preset": "auto"}, {"kv_compression": "spindlekv-evict"}, "spindlekv scores whole"),
+        ({"preset": "snapkv", "trigger": "pressure"}, {}, "trigger pressure a conversation"),
         ({"preset": "h2o"}, {}, "h2o scores whole prompts"),
         ({"preset": "expected_attention"}, {}, "expected_attention scores whole prompts"),
     ],

@@ -21,6 +21,7 @@ from vllm_kvcompress.host.model_checks import (
     multimodal_options,
     num_full_layers,
     odd_rotary,
+    sees_both_ways,
     takes_embeddings,
     turns_layers_alike,
 )
@@ -206,8 +207,7 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
             "draft mode and draft.budget."
         )
     for variant in (setting, *setting.by_task.values()):
-        sees_both_ways = model.is_mm_prefix_lm and model.supports_multimodal_inputs
-        if variant.compresses_in_prompts and sees_both_ways:
+        if variant.compresses_in_prompts and sees_both_ways(model):
             raise ConfigError(
                 f"trigger: tokens of an image see each other both ways in {model.model}, which a "
                 "compaction inside the prompt may come between; set end_of_prompt, or serve text "

@@ -46,6 +46,11 @@ def takes_embeddings(model: Any) -> bool:
     return model.supports_multimodal_inputs or model.enable_prompt_embeds
 
 
+def sees_both_ways(model: Any) -> bool:
+    """Whether tokens of an image see each other both ways (Gemma 3)."""
+    return model.is_mm_prefix_lm and model.supports_multimodal_inputs
+
+
 def multimodal_options(config: Any) -> str | None:
     """Images and text take one way through the scheduler; videos may be thinned out behind it."""
     options = config.model_config.multimodal_config

@@ -105,8 +105,8 @@ class Report:
         return (
             f"{self.mode}: {self.seconds:.0f} s, {self.steps} steps, {self.finished} requests "
             f"finished, {self.aborted} aborted, {self.refused} refused, {self.resets} resets, "
-            f"{self.preemptions} preemptions, {self.compactions} compactions, {self.views} views, {self.deferrals} "
-            f"deferrals, {len(self.failures)} failures, {self.blocks_missing} blocks missing"
+            f"{self.preemptions} preemptions, {self.compactions} compactions, {self.views} views, "
+            f"{self.deferrals} deferrals, {len(self.failures)} failures, {self.blocks_missing} blocks missing"
         )
 
 

@@ -45,7 +45,7 @@ from lab.places import ROOT
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.provenance import provenance, public_words
 
-NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 72, 32
+NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 48, 32
 CASES: dict[str, int | None] = {
     "stock": None, "nothing evicted": 0, "1 group": 1, "4 groups": 4, "32 groups": 32
 }  # fmt: skip

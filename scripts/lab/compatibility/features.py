@@ -45,6 +45,30 @@ FEATURES = (
         "tests/e2e/test_pressure.py::test_preempted_requests_give_the_same_tokens",
     ),
     works(
+        "Prompts larger than the pool (triggers `prompt` and `all`)",
+        "served in bounded memory; what cannot fit gets HTTP 400",
+        "tests/e2e/test_long_prompts.py::test_the_longest_prompt_is_served_within_the_pool",
+        "tests/e2e/test_long_prompts_served.py::"
+        "test_a_server_answers_long_prompts_and_refuses_what_cannot_fit",
+        "tests/e2e/test_prompt_marks.py::test_tokens_are_those_of_the_replay",
+    ),
+    works(
+        "Compression only while memory is scarce (trigger `pressure`)",
+        "stock's tokens until then",
+        "tests/e2e/test_pressure_trigger.py::test_with_memory_to_spare_every_token_is_stocks",
+        "tests/e2e/test_pressure_trigger.py::test_a_crowd_is_compressed_as_the_reference_does",
+    ),
+    works(
+        "The next turn of a chat (`kv_session`)",
+        "goes on from the compressed cache, layer groups and ranks included; models with windowed "
+        "layers, recurrent layers or MLA, drafts with a cache of their own and draft mode have no "
+        "such turns (HTTP 400)",
+        "tests/e2e/test_sessions.py::"
+        "test_a_turn_says_what_a_reference_says_over_the_same_survivors",
+        "tests/host/test_session_checks.py::test_models_of_which_no_cache_is_kept",
+        "tests/host/test_session_checks.py::test_settings_that_cannot_be_continued",
+    ),
+    works(
         "Asynchronous scheduling",
         "same tokens",
         "tests/e2e/test_variants.py::test_async_scheduling",

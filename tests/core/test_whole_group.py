@@ -22,9 +22,9 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager, regis
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
-from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.scheduler import num_unverified
+from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.metrics import CompressionStats

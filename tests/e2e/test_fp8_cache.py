@@ -97,7 +97,7 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Moved]:
             for layer in compactor.layers:
                 plan = job.plan.groups[layer.group]
                 blocks = torch.tensor(plan.source_blocks + plan.tail_blocks)
-                queries = window.take(job.plan.request_id, layer.name).clone()
+                queries = window.take(job.plan.request_id, layer.name, job.plan.position).clone()
                 begun.append((layer, plan, layer.cache()[blocks].clone(), queries))
         original(jobs)
         for layer, plan, source, queries in begun:

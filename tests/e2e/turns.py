@@ -126,7 +126,7 @@ class Conversation:
         prompt.keys, prompt.values = ([row[n] for row in rows] for n in (0, 1))
         layouts = [RowsOfPrompt(prompt, layer) for layer in range(len(rows))]
         compactor = Compactor(
-            layers=[self.replay._layer_cache(n, layout) for n, layout in enumerate(layouts)],
+            layers=[self.replay.layer_cache(n, layout) for n, layout in enumerate(layouts)],
             num_layers=len(layouts),
             sources=QuerySources(Given(queries), None, None),  # type: ignore[arg-type]
             device=self.replay.device,

@@ -216,21 +216,21 @@ def test_it_pays_when_steps_have_saved_what_compactions_took() -> None:
 
 
 def test_throughput_by_hand() -> None:
-    """A pool of 64 GiB holds 32,767 blocks of 2 MiB: 60 requests of 544 blocks, 409 of 94 beside
-    the 576 that one takes for a step: 1 + (32767 - 576) // 94 = 343."""
+    """A pool of 64 GiB holds 32,767 blocks of 2 MiB: 60 requests of 544 blocks, or of 94 beside
+    the 512 of one prompt: 1 + (32767 - 512) // 94 = 344."""
     plan = plan_of(output=512, machine=BYTES)
     found = plan.served(64 << 30)
     stock, mine = found["without"], found["with"]
     assert stock is not None and mine is not None and "draft" not in found
-    assert (stock.batch, mine.batch) == (60, 343)
+    assert (stock.batch, mine.batch) == (60, 344)
     step = (WEIGHTS + 60 * (8448 + 1) * 2**17) / 1e9
     assert stock.step_seconds == pytest.approx(step)
     assert stock.decode_rate == pytest.approx(60 / step)
     once = prefill(SHAPE, 8192).num_bytes / 1e9
     assert stock.rate == pytest.approx(512 / (once + 512 * step / 60))
-    step = (WEIGHTS + 343 * (1248 + 1) * 2**17) / 1e9
+    step = (WEIGHTS + 344 * (1248 + 1) * 2**17) / 1e9
     once += plan.compaction.path.num_bytes / 1e9
-    assert mine.rate == pytest.approx(512 / (once + 512 * step / 343))
+    assert mine.rate == pytest.approx(512 / (once + 512 * step / 344))
     assert plan.served(1 << 30) == {"without": None, "with": None}
 
 

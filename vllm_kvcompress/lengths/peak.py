@@ -62,6 +62,8 @@ def longest_prompt_peak(
     """
     peaks = [0] * num_groups
     for each in config.by_task.values() if config.tasks else (config,):
+        if not each.compresses_in_prompts:
+            return [max_len] * num_groups  # all of it, until its end
         for length in _worst_prompts(max_len, each):
             found = peak_tokens(length, length, each, num_groups, block_size, codes_per_row)
             peaks = [max(pair) for pair in zip(peaks, found, strict=True)]
@@ -72,8 +74,6 @@ def _worst_prompts(max_len: int, config: CompressionConfig) -> Iterator[int]:
     """Prompts one of which needs most: the longest, the one with the longest way to its end, and
     the longest that is left alone."""
     yield max_len
-    if not config.compresses_in_prompts:
-        return
     window, step = config.observation_window, config.prompt_interval
     if max_len >= step + window:
         yield max_len - (max_len - window + 1) % step

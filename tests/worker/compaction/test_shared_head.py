@@ -21,7 +21,7 @@ class Window:
     def __init__(self, queries: torch.Tensor) -> None:
         self.queries = queries
 
-    def take(self, request_id: str, layer_name: str) -> torch.Tensor:
+    def take(self, request_id: str, layer_name: str, end: int) -> torch.Tensor:
         return self.queries
 
 

@@ -86,11 +86,17 @@ def test_no_framework_is_imported(root: Path) -> None:
 def test_attention_is_peaked_and_logits_are_clear(name: str, kv_heads: int, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
 
     write_random_model(tmp_path, name)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    # Where vLLM's Transformers backend has served such a model, its class asks for vLLM's settings.
+    options = {"dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True}
+    plain = EngineArgs(model=str(tmp_path), **options).create_engine_config()
+    with set_current_vllm_config(plain):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.inference_mode():
         output = model(torch.tensor([distinct_tokens(256)]), output_attentions=True)

@@ -193,6 +193,7 @@ def show_pool(args: argparse.Namespace) -> bool:
         "stock vLLM": None,
         "windowkv 12 %, end of prompt": FOUR_GROUPS,
         "windowkv 12 %, pressure": PRESSURE,
+        "windowkv 12 %, in the prompt": {**FOUR_GROUPS, "trigger": "prompt"},
     }
     reports, counts = {}, {}
     for name, setting in settings.items():

@@ -4,6 +4,7 @@ import pytest
 
 from tests.core.test_planner import compact
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core import planner as planner_module
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
 from vllm_kvcompress.errors import ConfigError
@@ -156,6 +157,34 @@ def test_settings_that_do_not_go_with_marks(more: dict, message: str) -> None:
 def test_an_interval_of_prompts_without_the_trigger_does_nothing() -> None:
     with pytest.raises(ConfigError, match="nothing is done inside prompts"):
         parse_config({"preset": "snapkv", "prompt_interval": 500})
+
+
+def test_outputs_are_bounded_where_generated_tokens_trigger_more() -> None:
+    """Of prompts without a mark, too: they are shorter than min_prompt_len, or one interval."""
+    plan = planner(trigger="all", interval=64)
+    for name, length in (("short", 300), ("one mark", 515), ("long", 1900)):
+        assert plan.add(name, length, parse_request(None)).skip_reason is None
+        assert plan.most_held(0, name, length + 3000) <= max(min(length, 800), 256 + 32 + 64 + 300)
+    ends = planner()
+    ends.add("r", 515, parse_request(None))
+    assert ends.most_held(0, "r", 515 + 3000) > 3000
+
+
+def test_every_group_asks_and_one_answer_is_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, calls = planner(), []
+    add(plan, 1900)
+    real = planner_module.peak_tokens
+
+    def counted(*args: object, **options: object) -> list[int]:
+        calls.append(args[1])
+        return real(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planner_module, "peak_tokens", counted)
+    held = [plan.most_held(0, "r", tokens) for tokens in (1900, 1900, 1950, 1900)]
+    assert held == [776, 776, 776, 776] and calls == [1900, 1950]
+    plan.restart("r")
+    plan.most_held(0, "r", 1900)
+    assert calls == [1900, 1950, 1900]
 
 
 def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:

@@ -36,6 +36,7 @@ GROUPS |= {"policy": {"window_size": 32, "layers_per_leader": None}}
 GROUPS |= {"layer_budget": {"shape": "uniform"}}
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "one group": (SETTING, POOL),
+    "generated tokens, too": ({**SETTING, "trigger": "all", "interval": 64}, POOL),
     "groups, asynchronous": (
         GROUPS,
         {**POOL, "num_blocks": 4 * PEAK + 1, "async_scheduling": True},
@@ -84,7 +85,7 @@ def test_the_longest_prompt_is_served_within_the_pool(engine: Engine) -> None:
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("engine", KINDS, indirect=True)
+@pytest.mark.parametrize("engine", ["one group", "groups, asynchronous"], indirect=True)
 def test_tokens_are_the_same_alone_and_in_a_crowd(engine: Engine) -> None:
     prompts = [prompt(length, 100 * seed) for seed, length in enumerate(LENGTHS)]
     alone = []
@@ -123,6 +124,16 @@ def test_an_output_ends_where_the_pool_does(engine: Engine) -> None:
     assert len(tokens) == 68
     (tokens,) = engine.generate([prompt(1024, 3)], 800, ignore_eos=True)
     assert len(tokens) == 512  # behind the 256 that are kept
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("engine", ["generated tokens, too"], indirect=True)
+def test_an_output_that_is_compressed_on_its_way_runs_to_its_end(engine: Engine) -> None:
+    """A prompt without a mark, and 299 + 900 tokens in 768 slots."""
+    (tokens,) = engine.generate([prompt(299, 6)], 900, ignore_eos=True)
+    assert len(tokens) == 900
+    assert engine.scheduler.stats.compactions["snapkv/decode"] >= 900 // 64 - 2
+    assert not engine.num_preemptions
     assert_idle(engine)
 
 

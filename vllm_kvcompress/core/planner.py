@@ -127,7 +127,7 @@ class Planner:
         cache = GroupCache(0, permanent_ranges(prompt_len, config))
         tracked.compaction = CompactionSchedule([cache] * self.num_layer_groups)
         tracked.view = ViewSchedule.of(config, self.config, self.block_size)
-        tracked.is_shared, tracked.start = False, None
+        tracked.is_shared, tracked.start, tracked.peaks = False, None, {}
         tracked.queries_since, tracked.lacks_queries = None, False
         if self.rations_queries and (window := decode_window(config)):
             tracked.query_window, tracked.query_gap = window, decode_gap(config)
@@ -246,13 +246,18 @@ class Planner:
     def most_held(self, group: int, request_id: str, num_tokens: int) -> int:
         """Most slots of a layer group that a request of so many tokens has ever needed."""
         tracked = self.requests.get(request_id)
-        if tracked is None or tracked.config is None or len(tracked.marks) < 2:
+        config = None if tracked is None else tracked.config
+        if tracked is None or config is None or not config.compresses_in_prompts:
             return num_tokens
-        config, size = tracked.config, self.block_size
-        peaks = peak_tokens(
-            tracked.prompt_len, num_tokens, config, self.num_layer_groups, size, start=tracked.start
-        )
-        return peaks[group]
+        if tracked.phase is Phase.SKIPPED:
+            return num_tokens
+        # Every KV cache group asks, in every step in which the request waits to be admitted.
+        if num_tokens not in tracked.peaks:
+            shape = self.num_layer_groups, self.block_size
+            tracked.peaks[num_tokens] = peak_tokens(
+                tracked.prompt_len, num_tokens, config, *shape, start=tracked.start
+            )
+        return tracked.peaks[num_tokens][group]
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:
         """Record how many tokens' keys are certain after this step; True if work is due."""

@@ -116,6 +116,8 @@ class TrackedRequest:
         What is to be counted of that once the request starts.
     start : Start or None
         The cache of an earlier turn that it continues; None: it began with nothing.
+    peaks : dict[int, list[int]]
+        By tokens of the sequence, the most slots that each layer group needs until then.
     """
 
     prompt_len: int
@@ -138,6 +140,7 @@ class TrackedRequest:
     session: str | None = None
     session_outcome: str | None = None
     start: Start | None = None
+    peaks: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def num_reused(self) -> int:

@@ -64,6 +64,7 @@ def continue_from(
     ahead = num_tokens + window_read(config)
     marks = tuple(mark for mark in prompt_marks(prompt_len, config) if mark >= ahead)
     tracked.marks = marks if any(gains) else ()
+    tracked.peaks = {}
     tracked.start = Start(num_tokens, tracked.compaction.caches_at(num_tokens), tracked.marks)
     if tracked.marks:
         tracked.next_at = tracked.marks[0]

@@ -23,9 +23,9 @@ from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan, Purpo
 Lengths = Sequence[GroupLengths | None]
 
 
-def prompt_checksum(request: Request) -> int:
-    """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
-    return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
+def prompt_checksum(request: Request, prompt_len: int) -> int:
+    """Checksum of the prompt's first tokens; 0 where the prompt came as embeddings."""
+    return zlib.crc32(array("q", (request.prompt_token_ids or ())[:prompt_len]).tobytes())
 
 
 class Compactions:
@@ -76,7 +76,11 @@ class Compactions:
         """Plans of a step for the requests of it that are due."""
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
         found = {name: each.compaction.lengths for name, each in tracked.items()}
-        evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
+        evictions = {
+            name: lengths
+            for name, lengths in found.items()
+            if any(lengths) and tracked[name].shared_len is None  # which is never declined
+        }
         worthwhile = self.room.worthwhile(evictions) if evictions else set()
         plans: list[CompactionPlan] = []
         for request in due:
@@ -102,6 +106,8 @@ class Compactions:
         elif not self._has_room_for_view(request, *work[0]):
             own = None
         if own is None:
+            if tracked.shared_len is not None:
+                self.room.free_for(request.request_id, tracked.compaction.lengths)
             self.stats.deferrals += 1
             self.planner.put_off(tracked)
             return []
@@ -145,7 +151,7 @@ class Compactions:
             request_id=request.request_id,
             position=tracked.position,
             while_decoding=tracked.position > tracked.prompt_len,
-            seed=prompt_checksum(request),
+            seed=prompt_checksum(request, tracked.prompt_len),
             groups=tuple(groups),
             purpose=purpose,
         )

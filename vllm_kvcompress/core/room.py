@@ -7,9 +7,9 @@ not depend on how full the pool is:
    holds too does not come free, unless that request is compacted in the same step.
 2. Such a compaction never waits. It takes free blocks, and where there are too few of them it
    overwrites blocks that its own request gives up: by rule 1 there are enough.
-3. Caches that wait for a conversation's next turn, and views that drafts read, are memory for speed
-   alone. They are given back, in this order, before a request is preempted, before one has to
-   wait, and before a compaction overwrites anything.
+3. Caches that outlive their requests, and views that drafts read, are memory for speed alone. They
+   are given back, in this order, before a request is preempted, before one has to wait, and before
+   a compaction overwrites anything.
 """
 
 from collections import Counter
@@ -21,8 +21,9 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.continuation import Continuation
 from vllm_kvcompress.core.host_groups import HostGroup
-from vllm_kvcompress.core.sessions import Continuation, Sessions
+from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
 
@@ -48,8 +49,8 @@ class Room:
     num_lacking : int
         Blocks that a request asked for and did not get, in the step that is being scheduled; the
         most of all requests.
-    sessions : Sessions or None
-        Caches of conversations.
+    kept : KeptCaches or None
+        Caches that outlive their requests.
     """
 
     managers: Sequence[CompressedAttentionManager | HostGroup]
@@ -58,7 +59,7 @@ class Room:
     max_model_len: int
     give_up_view: Callable[[], bool] = lambda: False
     num_lacking: int = 0
-    sessions: Sessions | None = None
+    kept: KeptCaches | None = None
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
 
@@ -76,9 +77,9 @@ class Room:
 
     @property
     def num_held(self) -> int:
-        """Blocks that requests hold; those that are only cached, or wait for a turn, are free."""
-        num_waiting = self.sessions.num_private if self.sessions is not None else 0
-        return self.num_usable - self.num_free - num_waiting
+        """Blocks that requests hold; those that are only cached, or kept for others, are free."""
+        num_kept = self.kept.num_idle if self.kept is not None else 0
+        return self.num_usable - self.num_free - num_kept
 
     @property
     def num_usable(self) -> int:
@@ -188,12 +189,12 @@ class Room:
         return alone, together
 
     def free_for(self, request_id: str, lengths: Lengths) -> None:
-        """Give back what waits for a next turn and holds blocks of a compaction that is declined.
+        """Give back what is kept and holds blocks of a compaction that is declined.
 
         It is looked at again in the next step.
         """
-        if self.sessions is not None:
-            self.sessions.give_back_sharers(self._sources(request_id, lengths))
+        if self.kept is not None:
+            self.kept.give_back_sharers(self._sources(request_id, lengths))
 
     # --- where survivors go ---------------------------------------------------------------
 
@@ -282,10 +283,10 @@ class Room:
     def _give_way(self, num_blocks: int) -> bool:
         """Give one cache or view back; False if there is none, or all would not be enough."""
         held = sum(len(view) for manager in self.managers for view in manager.views.values())
-        idle = 0 if self.sessions is None else self.sessions.num_private
+        idle = 0 if self.kept is None else self.kept.num_idle
         if held + idle == 0 or self.num_free + held + idle < num_blocks:
             return False
-        if self.sessions is not None and self.sessions.give_way():
+        if self.kept is not None and self.kept.give_way():
             return True
         return self.give_up_view()
 

@@ -241,7 +241,7 @@ def test_shared_sources_and_a_full_pool_hold_a_prefix_up_but_never_change_it(
     holder = loop.add("holder", question(0), 30, {"kv_compression": "none"})
     while not holder.num_output_tokens:
         loop.step()
-    loop.add("r1", question(1), 20, SHARED)
+    loop.add("r1", question(1, 1), 20, SHARED)
     taken = loop.pool.get_new_blocks(loop.pool.get_num_free_blocks() - 5)
     loop.usable -= len(taken)
     while not holder.is_finished():

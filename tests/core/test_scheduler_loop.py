@@ -49,13 +49,14 @@ class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
     def __init__(
-        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING
-    ) -> None:
+        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING,
+        max_num_seqs: int = 4,
+    ) -> None:  # fmt: skip
         install_hooks()
         init_none_hash(sha256)
         drafts = {"method": "ngram_gpu", "num_speculative_tokens": num_drafts}
         args = EngineArgs(
-            model=model, dtype="float32", block_size=BLOCK, max_model_len=512, max_num_seqs=4,
+            model=model, dtype="float32", block_size=BLOCK, max_model_len=512, max_num_seqs=max_num_seqs,
             max_num_batched_tokens=64, additional_config={"kv_compression": setting},
             speculative_config=drafts if num_drafts else None,
         )  # fmt: skip

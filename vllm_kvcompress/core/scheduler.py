@@ -192,18 +192,19 @@ class CompressionMixin(Scheduler):
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         is_padded = num_computed_tokens + num_new_tokens > request.num_tokens
-        if is_padded and request.status != RequestStatus.RUNNING:
-            # The host has padded one last token with others that will all be rejected, and relies
-            # on getting all of them: they keep the step's rows alike.
-            return clipped
-        clipped = self.planner.clip_chunk(
-            request.request_id,
-            num_computed_tokens,
-            clipped,
-            request.num_tokens + request.num_output_placeholders,
-            num_unverified(request),
-        )
-        return self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        # Where the host has padded one last token of a request that waits with others that will all
+        # be rejected, it relies on getting all of them: they keep the step's rows alike.
+        if not is_padded or request.status == RequestStatus.RUNNING:
+            clipped = self.planner.clip_chunk(
+                request.request_id,
+                num_computed_tokens,
+                clipped,
+                request.num_tokens + request.num_output_placeholders,
+                num_unverified(request),
+            )
+            clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        certain = num_computed_tokens - num_unverified(request)
+        return self.compactions.hold(request, certain, clipped)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
@@ -268,6 +269,8 @@ class CompressionMixin(Scheduler):
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
         self.sessions.check_integrity()
+        room = self.compactions.room
+        assert room.num_free >= room.num_set_aside(), "blocks that are set aside are taken"
 
 
 class CompressedScheduler(DraftMixin, CompressionMixin, Scheduler):

@@ -74,6 +74,7 @@ class Compactions:
                 manager.most_held = partial(planner.most_held, number)
         self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
+        self._starved: list[str] = []
 
     # --- plan -----------------------------------------------------------------------------
 
@@ -113,6 +114,8 @@ class Compactions:
         if own is None:
             self.stats.deferrals += 1
             self.planner.put_off(tracked)
+            if self.room.reserve is not None and work[0][0] is Purpose.EVICT:
+                self._starved.append(request.request_id)
             return []
         self.planner.note_planned(tracked)
         if self.room.reserve is not None:
@@ -165,6 +168,14 @@ class Compactions:
         """Tokens that a step may compute of `num_new`: 0 where a compaction has no room yet."""
         reserve, num_free = self.room.reserve, self.room.num_free
         return num_new if reserve is None else reserve.hold(request, num_certain, num_new, num_free)
+
+    def take_starved(self) -> list[str]:
+        """Requests whose compaction found no blocks although it must happen at its mark.
+
+        What is set aside is meant to leave none.
+        """
+        starved, self._starved = self._starved, []
+        return starved
 
     def is_planned(self, request_id: str) -> bool:
         """Whether the last step plans something for a request that is not committed yet."""

@@ -5,6 +5,7 @@ scheduled requests are due, take blocks for them. Lengths are known beforehand, 
 waits for the device and async scheduling cannot make anything stale.
 """
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -121,6 +122,8 @@ class CompressionMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
+        for name in self.compactions.take_starved():
+            self._start_over(name)
         self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
         if self.pressure is not None:
             self.pressure.update(self.running, num_unverified)
@@ -147,6 +150,15 @@ class CompressionMixin(Scheduler):
             views_given_up=self.compactions.take_given_up(),
         ).attach(output)
         return output
+
+    def _start_over(self, request_id: str) -> None:
+        """Preempt a request that must not go on uncompressed."""
+        request = self.requests.get(request_id)
+        if request is not None and request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            # It may run again in this step, as if it had not been in the last one.
+            self.prev_step_scheduled_req_ids.discard(request_id)
 
     def _is_due(self, request_id: str, num_ahead: int) -> bool:
         request = self.requests[request_id]

@@ -246,17 +246,24 @@ def test_a_request_alone_needs_nothing_but_its_blocks(probe_model: str) -> None:
 
 
 def test_what_waits_for_a_next_turn_gives_way(probe_model: str) -> None:
-    """It holds blocks of a prompt that is compacted: they are given back, and overwritten."""
-    setting = {**SHARED, "trigger": "interval", "interval": 16}
-    chats = opened(probe_model, "sync", setting, 1 + 2 * 18)
+    """The first layer group of a turn has kept all of its blocks, and another request finds them.
+    Its compaction, which finds no free ones, overwrites them once they are given back."""
+    setting = {
+        **SHARED, "budget": {"tokens": 150, "floor": 1}, "sessions": {"max_blocks_ratio": 1},
+        "layer_budget": {"shape": "linear", "beta": 0.1},
+    }  # fmt: skip
+    chats = opened(probe_model, "sync", setting, 200)
     marks = Marks(chats)
-    chats.add("turn", prompt(200), 17, CHAT)  # it is compacted as its last token is sampled
-    finish_turn = chats.scheduler.sessions
-    chats.run()
-    assert finish_turn.num_private > 0
-    chats.add("other", prompt(200), 40)
+    chats.ask("turn", prompt(200), 8)
+    taken = chats.pool.get_new_blocks(chats.pool.get_num_free_blocks() - 14)
+    other = chats.add("other", prompt(200), 40, {"kv_budget_tokens": 96})
+    chats.check_blocks = lambda: None  # type: ignore[method-assign]  # some are taken
+    chats.step()
+    assert marks.positions["other"] == [200] and chats.hits["other"] == 192
+    assert not chats.scheduler.sessions.held_blocks() and marks.counts["in place"] == 1
+    assert chats.stats.sessions_given_back == {"room": 1} and not other.num_preemptions
+    chats.pool.free_blocks(taken)
     finish(chats)
-    assert marks.positions["other"][0] == 216
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -13,7 +13,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.core.test_pressure_loop import watched
-from tests.core.test_scheduler_loop import BLOCK, LOOPS, prompt
+from tests.core.test_scheduler_loop import BLOCK, LOOPS, Loop, prompt
 from tests.core.test_sessions import CHAT, Chats, watch
 from tests.inside import preempt
 from vllm_kvcompress.core.tracked_request import SkipReason
@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 PLAIN = {"kv_compression": "none"}
+SOME: list[Any] = [PLAIN, {"kv_budget_tokens": 16}, {"kv_budget_tokens": 96}, CHAT]
 SMALL = 1 + 2 * 26
 """416 tokens in each of two groups."""
 
@@ -56,7 +57,7 @@ SMALL = 1 + 2 * 26
 class Marks:
     """Where every request is compacted, held against where it would be alone."""
 
-    def __init__(self, chats: Chats) -> None:
+    def __init__(self, chats: Loop) -> None:
         self.scheduler = chats.scheduler
         self.positions: dict[str, list[int]] = {}
         self.counts: Counter[str] = Counter()
@@ -94,7 +95,7 @@ def opened(model: str, loop: str, setting: dict, num_blocks: int, seqs: int = 12
     return chats
 
 
-def traffic(chats: Chats, num_steps: int, seed: int) -> int:
+def traffic(chats: Loop, num_steps: int, seed: int) -> int:
     """Arrivals that begin alike, aborts and preemptions; how many arrived."""
     scheduler, rng = chats.scheduler, random.Random(seed)
     aborted: set[str] = set()
@@ -103,8 +104,7 @@ def traffic(chats: Chats, num_steps: int, seed: int) -> int:
         while len(scheduler.requests) < 14 and rng.random() < 0.6:
             tokens = prompt(rng.choice([20, 60, 100, 150, 200]), rng.choice([0, 0, 0, 7, count]))
             tokens += prompt(rng.choice([0, 0, rng.randrange(1, 40)]), count)
-            some = [PLAIN, {"kv_budget_tokens": 16}, {"kv_budget_tokens": 96}, CHAT]
-            xargs = rng.choice([None] * 6 + some)
+            xargs = rng.choice([None] * 6 + SOME)
             chats.add(f"r{count}", tokens, rng.choice([1, 5, 40, 90]), xargs)
             count += 1
         for _ in range(rng.randrange(1, 6)):
@@ -121,13 +121,14 @@ def traffic(chats: Chats, num_steps: int, seed: int) -> int:
     return count
 
 
-def finish(chats: Chats) -> None:
+def finish(chats: Loop) -> None:
     """Run to the end; nothing is left."""
     chats.run()
     while chats.under_way:
         chats._take(*chats.under_way.popleft())
     chats.scheduler.sessions.clear()
-    assert chats.pool.get_num_free_blocks() == chats.usable
+    pool = chats.scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert not chats.scheduler.planner.requests
 
 
@@ -160,6 +161,19 @@ def test_without_the_setting_marks_are_missed(probe_model: str) -> None:
     Marks(chats)
     with pytest.raises(AssertionError, match=r"^r\d"):
         traffic(chats, 100, seed=3)
+
+
+@pytest.mark.parametrize("setting", ["end of prompt", "all"])
+def test_beside_windowed_layers(setting: str, probe_model: str) -> None:
+    """Their blocks come from the same pool and are never compacted."""
+    small = 1 + 3 * 26
+    loop = Loop(
+        probe_model, *LOOPS["async"], small, SETTINGS[setting], max_num_seqs=12, window=48
+    )  # fmt: skip
+    marks = Marks(loop)
+    assert traffic(loop, 200, seed=4) > 40
+    assert marks.counts["shared"] > 20 and marks.counts["in place"] > 0
+    assert loop.scheduler.stats.deferrals == 0
 
 
 # --- who waits, and for what --------------------------------------------------------------

@@ -271,11 +271,10 @@ class Room:
         num_new_tokens: int,
         options: Mapping[str, Any],
     ) -> Any:
-        hits = options.get("new_computed_blocks")
-        joining = (request.request_id, hits) if hits and any(hits.blocks) else None
-        if self.reserve is not None:
-            self.reserve.note(request)
-        if self._spare is not None and self.num_free >= self.num_set_aside():
+        reserve = self.reserve
+        if reserve is not None:
+            reserve.note(request)
+        if self._spare is not None and (reserve is None or self.num_free >= reserve.num_blocks()):
             given = self._spare.take(request, num_new_tokens, options)
             if given is not None:
                 return given
@@ -286,6 +285,8 @@ class Room:
             num_tokens = max(num_tokens, request.num_tokens)
         num_tokens += options.get("num_lookahead_tokens", 0)
         num_tokens = min(num_tokens, self.max_model_len)
+        hits = options.get("new_computed_blocks")
+        joining = (request.request_id, hits) if hits and any(hits.blocks) else None
 
         def num_missing() -> int:
             growth = self.num_growth(request.request_id, num_tokens)
@@ -293,7 +294,7 @@ class Room:
             return growth - (sum(b.ref_cnt > 0 for g in hits.blocks for b in g) if hits else 0)
 
         def num_aside() -> int:
-            return 0 if self.reserve is None else self.reserve.num_blocks(joining)
+            return 0 if reserve is None else reserve.num_blocks(joining)
 
         def attempt() -> Any:
             aside = num_aside()
@@ -312,8 +313,8 @@ class Room:
         if blocks is None:
             self.num_lacking = max(self.num_lacking, num_missing(), 1)
             return None
-        if self.reserve is not None and joining is not None:
-            self.reserve.note_joined()
+        if reserve is not None and joining is not None:
+            reserve.note_joined()
         if self._spare and request.status == RequestStatus.RUNNING:
             self._spare.note(request, num_new_tokens)
         return blocks

@@ -21,6 +21,7 @@ WHOLE = 192
 """Tokens of its whole blocks."""
 
 EVERYWHERE = {**UNEVEN, "trigger": "all", "prompt_interval": 64, "interval": 16}
+ALWAYS = {**UNEVEN, "shared_blocks": "always"}
 PRESSURE = {**UNEVEN, "trigger": "pressure"}
 
 
@@ -258,7 +259,7 @@ def test_shared_sources_and_a_full_pool_hold_a_prefix_up_but_never_change_it(
 
 
 @pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("setting", [UNEVEN, EVERYWHERE], ids=["end", "all"])
+@pytest.mark.parametrize("setting", [UNEVEN, EVERYWHERE, ALWAYS], ids=["end", "all", "always"])
 def test_any_traffic(name: str, setting: dict[str, Any], probe_model: str) -> None:
     """Questions about documents among chats and others; aborts, preemptions, resets; small pool."""
     rng, count = random.Random(sum(map(ord, name))), 0

@@ -73,6 +73,7 @@ class Books:
         room = self.compactions.room
         reuse = Reuse(self.planner, self.managers, group_map.layer_groups, room, self.stats)
         books = {"planner": self.planner, "query_slots": slots, "reuse": reuse}
+        books["compactions"] = self.compactions
         self.scheduler = scheduler_of(self.managers, **books)
 
     def prefill(self, num_tokens: int) -> Any:

@@ -22,8 +22,8 @@ UNEVEN = {
 class Watched(Loop):
     """A loop whose worker remembers what is where."""
 
-    def __init__(self, *args: Any, setting: Any = UNEVEN) -> None:
-        super().__init__(*args, setting=setting)
+    def __init__(self, *args: Any, setting: Any = UNEVEN, **options: Any) -> None:
+        super().__init__(*args, setting=setting, **options)
         self.worker = ToldWorker(BLOCK, {}, self.random)
         self.sampled: dict[str, list[int]] = {}
         self.texts: dict[str, list[int]] = {}

@@ -122,9 +122,8 @@ class CompressionMixin(Scheduler):
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
         self.reuse.prefixes.publish()
-        for request in self.reuse.prefixes.stuck():
-            self.running.remove(request)
-            self._preempt_request(request, time.monotonic())
+        for name in self.compactions.take_starved():
+            self._start_over(name)
         self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
         if self.pressure is not None:
             self.pressure.update(self.running, num_unverified)
@@ -151,6 +150,15 @@ class CompressionMixin(Scheduler):
             views_given_up=self.compactions.take_given_up(),
         ).attach(output)
         return output
+
+    def _start_over(self, request_id: str) -> None:
+        """Preempt a request that must not go on uncompressed."""
+        request = self.requests.get(request_id)
+        if request is not None and request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            # It may run again in this step, as if it had not been in the last one.
+            self.prev_step_scheduled_req_ids.discard(request_id)
 
     def _is_due(self, request_id: str, num_ahead: int) -> bool:
         request = self.requests[request_id]
@@ -202,18 +210,19 @@ class CompressionMixin(Scheduler):
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         is_padded = num_computed_tokens + num_new_tokens > request.num_tokens
-        if is_padded and request.status != RequestStatus.RUNNING:
-            # The host has padded one last token with others that will all be rejected, and relies
-            # on getting all of them: they keep the step's rows alike.
-            return clipped
-        clipped = self.planner.clip_chunk(
-            request.request_id,
-            num_computed_tokens,
-            clipped,
-            request.num_tokens + request.num_output_placeholders,
-            num_unverified(request),
-        )
-        return self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        # Where the host has padded one last token of a request that waits with others that will all
+        # be rejected, it relies on getting all of them: they keep the step's rows alike.
+        if not is_padded or request.status == RequestStatus.RUNNING:
+            clipped = self.planner.clip_chunk(
+                request.request_id,
+                num_computed_tokens,
+                clipped,
+                request.num_tokens + request.num_output_placeholders,
+                num_unverified(request),
+            )
+            clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        certain = num_computed_tokens - num_unverified(request)
+        return self.compactions.hold(request, certain, clipped)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
@@ -278,6 +287,8 @@ class CompressionMixin(Scheduler):
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
         self.reuse.check_integrity()
+        room = self.compactions.room
+        assert room.num_free >= room.num_set_aside(), "blocks that are set aside are taken"
 
 
 class CompressedScheduler(DraftMixin, CompressionMixin, Scheduler):

@@ -142,19 +142,6 @@ class SharedPrefixes:
             outcome = PrefixOutcome.COMPUTED if tracked.start is None else PrefixOutcome.REUSED
             self.stats.record_shared_prefix(outcome, tracked.num_reused)
 
-    def stuck(self) -> list[Request]:
-        """Requests that have computed a prefix and found no blocks for its survivors.
-
-        Others hold its own blocks. What follows must not be computed over the whole of it.
-        """
-        found = []
-        for name in self._computing.values():
-            request = self._wanted[name].request
-            is_due = self.planner.requests[name].phase is Phase.DUE
-            if is_due and self._is_computing(name) and request.is_prefill_chunk:
-                found.append(request)
-        return found
-
     # --- whose blocks they are ------------------------------------------------------------
 
     def publish(self) -> None:

@@ -29,7 +29,8 @@ from vllm_kvcompress.evaluation.quality.generated import generated_sample
 from vllm_kvcompress.evaluation.quality.intervals import wilson
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
 
-BLOCK, NUM_ANSWER_TOKENS, MAX_LEN = 32, 12, 8192
+BLOCK, NUM_ANSWER_TOKENS = 32, 12
+STOCK = "stock vLLM"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def measure(
     """One variant on an engine of its own, which is given all questions at once."""
     num_blocks = None if args.pool is None else 1 + args.pool // BLOCK
     engine = CountedEngine(
-        str(args.model), setting, num_blocks, max_model_len=MAX_LEN, kv_cache_memory_bytes=6 << 30
+        str(args.model),
+        setting,
+        num_blocks,
+        max_model_len=args.num_tokens + BLOCK,
+        kv_cache_memory_bytes=6 << 30,
     )
     asked = {f"{number}-{text}": question for text, questions in enumerate(texts)
              for number, question in enumerate(questions)}  # fmt: skip
@@ -112,14 +117,15 @@ def measure(
     return found
 
 
-def variants(ratios: Sequence[float]) -> dict[str, tuple[Any, bool]]:
+def variants(args: argparse.Namespace) -> dict[str, tuple[Any, bool]]:
     """Settings by name, and whether requests say what they share."""
-    found: dict[str, tuple[Any, bool]] = {"stock vLLM": (None, False)}
-    for ratio in ratios:
+    found: dict[str, tuple[Any, bool]] = {STOCK: (None, False)}
+    for ratio in args.ratios:
         budget = {"budget": {"ratio": ratio}}
         found[f"auto, {ratio:.0%}, each prompt"] = ({"preset": "auto", **budget}, False)
-        found[f"shared_prefix, {ratio:.0%}"] = ({"preset": "shared_prefix", **budget}, True)
-    return found
+        for preset in args.presets:
+            found[f"{preset}, {ratio:.0%}, shared"] = ({"preset": preset, **budget}, True)
+    return {name: each for name, each in found.items() if each[1] or not args.shared_only}
 
 
 def main() -> int:
@@ -130,6 +136,8 @@ def main() -> int:
     parser.add_argument("--num-tokens", type=int, default=1500, help="of a prompt")
     parser.add_argument("--pool", type=int, help="token slots; else everything fits")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--presets", nargs="+", default=["shared_prefix"], help="of what is shared")
+    parser.add_argument("--shared-only", action="store_true", help="neither stock nor auto")
     parser.add_argument("--seed", type=int, default=4000)
     args = parser.parse_args()
     args.model = args.model or smollm2.fetch()
@@ -143,7 +151,7 @@ def main() -> int:
         "", "steps", "prompt tokens computed", "most blocks", "preempted", "right", "95 %"
     )
     peaks = {}
-    for name, variant in variants(args.ratios).items():
+    for name, variant in variants(args).items():
         found = measure(args, variant[0], texts, variant[1])
         bounds = wilson(found.right, total)
         share = f"{bounds.low:.0%} to {bounds.high:.0%}"
@@ -156,5 +164,7 @@ def main() -> int:
         f"{total} questions about {args.num_texts} texts, {args.num_tokens} tokens, pool {pool}",
         table,
     )
-    shared = [peak for name, peak in peaks.items() if name.startswith("shared")]
-    return 0 if max(shared) < peaks["stock vLLM"] or args.pool is not None else 1
+    shared = [peak for name, peak in peaks.items() if name.endswith("shared")]
+    if args.pool is not None or STOCK not in peaks:
+        return 0
+    return 0 if max(shared) < peaks[STOCK] else 1

@@ -35,7 +35,9 @@ SETTINGS: dict[str, Mapping[str, Any] | None] = {
 
 
 def make_scheduler(
-    setting: Mapping[str, Any] | None, num_blocks: int = NUM_BLOCKS, max_num_seqs: int = NUM_REQUESTS
+    setting: Mapping[str, Any] | None,
+    num_blocks: int = NUM_BLOCKS,
+    max_num_seqs: int = NUM_REQUESTS,
 ) -> Any:
     """A scheduler over one KV cache group, without requests."""
     from vllm.config import set_current_vllm_config

@@ -51,9 +51,7 @@ class Sharers:
         self.kept[name] = num_kept
 
     def request(self, name: str, num_blocks: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            request_id=name, num_prompt_tokens=num_blocks * BLOCK, max_tokens=50
-        )
+        return SimpleNamespace(request_id=name, num_prompt_tokens=num_blocks * BLOCK, max_tokens=50)
 
     def most_lacking(self, order: tuple[str, ...]) -> int:
         """Free blocks that compactions take in this order, each in a step of its own."""

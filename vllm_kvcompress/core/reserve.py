@@ -277,7 +277,5 @@ def _num_later(
             part.coming.num_lacking(sum(left(b) > givers[b.block_id] for b in part.shared))
             for part in parts
         )
-    spared = sum(
-        min(needs[name] - last[name] for name in family) for family in families(blocks_of)
-    )
+    spared = sum(min(needs[name] - last[name] for name in family) for family in families(blocks_of))
     return sum(needs.values()) - spared

@@ -62,7 +62,8 @@ class Loop:
         drafts = {"method": "ngram_gpu", "num_speculative_tokens": num_drafts}
         args = EngineArgs(
             model=model, dtype="float32", block_size=BLOCK, max_model_len=512,
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=64, additional_config={"kv_compression": setting},
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=64,
+            additional_config={"kv_compression": setting},
             speculative_config=drafts if num_drafts else None,
         )  # fmt: skip
         config = args.create_engine_config()

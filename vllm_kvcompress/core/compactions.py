@@ -168,11 +168,6 @@ class Compactions:
             purpose=purpose,
         )
 
-    def hold(self, request: Request, num_certain: int, num_new: int) -> int:
-        """Tokens that a step may compute of `num_new`: 0 where a compaction has no room yet."""
-        reserve, num_free = self.room.reserve, self.room.num_free
-        return num_new if reserve is None else reserve.hold(request, num_certain, num_new, num_free)
-
     def take_starved(self) -> list[str]:
         """Requests whose compaction found no blocks although it must happen at its mark.
 

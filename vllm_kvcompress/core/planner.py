@@ -13,7 +13,8 @@ alone triggers nothing while decoding. Where a setting waits for memory to be sc
 RESTING before it is ARMED, and again afterwards: resting.py. Nobody else moves a request on.
 
 A request that is DUE and whose blocks others hold, too, is tried again whenever some of these are
-gone; any other is compacted at once, however full the pool. What the end of its prompt will compact
+gone, unless the setting's `shared_blocks` is "always"; any other is compacted at once, however full
+the pool. What the end of its prompt will compact
 does not change meanwhile; a compaction while decoding takes in the tokens that came since, because
 the queries that the policy reads are the most recent ones.
 

@@ -23,7 +23,7 @@ fail for them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -94,14 +94,15 @@ class Reserve:
         self._coming: dict[str, tuple[Start | None, tuple[_Coming, ...]]] = {}
         self._ends: dict[str, int] = {}  # lengths that the step being scheduled leads to
         self._is_sharing = False  # perhaps; else nothing need be counted
-        self._known: int | None = None
+        self._known: dict[Hashable, int] = {}  # counted since something changed
 
     # --- what happens ---------------------------------------------------------------------
 
     def begin_step(self) -> None:
         """What the last step compacted is committed, and another is scheduled."""
+        if any(self._falls_due(name) for name in self._ends):
+            self._known.clear()
         self._ends.clear()
-        self._known = None
 
     def note(self, request: Request) -> None:
         """A request asks for blocks: learn what is to come for it, unless that is known."""
@@ -112,7 +113,7 @@ class Reserve:
         known = self._coming.get(name)
         if known is None or known[0] is not tracked.start:
             self._coming[name] = tracked.start, tuple(self._find(request, tracked))
-            self._known = None
+            self._known.clear()
 
     def _find(self, request: Request, tracked: TrackedRequest) -> Iterator[_Coming]:
         config, planner = tracked.config, self._planner
@@ -137,11 +138,12 @@ class Reserve:
 
     def note_joined(self) -> None:
         """A request holds blocks that others may hold, too."""
-        self._is_sharing, self._known = True, None
+        self._is_sharing = True
+        self._known.clear()
 
     def note_change(self, request_id: str | None = None) -> None:
         """Blocks have lost an owner; `request_id` has lost all of its blocks."""
-        self._known = None
+        self._known.clear()
         if request_id is not None:
             self._coming.pop(request_id, None)
             self._ends.pop(request_id, None)
@@ -168,12 +170,12 @@ class Reserve:
         self._ends[name] = num_certain + num_new
         if not num_new or not self._falls_due(name):
             return num_new
-        self._known = None
+        self._known.clear()
         if num_free < self.num_blocks() and any(
             self._falls_due(other) for other in self._ends if other != name
         ):
             del self._ends[name]
-            self._known = None
+            self._known.clear()
             return 0
         return num_new
 
@@ -200,11 +202,11 @@ class Reserve:
         """
         if not self._is_sharing and joining is None:
             return 0
-        if joining is not None or without is not None:
-            return self._count(joining, without)
-        if self._known is None:
-            self._known = self._count(None, None)
-        return self._known
+        hits = joining and tuple(b.block_id for group in joining[1].blocks for b in group)
+        key = joining and joining[0], hits, without
+        if key not in self._known:
+            self._known[key] = self._count(joining, without)
+        return self._known[key]
 
     def _count(self, joining: Joining | None, without: str | None) -> int:
         holders = _Holders(self._waiting(), joining)
@@ -216,7 +218,7 @@ class Reserve:
             for coming in self._still_to_come(name):
                 assert tracked is not None
                 blocks = self._blocks(name, coming, joining)
-                part = _Part(coming, [block for block in blocks if holders.of(block) > 1])
+                part = _Part(coming, holders.shared(blocks))
                 is_sharing |= bool(part.shared)
                 is_planned = tracked.phase is Phase.PLANNED and coming.position <= tracked.position
                 if is_planned or coming.position <= self._ends.get(name, 0):
@@ -252,6 +254,12 @@ class _Holders:
         """Of one block."""
         return block.ref_cnt + self._added[block.block_id]
 
+    def shared(self, blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Blocks that more than one request holds."""
+        if not self._added:  # most often, and there may be many
+            return [block for block in blocks if block.ref_cnt > 1]
+        return [block for block in blocks if self.of(block) > 1]
+
 
 def _num_later(
     parts_of: Mapping[str, Sequence[_Part]], holders: _Holders, gone: Mapping[int, int]
@@ -264,18 +272,32 @@ def _num_later(
     def left(block: KVCacheBlock) -> int:
         return holders.of(block) - gone[block.block_id]
 
-    shared = {
-        name: [_Part(part.coming, [b for b in part.shared if left(b) > 1]) for part in parts]
-        for name, parts in parts_of.items()
+    shared = dict(parts_of)
+    if gone:
+        for name, parts in shared.items():
+            left_over = [[block for block in part.shared if left(block) > 1] for part in parts]
+            shared[name] = [
+                part._replace(shared=blocks) for part, blocks in zip(parts, left_over, strict=True)
+            ]
+    needs = {
+        name: sum(part.coming.num_lacking(len(part.shared)) for part in parts)
+        for name, parts in shared.items()
     }
+    if not any(needs.values()):
+        return 0
     blocks_of = {name: [b for part in parts for b in part.shared] for name, parts in shared.items()}
     givers = Counter(block.block_id for blocks in blocks_of.values() for block in blocks)
-    needs, last = dict[str, int](), dict[str, int]()
-    for name, parts in shared.items():
-        needs[name] = sum(part.coming.num_lacking(len(part.shared)) for part in parts)
-        last[name] = sum(
-            part.coming.num_lacking(sum(left(b) > givers[b.block_id] for b in part.shared))
-            for part in parts
-        )
-    spared = sum(min(needs[name] - last[name] for name in family) for family in families(blocks_of))
+    found = {block.block_id: block for blocks in blocks_of.values() for block in blocks}
+    staying = {number for number, count in givers.items() if left(found[number]) > count}
+    spared = 0
+    for family in families(blocks_of):
+        if all(needs[name] for name in family):  # else one of them gains nothing
+            spared += min(
+                needs[name]
+                - sum(
+                    part.coming.num_lacking(sum(b.block_id in staying for b in part.shared))
+                    for part in shared[name]
+                )
+                for name in family
+            )
     return sum(needs.values()) - spared

@@ -221,8 +221,11 @@ class CompressionMixin(Scheduler):
                 num_unverified(request),
             )
             clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        reserve = self.compactions.room.reserve
+        if reserve is None:
+            return clipped
         certain = num_computed_tokens - num_unverified(request)
-        return self.compactions.hold(request, certain, clipped)
+        return reserve.hold(request, certain, clipped, self.compactions.room.num_free)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any

@@ -28,6 +28,7 @@ LAYERS = {
     "config": 2,
     "lengths": 3,
     "request_options": 4,
+    "reuse_checks": 3,
     "policies": 4,
     "messages": 4,
     "host.attention_probe": 3,
@@ -52,6 +53,7 @@ OWN = {name for name in LAYERS if "." in name}
 
 # These run without vLLM. `host.cpu_triton` is loaded while vLLM looks for its platform.
 PURE = {"errors", "plans", "registry", "config", "lengths", "request_options", "messages"}
+PURE |= {"reuse_checks"}
 PURE |= {"host.latent_checks"}  # the command line asks it, too
 PURE |= {"metrics", "kernels", "policies", "speed", "cli", "host.cpu_triton", "doctor.savings"}
 PURE |= {"host.interpreter_speed"}  # called by host.cpu_triton
@@ -111,7 +113,8 @@ ALLOWED = {
     "messages": 4,
     "metrics": 5,
     "plans": 1,
-    "request_options": 23,
+    "request_options": 17,
+    "reuse_checks": 10,
     "spec": 1,
     "worker.compaction.compactor": 1,
     "worker.compaction.working_memory": 1,

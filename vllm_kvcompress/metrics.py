@@ -62,6 +62,14 @@ class CompressionStats:
         Caches that were kept for a next turn.
     sessions_given_back : dict[str, int]
         Those of them that were given back, by reason.
+    shared_prefix_requests : dict[str, int]
+        Requests that named a shared prefix, by what became of that.
+    shared_prefix_tokens : int
+        Prompt tokens that they did not compute.
+    shared_prefixes_kept : int
+        Prefixes that were compressed for all.
+    shared_prefixes_given_back : dict[str, int]
+        Those of them that were given back, by reason.
     deferrals : int
         Steps that a request had to wait for a slot for its queries, or a view for blocks.
     kept_ratios : deque of (str, float)
@@ -86,6 +94,10 @@ class CompressionStats:
     session_tokens: int = 0
     sessions_kept: int = 0
     sessions_given_back: dict[str, int] = field(default_factory=dict)
+    shared_prefix_requests: dict[str, int] = field(default_factory=dict)
+    shared_prefix_tokens: int = 0
+    shared_prefixes_kept: int = 0
+    shared_prefixes_given_back: dict[str, int] = field(default_factory=dict)
     deferrals: int = 0
     kept_ratios: deque[tuple[str, float]] = _samples()
     seconds: deque[float] = _samples()
@@ -159,9 +171,18 @@ class CompressionStats:
         _add(self.session_requests, outcome, 1)
         self.session_tokens += num_tokens
 
-    def record_session_given_back(self, reason: str) -> None:
-        """Count one kept cache that was given back."""
-        _add(self.sessions_given_back, reason, 1)
+    def record_shared_prefix(self, outcome: str, num_tokens: int) -> None:
+        """Count one request that named a shared prefix, and the tokens that it did not compute."""
+        _add(self.shared_prefix_requests, outcome, 1)
+        self.shared_prefix_tokens += num_tokens
+
+    def record_given_back(self, kind: str, reason: str) -> None:
+        """Count one kept cache that was given back; of a "session" or a "shared_prefix"."""
+        found = {
+            "session": self.sessions_given_back,
+            "shared_prefix": self.shared_prefixes_given_back,
+        }
+        _add(found[kind], reason, 1)
 
     def clear(self) -> None:
         """Start anew; the object stays, because several parts count into it."""

@@ -225,6 +225,8 @@ class RequestOptions:
         Tokens to draft per step, where the server drafts.
     session : str | None
         Conversation whose compressed cache it continues, and leaves for the next turn.
+    shared_prefix : int | None
+        Tokens of the prompt that others begin with, too, and that are compressed once for all.
     """
 
     preset: str | None = None
@@ -234,3 +236,8 @@ class RequestOptions:
     task: str | None = None
     draft_tokens: int | None = None
     session: str | None = None
+    shared_prefix: int | None = None
+
+    def shared_len(self, block_size: int) -> int | None:
+        """Tokens that are compressed for all: whole blocks; None where nothing is shared."""
+        return None if self.shared_prefix is None else self.shared_prefix // block_size * block_size

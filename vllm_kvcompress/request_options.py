@@ -13,12 +13,15 @@ from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.lengths.decode_queries import decode_window
 from vllm_kvcompress.plans import RequestOptions
+from vllm_kvcompress.reuse_checks import check_session, check_shared_prefix
 
 REQUEST_KEYS = (
     "kv_compression", "kv_budget_ratio", "kv_budget_tokens", "kv_pin", "kv_task", "kv_draft_tokens",
-    "kv_session",
+    "kv_session", "kv_shared_prefix",
 )  # fmt: skip
-_PREFIXES = ("kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft", "kv_session")
+_PREFIXES = (
+    "kv_compression", "kv_budget", "kv_pin", "kv_task", "kv_draft", "kv_session", "kv_shared",
+)  # fmt: skip
 TASKS = ("localization", "aggregation")
 
 MAX_SESSION_LEN = 128
@@ -126,6 +129,13 @@ def parse_request(
     if ratio is not None and not 0 < ratio <= 1:
         rule = "must be greater than 0 and at most 1"
         raise config_error("kv_budget_ratio", "", rule, ratio)
+    session = _name(extra, "kv_session")
+    shared_prefix = _whole_number(extra, "kv_shared_prefix", 1)
+    if session is not None and shared_prefix is not None:
+        raise ConfigError("kv_session, kv_shared_prefix: set only one of the two.")
+    if shared_prefix is not None and prompt_len is not None and shared_prefix > prompt_len:
+        rule = f"{{got}} tokens, and the prompt has {prompt_len}"
+        raise config_error("kv_shared_prefix", "", rule, shared_prefix)
     rule = f"must be auto, {' or '.join(TASKS)}"
     return RequestOptions(
         preset=preset,
@@ -134,7 +144,8 @@ def parse_request(
         pins=_pins(extra.get("kv_pin"), prompt_len),
         task=_choice(extra, "kv_task", ["auto", *TASKS], rule),
         draft_tokens=_whole_number(extra, "kv_draft_tokens", 0),
-        session=_name(extra, "kv_session"),
+        session=session,
+        shared_prefix=shared_prefix,
     )
 
 
@@ -179,9 +190,10 @@ def resolve_request(
 ) -> CompressionConfig | None:
     """The configuration one request runs under; None when it opted out.
 
-    The request's pins come on top of the configured ones. Layer groups are always the server's:
-    they are block tables, made once; so is the mode. `task` is what `choose_task` chose; it must
-    be given where the setting depends on it.
+    A shared prefix is compressed where it ends, whatever triggers the setting else, and what
+    follows it never is. The request's pins come on top of the configured ones. Layer groups are
+    always the server's: they are block tables, made once; so is the mode. `task` is what
+    `choose_task` chose; it must be given where the setting depends on it.
     """
     config = named_config(server, options)
     if config is None or (server.mode == "draft" and options.draft_tokens == 0):
@@ -197,6 +209,8 @@ def resolve_request(
         update["budget"] = BudgetConfig(ratio=options.budget_ratio, floor=config.budget.floor)
     if options.budget_tokens is not None:
         update["budget"] = BudgetConfig(tokens=options.budget_tokens, floor=config.budget.floor)
+    if options.shared_prefix is not None:
+        update["trigger"] = "prompt" if config.compresses_in_prompts else "end_of_prompt"
     if options.pins:
         update["pinned"] = (*config.pinned, *(list(pin) for pin in options.pins))
     return config.model_copy(update=update) if update else config
@@ -218,7 +232,7 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
     ConfigError
         If the request's preset reads more queries while decoding than the server keeps, a task
         is given where none matters, more draft tokens than the server drafts, or a conversation
-        that nothing can be kept of.
+        or shared prefix that nothing can be kept of.
     """
     drafts = options.draft_tokens
     if drafts is not None and not server.drafts:
@@ -232,7 +246,9 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
         )
     config = named_config(server, options)
     if options.session is not None:
-        _check_session(server, config)
+        check_session(server, config)
+    if options.shared_prefix is not None:
+        check_shared_prefix(server, config)
     if config is None:
         return
     if options.task is not None and not config.tasks:
@@ -250,35 +266,3 @@ def check_fits_server(server: CompressionConfig, options: RequestOptions) -> Non
             f"server keeps {kept}; start it with --kv-compression {options.preset}, or choose a "
             "preset that compresses prompts only."
         )
-
-
-def _check_session(server: CompressionConfig, config: CompressionConfig | None) -> None:
-    """Refuse to continue what cannot be kept, or cannot be compressed a second time."""
-    if not server.sessions.max_blocks_ratio:
-        raise ConfigError(
-            "kv_session: this server keeps nothing between turns; start it with "
-            "--kv-compression-config.sessions.max_blocks_ratio=0.5, or leave it out."
-        )
-    if server.drafts:
-        raise ConfigError(
-            "kv_session: this server drafts over views, which are not kept between turns; leave it "
-            "out, or start the server without draft mode and draft.budget."
-        )
-    variants = [] if config is None else [config, *config.by_task.values()]
-    for each in variants:
-        if each.codebook is not None:
-            raise ConfigError(
-                "kv_session: codebooks are made when a prompt ends and are not continued; choose a "
-                "preset without a codebook, or leave it out."
-            )
-        if each.waits_for_pressure:
-            raise ConfigError(
-                "kv_session: with the trigger pressure a conversation may end whole, and nothing "
-                "is kept of it; choose a preset with another trigger, or leave it out."
-            )
-        policy = each.build_policy()
-        if policy.queries.value == "prompt" or not policy.runs_while_decoding:
-            raise ConfigError(
-                f"kv_session: {each.policy.name} scores whole prompts, and a later turn computes "
-                "its own part alone; choose another preset, or leave it out."
-            )

@@ -70,8 +70,20 @@ MODES = {
     "prompt": Mode(
         {"preset": "snapkv", **_QUARTER, "trigger": "all", "prompt_interval": 96, "interval": 64}
     ),
+    "shared": Mode(
+        {
+            "preset": "snapkv", **_QUARTER, "trigger": "all", "prompt_interval": 96,
+            "interval": 64, "shared_blocks": "always",
+        }
+    ),
+    "shared-draft": Mode(
+        {
+            "preset": "snapkv", "budget": {"ratio": 0.5}, "min_prompt_len": 128,
+            "draft": {"tokens": 3, "budget": {"ratio": 0.25}}, "shared_blocks": "always",
+        }
+    ),
     "codebook": Mode({"preset": "spindlekv", "min_prompt_len": 128, "interval": 64}, 4),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

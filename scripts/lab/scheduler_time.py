@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,18 @@ SETTINGS: dict[str, Mapping[str, Any] | None] = {
 """A policy that reads queries, which nobody records while memory is ample."""
 
 
-def make_scheduler(setting: Mapping[str, Any] | None) -> Any:
-    """A scheduler over one KV cache group, with 16 requests in the middle of their output."""
-    from vllm import SamplingParams
+def make_scheduler(
+    setting: Mapping[str, Any] | None,
+    num_blocks: int = NUM_BLOCKS,
+    max_num_seqs: int = NUM_REQUESTS,
+) -> Any:
+    """A scheduler over one KV cache group, without requests."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.core.kv_cache_utils import init_none_hash
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
     from vllm_kvcompress.core.scheduler import CompressedScheduler
@@ -54,22 +56,29 @@ def make_scheduler(setting: Mapping[str, Any] | None) -> Any:
     init_none_hash(sha256)
     config = EngineArgs(
         model=str(PROBE_MODEL), dtype="float32", block_size=BLOCK, max_model_len=4096,
-        max_num_seqs=NUM_REQUESTS, max_num_batched_tokens=4096,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=4096,
         additional_config={} if setting is None else {"kv_compression": setting},
     ).create_engine_config()  # fmt: skip
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
     own = spec if setting is None else CompressedAttentionSpec.from_full(spec, 0)
-    cache = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer.0"], own)])
-    config.cache_config.num_gpu_blocks = NUM_BLOCKS
+    cache = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer.0"], own)])
+    config.cache_config.num_gpu_blocks = num_blocks
     kind = Scheduler if setting is None else CompressedScheduler
     with set_current_vllm_config(config):
-        scheduler = kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
+        return kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
+
+
+def add(scheduler: Any, prompts: Sequence[list[int]], max_tokens: int) -> None:
+    """Requests of so many output tokens, called by their numbers."""
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+    from vllm.v1.request import Request
+
     hasher = get_request_block_hasher(BLOCK, sha256)
-    for number in range(NUM_REQUESTS):
-        prompt = [20 + (7 * number + place) % 4000 for place in range(PROMPT_LEN)]
-        params = SamplingParams(max_tokens=3000, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
         scheduler.add_request(Request(str(number), prompt, params, None, block_hasher=hasher))
-    return scheduler
 
 
 def step(scheduler: Any) -> tuple[float, float]:
@@ -94,6 +103,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000)
     args = parser.parse_args()
     schedulers = {name: make_scheduler(setting) for name, setting in SETTINGS.items()}
+    for scheduler in schedulers.values():
+        numbers = range(NUM_REQUESTS)
+        prompts = [[20 + (7 * n + place) % 4000 for place in range(PROMPT_LEN)] for n in numbers]
+        add(scheduler, prompts, max_tokens=3000)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in SETTINGS}
     for number in range(args.steps + 20):
         for name, scheduler in schedulers.items():

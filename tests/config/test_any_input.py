@@ -56,6 +56,7 @@ PATHS = [
     "interval",
     "prompt_interval",
     "min_prompt_len",
+    "shared_blocks",
     "pinned",
     "mode",
     "draft",

@@ -16,7 +16,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -49,14 +54,16 @@ class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
     def __init__(
-        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING
-    ) -> None:
+        self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING,
+        max_num_seqs: int = 4, window: int | None = None,
+    ) -> None:  # fmt: skip
         install_hooks()
         init_none_hash(sha256)
         drafts = {"method": "ngram_gpu", "num_speculative_tokens": num_drafts}
         args = EngineArgs(
-            model=model, dtype="float32", block_size=BLOCK, max_model_len=512, max_num_seqs=4,
-            max_num_batched_tokens=64, additional_config={"kv_compression": setting},
+            model=model, dtype="float32", block_size=BLOCK, max_model_len=512,
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=64,
+            additional_config={"kv_compression": setting},
             speculative_config=drafts if num_drafts else None,
         )  # fmt: skip
         config = args.create_engine_config()
@@ -65,6 +72,12 @@ class Loop:
             KVCacheGroupSpec([f"layer.{n}"], CompressedAttentionSpec.from_full(full, n))
             for n in range(2)
         ]
+        if window is not None:
+            beside = SlidingWindowSpec(
+                block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32,
+                sliding_window=window,
+            )  # fmt: skip
+            groups.append(KVCacheGroupSpec(["windowed"], beside))
         cache = KVCacheConfig(num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         config.cache_config.num_gpu_blocks = num_blocks
         with set_current_vllm_config(config):

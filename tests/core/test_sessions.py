@@ -1,7 +1,4 @@
-"""Conversations that go on from a compressed cache, in vLLM's own schedulers, without a model.
-
-What lies in which slot is watched by a worker that knows only what it is told (told_worker.py).
-"""
+"""Conversations that go on from a compressed cache, in vLLM's own schedulers, without a model."""
 
 import random
 from typing import Any
@@ -10,17 +7,10 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request, RequestStatus
 
-from tests.core.test_scheduler_loop import BLOCK, LOOPS, Loop, prompt
-from tests.core.told_worker import ToldWorker
+from tests.core.test_scheduler_loop import BLOCK, LOOPS, prompt
+from tests.core.watched_loop import UNEVEN, Watched, watch
 from vllm_kvcompress.config.reading import parse_config
 
-UNEVEN = {
-    "preset": "keydiff",
-    "budget": {"tokens": 48, "floor": 1},
-    "min_prompt_len": 0,
-    "layer_groups": {"count": 2},
-    "layer_budget": {"shape": "linear", "beta": 0.1},
-}
 WINDOW = {**UNEVEN, "preset": "snapkv", "observation_window": 8}
 EVERYWHERE = {**WINDOW, "trigger": "all", "prompt_interval": 64, "interval": 16}
 CHAT = {"kv_session": "chat"}
@@ -28,67 +18,12 @@ LENGTHS = [1, 2, 5, 5, 10, 20]
 """Output tokens, in any traffic."""
 
 
-class Chats(Loop):
-    """A loop whose worker remembers what is where."""
-
-    def __init__(self, *args: Any, setting: Any = UNEVEN) -> None:
-        super().__init__(*args, setting=setting)
-        self.worker = ToldWorker(BLOCK, {}, self.random)
-        self.sampled: dict[str, list[int]] = {}
-        self.texts: dict[str, list[int]] = {}
-        self.usable = self.pool.num_gpu_blocks - 1
-
-    @property
-    def pool(self) -> Any:
-        return self.scheduler.kv_cache_manager.block_pool
-
-    def add(self, name: str, *args: Any, **options: Any) -> Request:
-        self.worker.salts[name] = options.get("cache_salt")
-        return super().add(name, *args, **options)
-
-    def _take(self, output: Any, sampled: set[str]) -> None:
-        self.sampled = {}
-        super()._take(output, sampled)
-
-    def _tokens(self, name: str, output: Any) -> list[int]:
-        self.sampled[name] = super()._tokens(name, output)
-        return self.sampled[name]
-
-    def step(self) -> bool:
-        goes_on = super().step()
-        self.check_blocks()
-        return goes_on
-
-    def check_blocks(self) -> None:
-        """Every block is free, or somebody's."""
-        held = {b.block_id for m in self.scheduler._managers for b in m.held_blocks()}
-        kept = {block.block_id for block in self.scheduler.sessions.held_blocks()}
-        assert self.pool.get_num_free_blocks() + len(held | kept) == self.usable
+class Chats(Watched):
+    """Whose requests belong to one chat, unless they say otherwise."""
 
     def ask(self, name: str, text: list[int], max_tokens: int = 20, **options: Any) -> list[int]:
         """Run one request to its end, and return the text with its answer."""
-        xargs = options.pop("xargs", CHAT)
-        request = self.add(name, text, max_tokens, xargs, **options)
-        self.run()
-        return list(request.all_token_ids)
-
-    @property
-    def stats(self) -> Any:
-        return self.scheduler.stats
-
-
-def watch(chats: Chats) -> Chats:
-    """Let the worker run what the loop takes in, in the order of the device."""
-    update = chats.scheduler.update_from_output
-
-    def run_first(output: Any, results: Any) -> Any:
-        names = results.req_id_to_index
-        tokens = {name: results.sampled_token_ids[index] for name, index in names.items()}
-        chats.worker.run(output, {name: list(found) for name, found in tokens.items()})
-        return update(output, results)
-
-    chats.scheduler.update_from_output = run_first
-    return chats
+        return super().ask(name, text, max_tokens, options.pop("xargs", CHAT), **options)
 
 
 @pytest.fixture(params=LOOPS)
@@ -244,22 +179,22 @@ def test_the_longest_unused_goes_first(probe_model: str) -> None:
             texts["a"] = chats.ask("a again", more, 8, xargs={"kv_session": "a"})
     assert chats.hits["a again"] > 200
     assert chats.stats.sessions_given_back == {"limit": 1}
-    assert [name for name, *_ in chats.scheduler.sessions._kept] == ["c", "a", "d"]
+    assert [name for name, *_ in chats.scheduler.reuse.kept._kept] == ["c", "a", "d"]
     big = {**CHAT, "kv_budget_tokens": 300}
     chats.ask("big", prompt(450, 50), 8, xargs=big)
     assert chats.stats.sessions_given_back == {"limit": 1, "too_large": 1}
-    assert [name for name, *_ in chats.scheduler.sessions._kept] == ["c", "a", "d"]
+    assert [name for name, *_ in chats.scheduler.reuse.kept._kept] == ["c", "a", "d"]
 
 
 def test_what_is_kept_gives_way_before_anybody_waits(probe_model: str) -> None:
     chats = watch(Chats(probe_model, *LOOPS["sync"], 45))
     for name in "ab":
         chats.ask(name, prompt(200, ord(name)), 8, xargs={"kv_session": name})
-    assert len(chats.scheduler.sessions._kept) == 2
+    assert len(chats.scheduler.reuse.kept._kept) == 2
     big = chats.add("big", prompt(300, 70), 8, None)
     chats.step()
     assert big.status is RequestStatus.RUNNING, "38 blocks, and 44 there are"
-    assert not chats.scheduler.sessions._kept
+    assert not chats.scheduler.reuse.kept._kept
     assert chats.stats.sessions_given_back == {"room": 2}
     chats.run()
     assert not big.num_preemptions
@@ -299,13 +234,13 @@ def test_what_is_kept_does_not_stand_in_the_way_of_a_compaction(probe_model: str
     """A compaction that gains nothing because its blocks are kept, too, gets them alone."""
     chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
     chats.ask("first", prompt(200), 8)
-    sessions = chats.scheduler.sessions
-    both = sessions.held_blocks()[0]
-    sessions.give_back_sharers([both])
-    assert sessions.held_blocks(), "nobody else holds it"
+    kept = chats.scheduler.reuse.kept
+    both = kept.held_blocks()[0]
+    kept.give_back_sharers([both])
+    assert kept.held_blocks(), "nobody else holds it"
     chats.pool.touch([both])
-    sessions.give_back_sharers([both])
-    assert not sessions.held_blocks() and both.ref_cnt == 1
+    kept.give_back_sharers([both])
+    assert not kept.held_blocks() and both.ref_cnt == 1
     assert chats.stats.sessions_given_back == {"room": 1}
 
 
@@ -319,17 +254,19 @@ def test_a_turn_that_fits_beside_nothing_starts_from_nothing(
     if others:
         chats.add("runs", prompt(60, 40), 60, {"kv_compression": "none"})
         chats.step()
-    sessions, planner = chats.scheduler.sessions, chats.scheduler.planner
+    reuse, planner = chats.scheduler.reuse, chats.scheduler.planner
     request = chats.add("second", [*text, *prompt(90, 3)], 8, CHAT)
     before = planner.requests["second"]
-    found = sessions.find(request, 0)
+    found = reuse.find(request, 0)
     assert found is not None
     found.begin()
-    assert planner.requests["second"].num_reused == found.num_tokens and not sessions.held_blocks()
+    assert (
+        planner.requests["second"].num_reused == found.num_tokens and not reuse.kept.held_blocks()
+    )
     chats.scheduler.check_integrity()
     found.end(admitted=False)
     assert planner.requests["second"] is before
-    assert bool(sessions.held_blocks()) is others
+    assert bool(reuse.kept.held_blocks()) is others
     assert chats.stats.sessions_given_back == ({} if others else {"no_fit": 1})
     chats.check_blocks()
     chats.run()
@@ -344,7 +281,7 @@ def test_what_was_hashed_before_a_late_compaction_is_not_written(probe_model: st
     late = chats.add("late", prompt(200), 120, CHAT)
     chats.run()
     text = list(late.all_token_ids)
-    hashed = [b for b in chats.scheduler.sessions.held_blocks() if b.block_hash is not None]
+    hashed = [b for b in chats.scheduler.reuse.kept.held_blocks() if b.block_hash is not None]
     assert hashed and chats.stats.sessions_kept == 1
     inside = 200 + BLOCK + 5  # within a block that is in the prefix cache, too
     chats.ask("edited", [*text[:inside], 999, *prompt(60, 2)])
@@ -395,5 +332,5 @@ def test_any_traffic(name: str, setting: dict[str, Any], probe_model: str) -> No
     chats.run()
     found = chats.stats.session_requests
     assert found["reused"] > 20 and found["other_tokens"] and found["nothing_kept"], found
-    chats.scheduler.sessions.clear()
+    chats.scheduler.reuse.kept.clear()
     assert chats.pool.get_num_free_blocks() == chats.usable

@@ -7,7 +7,7 @@ import pytest
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import CompactionSchedule, Phase, TrackedRequest
-from vllm_kvcompress.core.turns import num_reusable, pins_alike
+from vllm_kvcompress.core.turns import continue_from, num_reusable, pins_alike
 from vllm_kvcompress.lengths.peak import peak_tokens
 from vllm_kvcompress.plans import GroupCache
 from vllm_kvcompress.request_options import parse_request
@@ -28,6 +28,14 @@ def armed(prompt_len: int, **fields: Any) -> tuple[Planner, TrackedRequest]:
 
 def held(num_tokens: int, compacted_at: int) -> CompactionSchedule:
     return CompactionSchedule([GroupCache(num_tokens, ((0, 4),))], compacted_at)
+
+
+def continued(planner: Planner, num_tokens: int) -> TrackedRequest:
+    """The request goes on from so many tokens of a turn that kept 80 of 300; its state before."""
+    before = planner.set_aside("r")
+    sizes = planner.block_size, planner.codes_per_row
+    continue_from(planner.requests["r"], held(80, 300), num_tokens, *sizes)
+    return before
 
 
 @pytest.mark.parametrize(
@@ -57,7 +65,7 @@ def test_policies_without_queries_need_one_token_alone() -> None:
 
 def test_the_end_of_the_prompt_is_compacted_over_what_is_there() -> None:
     planner, _ = armed(500)
-    before = planner.continue_from("r", held(80, 300), 320)
+    before = continued(planner, 320)
     tracked = planner.requests["r"]
     assert (tracked.marks, tracked.next_at, tracked.phase) == ((500,), 500, Phase.ARMED)
     assert planner.setups_of(["r"])["r"].evicted == (220,)
@@ -73,7 +81,7 @@ def test_the_end_of_the_prompt_is_compacted_over_what_is_there() -> None:
 
 def test_a_turn_that_gains_nothing_is_left_alone() -> None:
     planner, _ = armed(310)
-    planner.continue_from("r", held(80, 300), 305)
+    continued(planner, 305)
     tracked = planner.requests["r"]
     assert (tracked.phase, tracked.marks) == (Phase.DONE, ())
     assert not planner.note_progress("r", 310)
@@ -82,14 +90,14 @@ def test_a_turn_that_gains_nothing_is_left_alone() -> None:
 
 def test_generated_tokens_trigger_what_the_prompt_did_not() -> None:
     planner, _ = armed(310, trigger="both", interval=32)
-    planner.continue_from("r", held(80, 300), 305)
+    continued(planner, 305)
     assert (planner.requests["r"].marks, planner.requests["r"].next_at) == ((), 342)
 
 
 def test_marks_inside_the_rest_of_the_prompt() -> None:
     """Not those behind which the window's queries are missing."""
     planner, _ = armed(900, trigger="prompt", prompt_interval=200)
-    planner.continue_from("r", held(80, 300), 390)
+    continued(planner, 390)
     tracked = planner.requests["r"]
     assert tracked.marks == (600, 800, 900)
     # 170 slots at 390 tokens, 380 at the first mark; it keeps 64 of 23 blocks, and a tail of 12.
@@ -100,7 +108,7 @@ def test_marks_inside_the_rest_of_the_prompt() -> None:
 
 def test_pins_of_the_new_part_join_those_that_are_held() -> None:
     planner, _ = armed(500, pinned=[[310, 340], [400, 420]])
-    planner.continue_from("r", held(80, 300), 320)
+    continued(planner, 320)
     (cache,) = planner.requests["r"].compaction.caches
     assert cache.permanent == ((0, 4), (100, 120), (180, 200))
 

@@ -23,8 +23,8 @@ from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
+from vllm_kvcompress.core.reuse import Reuse
 from vllm_kvcompress.core.scheduler import num_unverified
-from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.metrics import CompressionStats
@@ -70,10 +70,10 @@ class Books:
             self.planner, self.managers, group_map.layer_groups, self.pool, 4096, self.stats
         )
         slots = QuerySlots(self.planner, 0, self.stats)
-        sessions = Sessions(
-            self.planner, self.managers, group_map.layer_groups, self.pool, self.stats, lambda: None
-        )
-        books = {"planner": self.planner, "query_slots": slots, "sessions": sessions}
+        room = self.compactions.room
+        reuse = Reuse(self.planner, self.managers, group_map.layer_groups, room, self.stats)
+        books = {"planner": self.planner, "query_slots": slots, "reuse": reuse}
+        books["compactions"] = self.compactions
         self.scheduler = scheduler_of(self.managers, **books)
 
     def prefill(self, num_tokens: int) -> Any:

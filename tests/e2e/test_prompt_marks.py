@@ -87,7 +87,10 @@ def test_tokens_are_those_of_the_replay(served: Served, name: str) -> None:
         before = sum(stats.compactions.values())
         for number, prompt in enumerate(prompts):
             engine.add(f"{name}-{number}", prompt, NUM_TOKENS, ignore_eos=True)
-        seeds = {key: prompt_checksum(each) for key, each in engine.live().items()}
+        seeds = {
+            key: prompt_checksum(each, each.num_prompt_tokens)
+            for key, each in engine.live().items()
+        }
         engine.drain()
     expected = []
     for number, prompt in enumerate(prompts):

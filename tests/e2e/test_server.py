@@ -188,6 +188,21 @@ def test_the_client_example(server: Server, root: Path) -> None:
     assert server.metric("vllm:kv_compression_requests_total", policy="windowkv") == before + 3
 
 
+def test_the_questions_example(server: Server, root: Path) -> None:
+    """examples/questions.py: of three questions at once, two find the text compressed."""
+    outcome = "vllm:kv_compression_shared_prefix_requests_total"
+    command = [sys.executable, str(root / "examples" / "questions.py"), server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *answers, last = done.stdout.splitlines()
+    num_tokens = int(re.findall(r"\d+", first)[0])
+    assert len(answers) == 3 and num_tokens > 600
+    # Of whole blocks.
+    assert 2 * (num_tokens - 32) < int(re.findall(r"\d+", last)[0]) <= 2 * num_tokens
+    assert server.metric(outcome, outcome="computed") == 1
+    assert server.metric(outcome, outcome="reused") == 2
+
+
 def test_the_chat_example(server: Server, root: Path) -> None:
     """examples/chat.py: its later turns compute little but what they bring."""
     outcome = "vllm:kv_compression_session_requests_total"

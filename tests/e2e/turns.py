@@ -78,12 +78,30 @@ class Conversation:
             rows = self._of(cache)
         self._compact(rows, [each[:, -window:] for each in queries], len(prompt))
         cache = self._as_cache(len(prompt))
-        answer = [first]
-        while len(answer) < num_tokens:
-            place = len(prompt) + len(answer) - 1
-            answer.append(self.replay.next_token(cache, answer[-1], place))
+        answer = self._answer(cache, first, len(prompt), num_tokens)
         self._rows = self._of(cache)
         self._text = [*prompt, *answer[:-1]]
+        return answer
+
+    @torch.inference_mode()
+    def go_on(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """Greedy tokens behind a prompt that goes on from the last one; nothing is compacted.
+
+        What was said last stays as it is, for others to go on from.
+        """
+        known = len(self._text)
+        assert list(prompt[:known]) == self._text and len(prompt) > known
+        cache = self._as_cache(known)
+        first, _ = self._read(cache, prompt, known)
+        return self._answer(cache, first, len(prompt), num_tokens)
+
+    def _answer(
+        self, cache: DynamicCache, first: int, prompt_len: int, num_tokens: int
+    ) -> list[int]:
+        answer = [first]
+        while len(answer) < num_tokens:
+            place = prompt_len + len(answer) - 1
+            answer.append(self.replay.next_token(cache, answer[-1], place))
         return answer
 
     def _permanent(self, prompt: Sequence[int]) -> Any:

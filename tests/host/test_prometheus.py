@@ -8,6 +8,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 from vllm_kvcompress.host.prometheus import (
     COUNTERS,
+    PREFIX_OUTCOMES,
+    PREFIX_REASONS,
     SESSION_OUTCOMES,
     SESSION_REASONS,
     SKIP_REASONS,
@@ -86,13 +88,16 @@ def test_every_count_has_a_family() -> None:
 
 def test_the_reasons_are_those_of_the_scheduler() -> None:
     from vllm_kvcompress.core.kept_cache import Outcome, Reason
+    from vllm_kvcompress.core.shared_prefixes import PrefixOutcome
     from vllm_kvcompress.core.tracked_request import SkipReason
 
     found = {value for key, value in vars(SkipReason).items() if not key.startswith("_")}
     assert found == set(SKIP_REASONS)
-    for values, known in ((Outcome, SESSION_OUTCOMES), (Reason, SESSION_REASONS)):
+    outcomes = (Outcome, SESSION_OUTCOMES), (PrefixOutcome, PREFIX_OUTCOMES)
+    for values, known in (*outcomes, (Reason, SESSION_REASONS)):
         found = {value for key, value in vars(values).items() if not key.startswith("_")}
         assert found == set(known)
+    assert set(PREFIX_REASONS) < set(SESSION_REASONS)
 
 
 def test_counts_do_not_grow_with_requests() -> None:

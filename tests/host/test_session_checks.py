@@ -10,9 +10,11 @@ from vllm.exceptions import VLLMValidationError
 from tests.host.requests import incoming
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.host.checks import check_session
+from vllm_kvcompress.host.checks import check_reuse
 from vllm_kvcompress.host.request_checks import check_request
 from vllm_kvcompress.request_options import check_fits_server, parse_request
+
+SESSION = parse_request({"kv_session": "a"})
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 128, "none", "Zoë / 7"])
@@ -81,12 +83,13 @@ def engine(text: Any, **options: Any) -> Any:
 )
 def test_models_of_which_no_cache_is_kept(config: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=f"kv_session: org/model runs with {words}.*leave it out"):
-        check_session(config)
+        check_reuse(config, SESSION)
 
 
 def test_full_attention_and_drafters_without_layers_are_served() -> None:
-    check_session(engine(LlamaConfig()))
-    check_session(engine(LlamaConfig(), speculative_config=SimpleNamespace(method="ngram")))
+    check_reuse(engine(LlamaConfig()), SESSION)
+    drafter = SimpleNamespace(method="ngram")
+    check_reuse(engine(LlamaConfig(), speculative_config=drafter), SESSION)
 
 
 def test_the_server_answers_400() -> None:

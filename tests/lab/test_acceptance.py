@@ -135,7 +135,7 @@ def test_prompt_seed_is_the_schedulers() -> None:
     from vllm_kvcompress.core.compactions import prompt_checksum
 
     request: Any = SimpleNamespace(prompt_token_ids=[5, 0, 4095])
-    assert prompt_seed([5, 0, 4095]) == prompt_checksum(request)
+    assert prompt_seed([5, 0, 4095]) == prompt_checksum(request, 3)
 
 
 CASES: list[tuple[str, float]] = [("snapkv", 0.12), ("random", 0.5)]

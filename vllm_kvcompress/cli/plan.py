@@ -25,6 +25,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.host.latent_checks import check_latent_setting
 from vllm_kvcompress.lengths.geometry import CACHE_DTYPES, DTYPE_BYTES, ModelGeometry, read_geometry
+from vllm_kvcompress.lengths.shared import SharedCapacity, shared_capacity
 from vllm_kvcompress.lengths.sizing import (
     Capacity,
     RequestUsage,
@@ -35,6 +36,7 @@ from vllm_kvcompress.lengths.sizing import (
     request_usage,
 )
 from vllm_kvcompress.lengths.windowed_tables import plan_warnings
+from vllm_kvcompress.reuse_checks import check_shared_prefix
 
 
 class _Plan(NamedTuple):
@@ -44,6 +46,7 @@ class _Plan(NamedTuple):
     usage: RequestUsage
     fit: Capacity | None
     longest: tuple[int, int] | None
+    shared: SharedCapacity | None
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -69,7 +72,9 @@ def run_plan(args: argparse.Namespace) -> int:
     longest = None
     if fit:
         longest = longest_prompts(geometry, config, args.kv_cache_memory, size, ranks)
-    plan = _Plan(args, variants[task], geometry, usage, fit, longest)
+    plan = _Plan(
+        args, variants[task], geometry, usage, fit, longest, _shared(args, config, geometry)
+    )
     speed = plan_speed(args, plan.config, geometry, usage)
     for warning in [*_warnings(plan), *(speed_warnings(args, speed) if speed else ())]:
         complain("warning", warning)
@@ -89,8 +94,29 @@ def run_plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _shared(
+    args: argparse.Namespace, config: CompressionConfig, geometry: ModelGeometry
+) -> SharedCapacity | None:
+    if args.shared_prefix is None:
+        return None
+    if not args.kv_cache_memory:
+        raise ConfigError("--shared-prefix: it counts requests, so --kv-cache-memory is needed.")
+    if args.shared_prefix > args.prompt_len:
+        raise ConfigError(
+            f"--shared-prefix: {args.shared_prefix} tokens, and the prompt has {args.prompt_len}."
+        )
+    try:
+        check_shared_prefix(config, config)
+    except ConfigError as error:
+        raise ConfigError(f"--shared-prefix: {error}") from None
+    return shared_capacity(
+        geometry, config, args.kv_cache_memory, args.shared_prefix,
+        args.prompt_len + args.output_len, args.block_size, args.tensor_parallel_size,
+    )  # fmt: skip
+
+
 def _warnings(plan: _Plan) -> Iterator[str]:
-    args, config, geometry, usage, fit, _ = plan
+    args, config, geometry, usage, fit, *_ = plan
     length, longest = args.prompt_len + args.output_len, geometry.max_positions
     if longest and length > longest:
         yield (
@@ -119,7 +145,7 @@ def _warnings(plan: _Plan) -> Iterator[str]:
 
 
 def _plan_json(plan: _Plan) -> dict[str, Any]:
-    args, config, geometry, usage, fit, longest = plan
+    args, config, geometry, usage, fit, longest, shared = plan
     asked = ("prompt_len", "output_len", "block_size", "tensor_parallel_size", "kv_cache_memory")
     return {
         "model": {"folder": str(args.model), **asdict(geometry)},
@@ -128,12 +154,13 @@ def _plan_json(plan: _Plan) -> dict[str, Any]:
         **asdict(usage),
         "kept_ratio": 1.0 if config.mode == "draft" else usage.blocks_after / usage.blocks_before,
         "requests": asdict(fit) if fit else None,
+        "shared_prefix": asdict(shared) if shared else None,
         "longest_prompt": {"without": longest[0], "with": longest[1]} if longest else None,
     }
 
 
 def _print_plan(plan: _Plan) -> None:
-    args, config, geometry, usage, fit, longest = plan
+    args, config, geometry, usage, fit, longest, shared = plan
     each = " per worker" if args.tensor_parallel_size > 1 else ""
     heads = geometry.heads_per_worker(args.tensor_parallel_size)
     say(
@@ -185,10 +212,12 @@ def _print_plan(plan: _Plan) -> None:
         )
     if fit is not None and longest is not None:
         say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
-        _print_capacity(fit, longest, args.output_len)
+        _print_capacity(fit, longest, args.output_len, shared)
 
 
-def _print_capacity(fit: Capacity, longest: tuple[int, int], output_len: int) -> None:
+def _print_capacity(
+    fit: Capacity, longest: tuple[int, int], output_len: int, shared: SharedCapacity | None
+) -> None:
     output = f" and {output_len:,} output tokens" if output_len else ""
     rows = {
         "prompts on their way": (fit.stock_prompts, fit.prompts),
@@ -196,6 +225,9 @@ def _print_capacity(fit: Capacity, longest: tuple[int, int], output_len: int) ->
         "decoding, prompts admitted one after another": (fit.stock_decoding, fit.one_by_one),
         "tokens of the longest prompt, alone": longest,
     }
+    if shared is not None:
+        title = f"decoding, their first {shared.tokens:,} tokens shared"
+        rows[title] = (shared.stock, shared.compressed)
     table = make_table("", "without", "with compression", right=(1, 2))
     for title, counts in rows.items():
         table.add_row(title, *(f"{count:,}" for count in counts))
@@ -229,5 +261,7 @@ def add_plan_options(option: Callable[..., Any]) -> None:
     option("--kv-cache-dtype", default="auto", choices=CACHE_DTYPES, help=server)
     memory = "memory for the cache on each worker, such as 40GiB: count the requests that fit"
     option("--kv-cache-memory", metavar="SIZE", type=_size, help=memory)
+    shared = "tokens that all prompts begin with, compressed once for all (kv_shared_prefix)"
+    option("--shared-prefix", **number, help=shared)
     option("--json", action="store_true", help="print it for programs")
     add_speed_options(option)

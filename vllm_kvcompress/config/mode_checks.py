@@ -1,4 +1,4 @@
-"""What of a setting does not go with drafts or a codebook: one sentence per reason."""
+"""What of a setting does not go with a mode, a codebook or a trigger: one sentence per reason."""
 
 from typing import TYPE_CHECKING
 
@@ -60,4 +60,26 @@ def check_codebook(config: "CompressionConfig") -> None:
         raise ValueError(
             "codebook: keys are coded by their positions, which a compaction inside the prompt "
             "loses; set trigger end_of_prompt, or leave codebook out"
+        )
+
+
+def check_shared_blocks(config: "CompressionConfig") -> None:
+    """Refuse compactions at their marks where there are none, or where load decides on them.
+
+    Raises
+    ------
+    ValueError
+        With what to set.
+    """
+    if config.shared_blocks != "always":
+        return
+    if config.waits_for_pressure:
+        raise ValueError(
+            "shared_blocks: with the trigger pressure the load decides who is compressed, so "
+            "nothing happens always; set another trigger, or leave shared_blocks out"
+        )
+    if config.mode == "draft":
+        raise ValueError(
+            "shared_blocks: the mode draft gives no blocks back; leave shared_blocks out, or set "
+            "mode evict"
         )

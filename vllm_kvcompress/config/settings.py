@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from vllm_kvcompress.config.codebook import CodebookConfig
 from vllm_kvcompress.config.merging import merge_fields
-from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts
+from vllm_kvcompress.config.mode_checks import check_codebook, check_drafts, check_shared_blocks
 from vllm_kvcompress.config.plain_values import build
 from vllm_kvcompress.config.pressure import PressureConfig
 from vllm_kvcompress.config.sessions import SessionsConfig
@@ -21,6 +21,7 @@ from vllm_kvcompress.registry import load_policy_class
 Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 Task = Literal["localization", "aggregation"]
 Trigger = Literal["end_of_prompt", "interval", "both", "prompt", "all", "pressure"]
+SharedBlocks = Literal["when_it_pays", "always"]
 
 
 def _whole(value: Any) -> Any:
@@ -252,6 +253,10 @@ class CompressionConfig(_Model):
         the trigger "end_of_prompt", between extensions of a codebook.
     min_prompt_len : int, default 512
         Shorter prompts are left alone when they end; while decoding, only the budget counts.
+    shared_blocks : {"when_it_pays", "always"}
+        Whether requests that hold blocks in common (one prefix, found in the prefix cache) are
+        compacted only where that gives back more blocks than it takes, or always: then tokens do
+        not depend on who else runs. The server's own setting alone counts.
     pinned : list of [start, end)
         Prompt positions that are never evicted in any request (a system prompt, say).
     mode : {"evict", "draft"}
@@ -282,6 +287,7 @@ class CompressionConfig(_Model):
     prompt_interval: int = Field(default=2048, ge=1)
     interval: int = Field(default=128, ge=1)
     min_prompt_len: int = Field(default=512, ge=0)
+    shared_blocks: SharedBlocks = "when_it_pays"
     pinned: tuple[Range, ...] = ()
     mode: Literal["evict", "draft"] = "evict"
     draft: DraftConfig = DraftConfig()
@@ -296,6 +302,7 @@ class CompressionConfig(_Model):
                 raise ValueError(f"pinned: [{start}, {end}] is empty; a range is [start, end)")
         check_drafts(self)
         check_codebook(self)
+        check_shared_blocks(self)
         if self.compresses_in_prompts and self.prompt_interval < self.observation_window:
             window = self.observation_window
             raise ValueError(f"prompt_interval: must be at least observation_window ({window})")
@@ -303,7 +310,7 @@ class CompressionConfig(_Model):
             raise ValueError("tasks: give both localization and aggregation, or neither")
         for name, fields in self.tasks.items():
             common = ("task", "tasks", "layer_groups", "version", "mode", "draft")
-            for key in (*common, "pressure", "sessions"):
+            for key in (*common, "pressure", "sessions", "shared_blocks"):
                 if key in fields:
                     raise ValueError(f"tasks.{name}.{key}: this field cannot depend on the task")
         return self
@@ -377,11 +384,12 @@ class CompressionConfig(_Model):
         """JSON-ready form that `parse_config` reads back to an equal object.
 
         Where nothing is drafted it has no `draft`, and where nothing waits for pressure none of
-        that: defaults would be refused as fields that do nothing. Nor has it `sessions` as they are
-        by default: they change no token of a request.
+        that: defaults would be refused as fields that do nothing. Nor has it `sessions` and
+        `shared_blocks` as they are by default: the server's alone count.
         """
         unused = set() if self.drafts else {"draft"}
         unused |= set() if self.sessions != SessionsConfig() else {"sessions"}
+        unused |= set() if self.shared_blocks != "when_it_pays" else {"shared_blocks"}
         triggers = [self.trigger, *(fields.get("trigger") for fields in self.tasks.values())]
         if not any(each == "pressure" for each in triggers):  # a task's may be anything yet
             unused.add("pressure")

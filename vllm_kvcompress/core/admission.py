@@ -8,7 +8,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.core.tracked_request import TrackedRequest
-from vllm_kvcompress.host.checks import check_session, check_setting
+from vllm_kvcompress.host.checks import check_reuse, check_setting
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import (
@@ -66,8 +66,7 @@ class Admission:
             options = parse_request(extra, prompt_len)
             if options != RequestOptions():
                 check_fits_server(server, options)
-                if options.session is not None:
-                    check_session(self.vllm_config)
+                check_reuse(self.vllm_config, options)
                 named = named_config(server, options)
                 if named is not None and named is not server:
                     check_setting(named, self.vllm_config)

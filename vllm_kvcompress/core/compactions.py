@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.reserve import Reserve
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.tracked_request import TrackedRequest
 from vllm_kvcompress.lengths.budgets import forced_ranges
@@ -23,9 +24,9 @@ from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan, Purpo
 Lengths = Sequence[GroupLengths | None]
 
 
-def prompt_checksum(request: Request) -> int:
-    """Checksum of the prompt's tokens; 0 where the prompt came as embeddings."""
-    return zlib.crc32(array("q", request.prompt_token_ids or ()).tobytes())
+def prompt_checksum(request: Request, prompt_len: int) -> int:
+    """Checksum of the prompt's first tokens; 0 where the prompt came as embeddings."""
+    return zlib.crc32(array("q", (request.prompt_token_ids or ())[:prompt_len]).tobytes())
 
 
 class Compactions:
@@ -64,11 +65,16 @@ class Compactions:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
         self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
+        if planner.config.shared_blocks == "always":
+            self.room.reserve = Reserve(
+                planner, managers, layer_group_of, max_model_len, self.room.waiting_blocks
+            )
         for manager, number in zip(managers, layer_group_of, strict=True):
             if number is not None and isinstance(manager, CompressedAttentionManager):
                 manager.most_held = partial(planner.most_held, number)
         self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
+        self._starved: list[str] = []
 
     # --- plan -----------------------------------------------------------------------------
 
@@ -77,7 +83,9 @@ class Compactions:
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
         found = {name: each.compaction.lengths for name, each in tracked.items()}
         evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
-        worthwhile = self.room.worthwhile(evictions) if evictions else set()
+        worthwhile = {name for name in evictions if self._is_certain(tracked[name])}
+        others = {name: evictions[name] for name in evictions.keys() - worthwhile}
+        worthwhile |= self.room.worthwhile(others) if others else set()
         plans: list[CompactionPlan] = []
         for request in due:
             name, each = request.request_id, tracked[request.request_id]
@@ -88,11 +96,16 @@ class Compactions:
                 plans += self._plan_one(request, each)
         return plans
 
+    def _is_certain(self, tracked: TrackedRequest) -> bool:
+        """Whether what is evicted of a request is evicted at its mark, whether it pays or not."""
+        return self.room.reserve is not None or tracked.shared_len is not None
+
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
         """Take blocks for all of a request's work; nothing where there is no room."""
         work = tracked.work
         needed = sum(self.room.num_needed(lengths) for _, lengths in work)
-        if len(work) > 1 and needed > self.room.num_free:
+        aside = self.room.num_set_aside(request.request_id)
+        if len(work) > 1 and needed + aside > self.room.num_free:
             # An eviction gives memory back and must not wait for a view, which takes some.
             self.planner.drop_view(tracked)
             work.pop()
@@ -104,8 +117,13 @@ class Compactions:
         if own is None:
             self.stats.deferrals += 1
             self.planner.put_off(tracked)
+            if work[0][0] is Purpose.EVICT and self._is_certain(tracked):
+                self.room.free_for(request.request_id, work[0][1])
+                self._starved.append(request.request_id)
             return []
         self.planner.note_planned(tracked)
+        if self.room.reserve is not None:
+            self.room.reserve.note_change()
         self._planned[request.request_id] = sum(own)
         return [self._make_plan(request, tracked, *each, own) for each in work]
 
@@ -118,7 +136,7 @@ class Compactions:
             # The pool was too small once: a view must not be what makes it so again.
             end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
             num_needed += self.room.num_growth(request.request_id, end)
-        return num_needed <= self.room.num_free
+        return num_needed + self.room.num_set_aside() <= self.room.num_free
 
     def _make_plan(
         self,
@@ -145,10 +163,18 @@ class Compactions:
             request_id=request.request_id,
             position=tracked.position,
             while_decoding=tracked.position > tracked.prompt_len,
-            seed=prompt_checksum(request),
+            seed=prompt_checksum(request, tracked.prompt_len),
             groups=tuple(groups),
             purpose=purpose,
         )
+
+    def take_starved(self) -> list[str]:
+        """Requests whose compaction found no blocks although it must happen at its mark.
+
+        What is set aside is meant to leave none.
+        """
+        starved, self._starved = self._starved, []
+        return starved
 
     def is_planned(self, request_id: str) -> bool:
         """Whether the last step plans something for a request that is not committed yet."""
@@ -163,6 +189,8 @@ class Compactions:
             tracked = self.planner.planned(request_id)
             if tracked is not None:  # else its blocks are free already
                 self._commit_one(request_id, tracked, num_own)
+        if self.room.reserve is not None:
+            self.room.reserve.begin_step()
 
     def _commit_one(self, request_id: str, tracked: TrackedRequest, num_own: int) -> None:
         for purpose, lengths in reversed(tracked.work):

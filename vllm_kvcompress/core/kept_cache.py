@@ -1,6 +1,8 @@
-"""What a conversation has left in the cache, and what must agree for a next turn to go on there."""
+"""A compressed cache that outlives its request, and what must agree for another to go on there."""
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -8,8 +10,33 @@ from vllm.v1.request import Request
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.tracked_request import CompactionSchedule
 
-Place = tuple[str, str | None, tuple[str, int] | None]
-"""Name of a conversation, cache salt, adapter."""
+
+class Kind(Enum):
+    """What a cache is kept for."""
+
+    SESSION = "session"
+    SHARED_PREFIX = "shared_prefix"
+
+
+class Place(NamedTuple):
+    """Where a cache is kept.
+
+    Attributes
+    ----------
+    name : str
+        Of a conversation; or what a shared prefix says, and its setting, as a hash.
+    salt : str or None
+        Cache salt: one salt's names are no business of another's.
+    adapter : tuple of (str, int) or None
+        An adapter has keys of its own.
+    kind : Kind
+        What it is kept for.
+    """
+
+    name: str
+    salt: str | None
+    adapter: tuple[str, int] | None
+    kind: Kind
 
 
 class Outcome:
@@ -38,7 +65,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Kept:
-    """One conversation's cache.
+    """One cache.
 
     Attributes
     ----------
@@ -49,7 +76,7 @@ class Kept:
     held : CompactionSchedule
         What its layer groups hold.
     prompt_len : int
-        Tokens of its last turn's prompt.
+        Tokens of the prompt that it was compressed as.
     config : CompressionConfig
         Its setting.
     """
@@ -66,14 +93,11 @@ class Kept:
         return sum(map(len, self.blocks))
 
 
-def place_of(request: Request, session: str) -> Place:
-    """Where a conversation's cache is kept.
-
-    One cache salt's names are no business of another's, and an adapter has keys of its own.
-    """
+def place_of(request: Request, name: str, kind: Kind) -> Place:
+    """Where a request's cache is kept under a name."""
     adapter = request.lora_request
     own = None if adapter is None else (adapter.lora_name, adapter.lora_int_id)
-    return session, request.cache_salt, own
+    return Place(name, request.cache_salt, own, kind)
 
 
 def is_served(request: Request) -> bool:

@@ -13,7 +13,8 @@ alone triggers nothing while decoding. Where a setting waits for memory to be sc
 RESTING before it is ARMED, and again afterwards: resting.py. Nobody else moves a request on.
 
 A request that is DUE and whose blocks others hold, too, is tried again whenever some of these are
-gone; any other is compacted at once, however full the pool. What the end of its prompt will compact
+gone, unless the setting's `shared_blocks` is "always"; any other is compacted at once, however full
+the pool. What the end of its prompt will compact
 does not change meanwhile; a compaction while decoding takes in the tokens that came since, because
 the queries that the policy reads are the most recent ones.
 
@@ -33,7 +34,7 @@ from vllm_kvcompress.core.tracked_request import (
     SkipReason,
     TrackedRequest,
 )
-from vllm_kvcompress.core.turns import continue_from, window_read
+from vllm_kvcompress.core.turns import window_read
 from vllm_kvcompress.lengths.budgets import (
     compacts_again,
     evicting_marks,
@@ -86,17 +87,22 @@ class Planner:
 
         One that generates a single token at most (`max_output`; beam search sends such requests,
         one a step) never reads what the end of its prompt would compact. What is compacted inside
-        its prompt it does read, and may not fit without.
+        its prompt it does read, and may not fit without; and a shared prefix is for others, too.
         """
         config = resolve_request(self.config, options, task)
-        tracked = TrackedRequest(prompt_len, config, task, session=options.session)
+        shared_len = options.shared_len(self.block_size)
+        if shared_len is not None:
+            prompt_len = shared_len
+        tracked = TrackedRequest(
+            prompt_len, config, task, session=options.session, shared_len=shared_len
+        )
         if config is None:
             tracked.skip_reason = SkipReason.OPTED_OUT
         elif streaming:
             tracked.skip_reason = SkipReason.STREAMING_INPUT
         else:
             self._begin(tracked, config)
-            is_short = max_output is not None and max_output <= 1
+            is_short = max_output is not None and max_output <= 1 and shared_len is None
             if tracked.skip_reason is None and is_short and len(tracked.marks) < 2:
                 tracked.skip_reason = SkipReason.SHORT_OUTPUT
         if tracked.skip_reason is not None:
@@ -192,16 +198,10 @@ class Planner:
             assert tracked.config is not None
             self._begin(tracked, tracked.config)
 
-    def continue_from(
-        self, request_id: str, held: CompactionSchedule, num_tokens: int
-    ) -> TrackedRequest:
-        """A request begins with `num_tokens` of what an earlier turn held.
-
-        Returns its state before that. Preempted, it starts again from nothing.
-        """
+    def set_aside(self, request_id: str) -> TrackedRequest:
+        """A request's state as it is, to be put back if need be; a copy takes its place."""
         before = self.requests[request_id]
-        self.requests[request_id] = tracked = copy(before)
-        continue_from(tracked, held, num_tokens, self.block_size, self.codes_per_row)
+        self.requests[request_id] = copy(before)
         return before
 
     def upcoming(self, request_id: str) -> TrackedRequest | None:

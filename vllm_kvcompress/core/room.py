@@ -4,12 +4,14 @@ Three rules, so that compression never makes a server slower to serve than witho
 not depend on how full the pool is:
 
 1. A compaction happens where it frees more blocks than it takes. A block that another request
-   holds too does not come free, unless that request is compacted in the same step.
+   holds too does not come free, unless that request is compacted in the same step. With the
+   setting's `shared_blocks: always` it happens in any case, and blocks for it are set aside from
+   the start: reserve.py.
 2. Such a compaction never waits. It takes free blocks, and where there are too few of them it
    overwrites blocks that its own request gives up: by rule 1 there are enough.
-3. Caches that wait for a conversation's next turn, and views that drafts read, are memory for speed
-   alone. They are given back, in this order, before a request is preempted, before one has to
-   wait, and before a compaction overwrites anything.
+3. Caches that outlive their requests, and views that drafts read, are memory for speed alone. They
+   are given back, in this order, before a request is preempted, before one has to wait, and before
+   a compaction overwrites anything.
 """
 
 from collections import Counter
@@ -21,8 +23,11 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.continuation import Continuation
 from vllm_kvcompress.core.host_groups import HostGroup
-from vllm_kvcompress.core.sessions import Continuation, Sessions
+from vllm_kvcompress.core.kept_store import KeptCaches
+from vllm_kvcompress.core.reserve import Reserve
+from vllm_kvcompress.core.sharing import families
 from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupLengths
 
@@ -48,8 +53,11 @@ class Room:
     num_lacking : int
         Blocks that a request asked for and did not get, in the step that is being scheduled; the
         most of all requests.
-    sessions : Sessions or None
-        Caches of conversations.
+    kept : KeptCaches or None
+        Caches that outlive their requests.
+    reserve : Reserve or None
+        Blocks that are set aside for compactions of requests that share blocks; None where such
+        compactions happen only if they pay.
     """
 
     managers: Sequence[CompressedAttentionManager | HostGroup]
@@ -58,7 +66,8 @@ class Room:
     max_model_len: int
     give_up_view: Callable[[], bool] = lambda: False
     num_lacking: int = 0
-    sessions: Sessions | None = None
+    kept: KeptCaches | None = None
+    reserve: Reserve | None = None
     _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
     _changes: int = 0
 
@@ -67,7 +76,9 @@ class Room:
         # Windowed and recurrent layers give blocks back in steps that need none: vLLM must be asked
         # always.
         is_alone = len(own) == len(self.managers)
-        self._spare = SpareSlots(own, self.pool, self.max_model_len) if is_alone else None
+        self._spare = None
+        if is_alone:
+            self._spare = SpareSlots(own, self.pool, self.max_model_len, self.num_set_aside)
 
     @property
     def num_free(self) -> int:
@@ -76,9 +87,17 @@ class Room:
 
     @property
     def num_held(self) -> int:
-        """Blocks that requests hold; those that are only cached, or wait for a turn, are free."""
-        num_waiting = self.sessions.num_private if self.sessions is not None else 0
-        return self.num_usable - self.num_free - num_waiting
+        """Blocks that requests hold; those that are only cached, or kept for others, are free."""
+        num_kept = self.kept.num_idle if self.kept is not None else 0
+        return self.num_usable - self.num_free - num_kept
+
+    def num_set_aside(self, without: str | None = None) -> int:
+        """Free blocks that coming compactions need, but for that of the request `without`."""
+        return 0 if self.reserve is None else self.reserve.num_blocks(without=without)
+
+    def waiting_blocks(self) -> list[KVCacheBlock]:
+        """Blocks of caches that outlive their requests."""
+        return [] if self.kept is None else self.kept.held_blocks()
 
     @property
     def num_usable(self) -> int:
@@ -120,6 +139,8 @@ class Room:
         `request_id` is a request that has gone.
         """
         self._changes += 1
+        if self.reserve is not None:
+            self.reserve.note_change(request_id)
         if request_id is not None:
             self._declined.pop(request_id, None)
             if self._spare is not None:
@@ -179,7 +200,7 @@ class Room:
         shared = {name: [b for b in blocks if b.ref_cnt > 1] for name, blocks in sources.items()}
         alone = {name: own[name] - needs[name] for name in due if own[name] > needs[name]}
         together = {}
-        for family in _families(shared):
+        for family in families(shared):
             others = family - alone.keys()
             gain = sum(own[name] - needs[name] for name in others)
             gain += _shared_gain(shared, family) - _shared_gain(shared, family & alone.keys())
@@ -188,25 +209,28 @@ class Room:
         return alone, together
 
     def free_for(self, request_id: str, lengths: Lengths) -> None:
-        """Give back what waits for a next turn and holds blocks of a compaction that is declined.
+        """Give back what is kept and holds blocks of a compaction that lacks some.
 
-        It is looked at again in the next step.
+        One that is declined is looked at again in the next step.
         """
-        if self.sessions is not None:
-            self.sessions.give_back_sharers(self._sources(request_id, lengths))
+        if self.kept is not None:
+            self.kept.give_back_sharers(self._sources(request_id, lengths))
 
     # --- where survivors go ---------------------------------------------------------------
 
     def own_destinations(self, request_id: str, lengths: Lengths) -> list[int] | None:
         """Blocks of its own that an eviction overwrites, for each KV cache group; None: no room.
 
-        As few as need be, once views have given way.
+        As few as need be, once views have given way. What is set aside for others is left alone.
         """
-        needed = self.num_needed(lengths)
-        missing = 0 if self.make_free(needed) else needed - self.num_free
+        needed, aside = self.num_needed(lengths), self.num_set_aside(request_id)
+        is_free = self.make_free(needed + aside)
+        missing = 0 if is_free else needed - max(self.num_free - aside, 0)
         found = [0] * len(self.managers)
-        if not missing:
+        if missing <= 0:
             return found
+        if self.reserve is not None:
+            self.free_for(request_id, lengths)
         for place, (manager, number) in enumerate(
             zip(self.managers, self.layer_group_of, strict=True)
         ):
@@ -215,7 +239,7 @@ class Room:
                 num_private = len(manager.private_blocks(request_id, each))
                 found[place] = min(each.kept_len // manager.block_size, num_private, missing)
                 missing -= found[place]
-        return found if not missing else None
+        return found if needed - sum(found) <= self.num_free else None
 
     # --- what gives way -------------------------------------------------------------------
 
@@ -235,6 +259,8 @@ class Room:
         if not isinstance(hits, Continuation):
             return self._allocate(allocate_slots, request, num_new_tokens, options)
         hits.begin()
+        if self.reserve is not None:
+            self.reserve.note_joined()
         blocks = self._allocate(allocate_slots, request, num_new_tokens, options)
         hits.end(admitted=blocks is not None)
         return blocks
@@ -246,29 +272,51 @@ class Room:
         num_new_tokens: int,
         options: Mapping[str, Any],
     ) -> Any:
-        if self._spare is not None:
+        reserve = self.reserve
+        if reserve is not None:
+            reserve.note(request)
+        if self._spare is not None and (reserve is None or self.num_free >= reserve.num_blocks()):
             given = self._spare.take(request, num_new_tokens, options)
             if given is not None:
                 return given
         num_tokens = request.num_computed_tokens + num_new_tokens
         num_tokens += options.get("num_new_computed_tokens", 0)
-        if options.get("full_sequence_must_fit"):
+        must_fit = bool(options.get("full_sequence_must_fit"))
+        if must_fit:
             num_tokens = max(num_tokens, request.num_tokens)
         num_tokens += options.get("num_lookahead_tokens", 0)
         num_tokens = min(num_tokens, self.max_model_len)
         hits = options.get("new_computed_blocks")
+        joining = (request.request_id, hits) if hits and any(hits.blocks) else None
 
         def num_missing() -> int:
             growth = self.num_growth(request.request_id, num_tokens)
             # Hits that nobody holds are among the free blocks.
             return growth - (sum(b.ref_cnt > 0 for g in hits.blocks for b in g) if hits else 0)
 
-        blocks = allocate_slots(request, num_new_tokens, **options)
-        while blocks is None and self._give_way(num_missing()):
-            blocks = allocate_slots(request, num_new_tokens, **options)
+        def num_aside() -> int:
+            return 0 if reserve is None else reserve.num_blocks(joining)
+
+        def attempt() -> Any:
+            aside = num_aside()
+            if not aside:
+                return allocate_slots(request, num_new_tokens, **options)
+            if must_fit and num_missing() + aside > self.num_free:
+                return None
+            kept_free = options.get("reserved_blocks", 0) + aside
+            return allocate_slots(
+                request, num_new_tokens, **{**options, "reserved_blocks": kept_free}
+            )
+
+        blocks = attempt()
+        while blocks is None and self._give_way(num_missing() + num_aside()):
+            blocks = attempt()
         if blocks is None:
             self.num_lacking = max(self.num_lacking, num_missing(), 1)
-        elif self._spare and request.status == RequestStatus.RUNNING:
+            return None
+        if reserve is not None and joining is not None:
+            reserve.note_joined()
+        if self._spare and request.status == RequestStatus.RUNNING:
             self._spare.note(request, num_new_tokens)
         return blocks
 
@@ -282,31 +330,12 @@ class Room:
     def _give_way(self, num_blocks: int) -> bool:
         """Give one cache or view back; False if there is none, or all would not be enough."""
         held = sum(len(view) for manager in self.managers for view in manager.views.values())
-        idle = 0 if self.sessions is None else self.sessions.num_private
+        idle = 0 if self.kept is None else self.kept.num_idle
         if held + idle == 0 or self.num_free + held + idle < num_blocks:
             return False
-        if self.sessions is not None and self.sessions.give_way():
+        if self.kept is not None and self.kept.give_way():
             return True
         return self.give_up_view()
-
-
-def _families(shared: Mapping[str, Sequence[KVCacheBlock]]) -> list[set[str]]:
-    """Requests that hold a block in common, directly or through others; none that share nothing."""
-    families: list[tuple[set[str], set[int]]] = []
-    for name, blocks in shared.items():
-        ids = {block.block_id for block in blocks}
-        if not ids:
-            continue
-        names = {name}
-        apart = []
-        for other_names, other_ids in families:
-            if ids & other_ids:
-                names |= other_names
-                ids |= other_ids
-            else:
-                apart.append((other_names, other_ids))
-        families = [*apart, (names, ids)]
-    return [names for names, _ in families]
 
 
 def _shared_gain(shared: Mapping[str, Sequence[KVCacheBlock]], family: Iterable[str]) -> int:

@@ -5,6 +5,7 @@ scheduled requests are due, take blocks for them. Lengths are known beforehand, 
 waits for the device and async scheduling cannot make anything stale.
 """
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -27,7 +28,7 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
-from vllm_kvcompress.core.sessions import Sessions
+from vllm_kvcompress.core.reuse import Reuse
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
@@ -59,8 +60,8 @@ class CompressionMixin(Scheduler):
         Judge of requests that arrive.
     compactions : Compactions
         Takes blocks for what is due.
-    sessions : Sessions
-        Caches that wait for a conversation's next turn.
+    reuse : Reuse
+        Caches that are kept for other requests.
     longest : LongestSequence
         Ends requests that the pool cannot hold.
     query_slots : QuerySlots
@@ -100,9 +101,8 @@ class CompressionMixin(Scheduler):
         )
         room, pool = self.compactions.room, self.kv_cache_manager.block_pool
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
-        self.sessions = room.sessions = Sessions(
-            self.planner, self._managers, group_map.layer_groups, pool, self.stats, room.note_change
-        )
+        layer_groups = group_map.layer_groups
+        self.reuse = Reuse(self.planner, self._managers, layer_groups, room, self.stats)
         ahead = self.num_lookahead_tokens
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
@@ -121,6 +121,9 @@ class CompressionMixin(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Commit, schedule, plan. What the workers need travels with the output."""
         self.compactions.commit()
+        self.reuse.prefixes.publish()
+        for name in self.compactions.take_starved():
+            self._start_over(name)
         self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
         if self.pressure is not None:
             self.pressure.update(self.running, num_unverified)
@@ -128,7 +131,7 @@ class CompressionMixin(Scheduler):
         # Before any of them can be compacted, which changes what its workers must know.
         setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
         for new in output.scheduled_new_reqs:
-            self.sessions.note_started(self.requests[new.req_id])
+            self.reuse.note_started(self.requests[new.req_id])
         self.query_slots.provide(
             (name, (end := self.requests[name].num_computed_tokens) - count, end)
             for name, count in output.num_scheduled_tokens.items()
@@ -148,6 +151,15 @@ class CompressionMixin(Scheduler):
         ).attach(output)
         return output
 
+    def _start_over(self, request_id: str) -> None:
+        """Preempt a request that must not go on uncompressed."""
+        request = self.requests.get(request_id)
+        if request is not None and request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+            # It may run again in this step, as if it had not been in the last one.
+            self.prev_step_scheduled_req_ids.discard(request_id)
+
     def _is_due(self, request_id: str, num_ahead: int) -> bool:
         request = self.requests[request_id]
         # The step's own output is among the placeholders by now, with what it verifies.
@@ -163,12 +175,13 @@ class CompressionMixin(Scheduler):
         if not is_new:
             return  # the next chunk of a streaming session, which is never compressed
         self.admission.admit(request)
+        self.reuse.prefixes.add(request)
         if not self.longest.bound(request):
             self._too_long.append(request.request_id)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self.query_slots.release(request.request_id)
-        self.sessions.keep(request, self.compactions.settle)
+        self.reuse.end(request, self.compactions.settle)
         tracked = self.planner.remove(request.request_id, request.num_computed_tokens)
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
@@ -184,26 +197,35 @@ class CompressionMixin(Scheduler):
 
     def _forget(self, request_id: str) -> None:
         self.compactions.forget(request_id)
+        self.reuse.kept.trim()
         if self.pressure is not None:
             self.pressure.forget(request_id)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        is_ready = super()._handle_blocked_waiting_request(request)
+        return is_ready and not self.reuse.prefixes.must_wait(request)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         is_padded = num_computed_tokens + num_new_tokens > request.num_tokens
-        if is_padded and request.status != RequestStatus.RUNNING:
-            # The host has padded one last token with others that will all be rejected, and relies
-            # on getting all of them: they keep the step's rows alike.
+        # Where the host has padded one last token of a request that waits with others that will all
+        # be rejected, it relies on getting all of them: they keep the step's rows alike.
+        if not is_padded or request.status == RequestStatus.RUNNING:
+            clipped = self.planner.clip_chunk(
+                request.request_id,
+                num_computed_tokens,
+                clipped,
+                request.num_tokens + request.num_output_placeholders,
+                num_unverified(request),
+            )
+            clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        reserve = self.compactions.room.reserve
+        if reserve is None:
             return clipped
-        clipped = self.planner.clip_chunk(
-            request.request_id,
-            num_computed_tokens,
-            clipped,
-            request.num_tokens + request.num_output_placeholders,
-            num_unverified(request),
-        )
-        return self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+        certain = num_computed_tokens - num_unverified(request)
+        return reserve.hold(request, certain, clipped, self.compactions.room.num_free)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
@@ -221,14 +243,14 @@ class CompressionMixin(Scheduler):
             )
             blocks = manager.create_kv_cache_blocks(hits)
             boundary = num_hit + num_uncached if num_uncached else 0
-        kept = self.sessions.find(request, num_hit)
+        kept = self.reuse.find(request, num_hit)
         if kept is not None:
             return kept, kept.num_tokens, 0, False
         return blocks, num_hit, boundary, diverged
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Give back what waits for a next turn, too: weights may have changed."""
-        self.sessions.clear()
+        """Give back what is kept for others, too: weights may have changed."""
+        self.reuse.kept.clear()
         return super().reset_prefix_cache(*args, **kwargs)
 
     def update_from_output(
@@ -267,7 +289,9 @@ class CompressionMixin(Scheduler):
                 assert evicted == lost, (request_id, evicted, lost)
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
-        self.sessions.check_integrity()
+        self.reuse.check_integrity()
+        room = self.compactions.room
+        assert room.num_free >= room.num_set_aside(), "blocks that are set aside are taken"
 
 
 class CompressedScheduler(DraftMixin, CompressionMixin, Scheduler):

@@ -8,23 +8,19 @@ the rest of its prompt alone. The blocks are its own from then on, as its predec
 What was evicted stays evicted, so this is lossy reuse, and nobody gets it who does not ask for it.
 The name says whose cache it is, because there is one to be had and one who takes it; the tokens are
 compared besides, one by one, so a wrong name costs a prefill and never a wrong token.
-
-Kept blocks are memory for speed alone. The longest unused go first where there are too many, and
-all of them go before a request waits or is preempted, or a compaction overwrites its own blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
-from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.continuation import Continuation
 from vllm_kvcompress.core.kept_cache import (
     Kept,
+    Kind,
     Outcome,
     Place,
     Reason,
@@ -33,12 +29,11 @@ from vllm_kvcompress.core.kept_cache import (
     num_common,
     place_of,
 )
+from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, TrackedRequest
-from vllm_kvcompress.core.turns import num_reusable, pins_alike
+from vllm_kvcompress.core.turns import continue_from, num_reusable, pins_alike
 from vllm_kvcompress.metrics import CompressionStats
-
-Managers = Sequence[CompressedAttentionManager | HostGroup]
 
 _ENDED = (
     RequestStatus.FINISHED_STOPPED,
@@ -48,42 +43,6 @@ _ENDED = (
 """How a request ends whose conversation may go on; not by an abort or an error."""
 
 
-class Continuation(KVCacheBlocks):
-    """A prefix-cache hit, for vLLM's scheduler, whose blocks are one conversation's kept ones.
-
-    To vLLM it has no blocks: they become the request's while it asks for more (`begin`), and stay
-    its own if it gets them (`end`).
-
-    Attributes
-    ----------
-    num_tokens : int
-        Tokens that are in them.
-    """
-
-    def __init__(
-        self, sessions: "Sessions", request_id: str, place: Place, kept: Kept, num_tokens: int
-    ) -> None:
-        super().__init__(tuple(() for _ in kept.blocks))
-        self.num_tokens = num_tokens
-        self._sessions, self._request_id, self._place = sessions, request_id, place
-        self._kept = kept
-        self._before: TrackedRequest | None = None
-
-    def begin(self) -> None:
-        """The blocks are the request's."""
-        self._before = self._sessions.hand_over(
-            self._request_id, self._place, self._kept, self.num_tokens
-        )
-
-    def end(self, admitted: bool) -> None:
-        """They stay, or wait again."""
-        assert self._before is not None
-        if admitted:
-            self._sessions.free_behind(self._kept, self.num_tokens)
-        else:
-            self._sessions.take_back(self._before, self._request_id, self._place, self._kept)
-
-
 class Sessions:
     """Caches of conversations that nobody continues yet.
 
@@ -91,37 +50,26 @@ class Sessions:
     ----------
     planner : Planner
         States of all requests.
-    managers : sequence of (CompressedAttentionManager or HostGroup)
-        One per KV cache group.
-    layer_group_of : sequence of (int or None)
-        Layer group of every KV cache group; None for one that is never compacted.
-    pool : BlockPool
-        vLLM's.
+    managers : sequence of CompressedAttentionManager
+        One per KV cache group; none where caches cannot be kept.
+    layer_groups : sequence of int
+        Layer group of every KV cache group.
+    store : KeptCaches
+        Where caches wait.
     stats : CompressionStats
         Where to count.
-    note_change : callable
-        Called when blocks have lost an owner.
     """
 
     def __init__(
         self,
         planner: Planner,
-        managers: Managers,
-        layer_group_of: Sequence[int | None],
-        pool: Any,
+        managers: Sequence[CompressedAttentionManager],
+        layer_groups: Sequence[int],
+        store: KeptCaches,
         stats: CompressionStats,
-        note_change: Callable[[], None],
     ) -> None:
-        self.planner, self.pool, self.stats = planner, pool, stats
-        self._note_change = note_change
-        own = [each for each in managers if isinstance(each, CompressedAttentionManager)]
-        # Blocks of windowed and recurrent layers, and of a draft model, follow other rules.
-        is_alone = len(own) == len(managers) and None not in layer_group_of
-        self._managers = own if is_alone else []
-        self._groups = [number for number in layer_group_of if number is not None]
-        usable = pool.num_gpu_blocks - 1
-        self._max_blocks = int(planner.config.sessions.max_blocks_ratio * usable) if is_alone else 0
-        self._kept: dict[Place, Kept] = {}  # the longest unused comes first
+        self.planner, self.store, self.stats = planner, store, stats
+        self._managers, self._groups = managers, layer_groups
 
     # --- the end of a turn ----------------------------------------------------------------
 
@@ -156,20 +104,12 @@ class Sessions:
             config=tracked.config,
         )
         kept = self._without_rest(kept, num_tokens)
-        place = place_of(request, tracked.session)
-        self.give_back(place, Reason.REPLACED)
         self.stats.sessions_kept += 1
-        if kept.num_blocks > self._max_blocks:
-            self._free(kept.blocks)
-            self.stats.record_session_given_back(Reason.TOO_LARGE)
-            return
-        while self._num_blocks() + kept.num_blocks > self._max_blocks:
-            self._give_back_oldest(Reason.LIMIT)
-        self._kept[place] = kept
+        self.store.put(place_of(request, tracked.session, Kind.SESSION), kept)
 
     def _may_be_kept(self, request: Request, tracked: TrackedRequest) -> bool:
         return (
-            self._max_blocks > 0
+            self.store.max_blocks > 0
             and request.status in _ENDED
             and tracked.phase is not Phase.SKIPPED
             and is_served(request)
@@ -187,8 +127,8 @@ class Sessions:
         tracked = self.planner.requests.get(name)
         if tracked is None or tracked.session is None or request.num_preemptions:
             return None
-        place = place_of(request, tracked.session)
-        found = self._match(request, tracked, self._kept.get(place))
+        place = place_of(request, tracked.session, Kind.SESSION)
+        found = self._match(request, tracked, self.store.get(place))
         if isinstance(found, str):
             tracked.session_outcome = found
             return None
@@ -242,29 +182,31 @@ class Sessions:
 
         Returns the request's state before that.
         """
-        del self._kept[place]
+        self.store.take(place)
         for manager, blocks, evicted, count in self._parts(kept, num_tokens):
             manager.take_over(request_id, blocks[:count], evicted)
-        return self.planner.continue_from(request_id, kept.held, num_tokens)
+        before = self.planner.set_aside(request_id)
+        sizes = self.planner.block_size, self.planner.codes_per_row
+        continue_from(self.planner.requests[request_id], kept.held, num_tokens, *sizes)
+        return before
 
     def take_back(self, before: TrackedRequest, request_id: str, place: Place, kept: Kept) -> None:
         """There was no room for the request: everything is as before `hand_over`."""
         for manager in self._managers:
             manager.pop_blocks_for_free(request_id)
         self.planner.requests[request_id] = before
-        self._kept[place] = kept
-        used = self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
-        if used == len({block.block_id for block in self.held_blocks()}):
+        self.store.put_back(place, kept)
+        if self.store.is_all:
             # Nobody runs who could make room. From nothing it needs no more than when it came.
-            self.give_back(place, Reason.NO_FIT)
+            self.store.give_back(place, Reason.NO_FIT)
 
-    def free_behind(self, kept: Kept, num_tokens: int) -> None:
+    def confirm(self, kept: Kept, num_tokens: int) -> None:
         """Free the blocks that the request has not taken."""
         self._without_rest(kept, num_tokens)
 
     def _without_rest(self, kept: Kept, num_tokens: int) -> Kept:
         parts = list(self._parts(kept, num_tokens))
-        self._free([blocks[count:] for _, blocks, _, count in parts])
+        self.store.free([blocks[count:] for _, blocks, _, count in parts])
         return replace(kept, blocks=[blocks[:count] for _, blocks, _, count in parts])
 
     def _parts(
@@ -282,63 +224,11 @@ class Sessions:
             if (num_tokens - evicted) % manager.block_size:
                 yield blocks[count - 1]
 
-    # --- what gives way -------------------------------------------------------------------
-
-    @property
-    def num_private(self) -> int:
-        """Blocks that come free if everything is given back."""
-        return sum(block.ref_cnt == 1 for block in self.held_blocks())
-
-    def give_way(self) -> bool:
-        """Give back what was used longest ago; False if nothing is kept."""
-        return self._give_back_oldest(Reason.ROOM)
-
-    def give_back_sharers(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Give back whatever holds one of these, for whose owner they do not come free."""
-        wanted = {block.block_id for block in blocks if block.ref_cnt > 1}
-        for place, kept in list(self._kept.items()):
-            if any(block.block_id in wanted for group in kept.blocks for block in group):
-                self.give_back(place, Reason.ROOM)
-
-    def clear(self) -> None:
-        """Give everything back: the prefix cache is emptied."""
-        while self._give_back_oldest(Reason.RESET):
-            pass
-
-    def _give_back_oldest(self, reason: str) -> bool:
-        for place in self._kept:
-            self.give_back(place, reason)
-            return True
-        return False
-
-    def give_back(self, place: Place, reason: str) -> None:
-        """Free a conversation's blocks, if it has any."""
-        kept = self._kept.pop(place, None)
-        if kept is not None:
-            self._free(kept.blocks)
-            self.stats.record_session_given_back(reason)
-
-    def _free(self, groups: Sequence[Sequence[KVCacheBlock]]) -> None:
-        for blocks in groups:
-            self.pool.free_blocks(reversed(blocks))
-        self._note_change()
-
-    def _num_blocks(self) -> int:
-        return sum(kept.num_blocks for kept in self._kept.values())
-
-    def held_blocks(self) -> list[KVCacheBlock]:
-        """Every block that is kept."""
-        return [block for kept in self._kept.values() for group in kept.blocks for block in group]
-
     # --- tests ----------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books contradict each other."""
-        assert self._num_blocks() <= self._max_blocks
-        for block in self.held_blocks():
-            assert block.ref_cnt > 0, f"block {block.block_id} is kept and free"
-        for place, kept in self._kept.items():
+        for place, kept in self.store.of(Kind.SESSION):
             num_tokens = len(kept.token_ids)
-            assert 0 < kept.held.compacted_at <= num_tokens, place
             for _, blocks, _, count in self._parts(kept, num_tokens):
                 assert len(blocks) == count, place

@@ -8,7 +8,7 @@ request hashes nothing any more, a step that does need blocks needs nothing but 
 every group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -40,12 +40,19 @@ class SpareSlots:
         vLLM's, of all of them.
     max_model_len : int
         Tokens of the longest sequence.
+    num_set_aside : callable
+        Free blocks that are not for growth.
     """
 
     def __init__(
-        self, managers: Sequence[CompressedAttentionManager], pool: Any, max_model_len: int
+        self,
+        managers: Sequence[CompressedAttentionManager],
+        pool: Any,
+        max_model_len: int,
+        num_set_aside: Callable[[], int],
     ) -> None:
         self._managers, self._pool, self._max_model_len = managers, pool, max_model_len
+        self._num_set_aside = num_set_aside
         sizes = {manager.block_size for manager in managers}
         # Blocks that a worker must clear first are noted down by vLLM's own function.
         is_plain = not any(manager.records_new_block_ids for manager in managers)
@@ -76,7 +83,8 @@ class SpareSlots:
         if self._block_size is None or not spare.is_even or spare.unhashed != float("inf"):
             return None
         count = -(-num_tokens // self._block_size)
-        if count * len(self._managers) > self._pool.get_num_free_blocks():
+        num_free = self._pool.get_num_free_blocks() - self._num_set_aside()
+        if count * len(self._managers) > num_free:
             return None
         blocks = self._pool.get_new_blocks(count * len(self._managers))
         given = []

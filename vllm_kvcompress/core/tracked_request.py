@@ -81,7 +81,7 @@ class TrackedRequest:
     Attributes
     ----------
     prompt_len : int
-        Tokens of the prompt.
+        Tokens of the prompt, as far as compression is concerned.
     config : CompressionConfig or None
         The setting it runs under; None if it opted out.
     task : str or None
@@ -114,8 +114,11 @@ class TrackedRequest:
         The conversation it belongs to.
     session_outcome : str or None
         What is to be counted of that once the request starts.
+    shared_len : int or None
+        Tokens of its prompt that it has in common with others, whole blocks of them: what is
+        compressed is these, so `prompt_len` says so, too. None: it has nothing to say of that.
     start : Start or None
-        The cache of an earlier turn that it continues; None: it began with nothing.
+        The cache that it began with, of an earlier turn or a shared prefix; None: with nothing.
     peaks : dict[int, list[int]]
         By tokens of the sequence, the most slots that each layer group needs until then.
     """
@@ -139,12 +142,13 @@ class TrackedRequest:
     lacks_queries: bool = False
     session: str | None = None
     session_outcome: str | None = None
+    shared_len: int | None = None
     start: Start | None = None
     peaks: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def num_reused(self) -> int:
-        """Tokens that it took over from an earlier turn."""
+        """Tokens that it took over from a kept cache."""
         return 0 if self.start is None else self.start.num_tokens
 
     @property

@@ -1,6 +1,7 @@
-"""How a request begins with what an earlier turn of its conversation has left in the cache.
+"""How a request begins with a kept cache: of an earlier turn of its conversation, or a prefix.
 
-Lengths alone: what is in the blocks, and whose they are, is sessions.py's business.
+Lengths alone: what is in the blocks, and whose they are, is for sessions.py and shared_prefixes.py.
+Preempted, such a request starts again from nothing.
 """
 
 from vllm_kvcompress.config.settings import CompressionConfig
@@ -72,3 +73,10 @@ def continue_from(
         tracked.next_at = prompt_len + config.interval
     else:
         tracked.next_at, tracked.phase = prompt_len, Phase.DONE
+
+
+def begin_with(tracked: TrackedRequest, held: CompactionSchedule, num_tokens: int) -> None:
+    """A request begins with a shared prefix of `num_tokens` tokens, and is compacted no more."""
+    tracked.compaction = CompactionSchedule(list(held.caches), held.compacted_at)
+    tracked.start, tracked.marks, tracked.peaks = Start(num_tokens, held.caches, ()), (), {}
+    tracked.next_at, tracked.phase = num_tokens, Phase.DONE

@@ -30,6 +30,7 @@ from vllm_kvcompress.host.pipeline_checks import check_pipeline_setting, pipelin
 from vllm_kvcompress.host.speculation_checks import WITHOUT_LAYERS, speculation
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 from vllm_kvcompress.lengths.codebook import coded_groups
+from vllm_kvcompress.plans import RequestOptions
 
 TESTED_VLLM = ("0.32.",)
 """Prefixes of the vLLM versions the host contract was tested with."""
@@ -266,14 +267,16 @@ def check_setting(setting: CompressionConfig, vllm_config: Any) -> None:
         )
 
 
-def check_session(vllm_config: Any) -> None:
-    """Refuse to keep a request's cache for the next turn where that has not been tried.
+def check_reuse(vllm_config: Any, options: RequestOptions) -> None:
+    """Refuse to keep a request's cache for others where that has not been tried.
 
     Raises
     ------
     ConfigError
         With the first reason found.
     """
+    if options.session is None and options.shared_prefix is None:
+        return
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
     if model.use_mla:
         beside = "multi-head latent attention (MLA)"
@@ -283,7 +286,10 @@ def check_session(vllm_config: Any) -> None:
         beside = f"a drafter with a cache of its own ({speculative.method})"
     else:
         return
+    key, for_whom = "kv_session", "between turns"
+    if options.session is None:
+        key, for_whom = "kv_shared_prefix", "for others"
     raise ConfigError(
-        f"kv_session: {model.model} runs with {beside}, with which no cache is kept between turns; "
+        f"{key}: {model.model} runs with {beside}, with which no cache is kept {for_whom}; "
         "leave it out."
     )

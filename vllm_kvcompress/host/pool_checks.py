@@ -41,10 +41,13 @@ def check_pool(
     ahead = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
     longest_len = vllm_config.model_config.max_model_len
 
+    shared_len = options.shared_len(block_size)
+
     def num_blocks(length: int) -> int:
         """Of the setting that needs least: which task it is, the engine decides."""
         end = min(length + 1 + ahead, longest_len)
-        return min(_blocks(length, end, each, group_tables, block_size) for each in settings)
+        whole = length if shared_len is None else min(shared_len, length)
+        return min(_blocks(whole, end, each, group_tables, block_size) for each in settings)
 
     needed = num_blocks(prompt_len)
     if needed <= num_usable:
@@ -92,7 +95,7 @@ def _tables(model: Any, server: CompressionConfig) -> list[int]:
 
 
 def _blocks(
-    prompt_len: int,
+    compressed_len: int,
     num_tokens: int,
     setting: CompressionConfig | None,
     group_tables: list[int],
@@ -100,5 +103,5 @@ def _blocks(
 ) -> int:
     peaks = [num_tokens] * len(group_tables)
     if setting is not None:
-        peaks = peak_tokens(prompt_len, num_tokens, setting, len(group_tables), block_size, 1)
+        peaks = peak_tokens(compressed_len, num_tokens, setting, len(group_tables), block_size, 1)
     return sum(n * -(-peak // block_size) for n, peak in zip(group_tables, peaks, strict=True))

@@ -25,6 +25,9 @@ SESSION_OUTCOMES = (
 )  # fmt: skip
 SESSION_REASONS = ("replaced", "limit", "room", "reset", "no_fit", "too_large")
 """What became of a conversation; core/kept_cache.py has them."""
+PREFIX_OUTCOMES = ("computed", "reused", "uncompressed", "unserved")
+PREFIX_REASONS = ("replaced", "limit", "room", "reset", "too_large")
+"""And of a shared prefix."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,25 @@ COUNTERS: dict[str, Family] = {
         "Kept caches that were given back, by reason; what was kept and is neither given back nor "
         "reused is still there.",
         {"reason": SESSION_REASONS},
+    ),
+    "shared_prefix_requests": Family(
+        "shared_prefix_requests",
+        "Requests that named a shared prefix (kv_shared_prefix), by what became of that.",
+        {"outcome": PREFIX_OUTCOMES},
+    ),
+    "shared_prefix_tokens": Family(
+        "shared_prefix_tokens",
+        "Prompt tokens that they did not compute, because the prefix was compressed before.",
+        {},
+    ),
+    "shared_prefixes_kept": Family(
+        "shared_prefixes_kept", "Prefixes that were compressed and kept for all.", {}
+    ),
+    "shared_prefixes_given_back": Family(
+        "shared_prefixes_given_back",
+        "Kept prefixes that were given back, by reason; what was kept and is not given back is "
+        "still there.",
+        {"reason": PREFIX_REASONS},
     ),
     "deferrals": Family(
         "deferrals",

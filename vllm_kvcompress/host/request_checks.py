@@ -8,7 +8,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm_kvcompress.config.reading import NONE, server_setting
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error
-from vllm_kvcompress.host.checks import check_session, check_setting
+from vllm_kvcompress.host.checks import check_reuse, check_setting
 from vllm_kvcompress.host.pool_checks import check_pool
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.request_options import (
@@ -70,6 +70,11 @@ def _read_options(
             "kv_session: a streaming session is never compressed, so there is nothing to continue; "
             "leave it out."
         )
+    if options.shared_prefix is not None and request.resumable:
+        raise ConfigError(
+            "kv_shared_prefix: a streaming session is never compressed, so there is nothing to "
+            "share; leave it out."
+        )
     odd = [key for key in extra if not isinstance(key, str)]
     if odd and server is not None:
         # msgspec would end the engine's input thread: every later request would wait for ever.
@@ -79,8 +84,7 @@ def _read_options(
     if ours:
         assert server is not None
         check_fits_server(server, options)
-        if options.session is not None:
-            check_session(vllm_config)
+        check_reuse(vllm_config, options)
         if (named := named_config(server, options)) is not None and named is not server:
             check_setting(named, vllm_config)
     return options

@@ -54,8 +54,8 @@ FAMILIES = (
         "policy.name: spindlekv turns keys by whole positions, alike in all layers, and "
         "some layers of MODEL have no rotary embedding; choose one of the presets adakv, "
         "auto, cake, chunkkv, criticalkv, expected_attention, h2o, keydiff, knorm, lagkv,"
-        " pyramidkv, random, rkv, snapkv, spindlekv-evict, streaming_llm, tova, windowkv,"
-        " windowkv_llama3, windowkv_qwen2.5.",
+        " pyramidkv, random, rkv, shared_prefix, snapkv, spindlekv-evict, streaming_llm, tova,"
+        " windowkv, windowkv_llama3, windowkv_qwen2.5.",
         StandIn(
             model={
                 **SIZES,

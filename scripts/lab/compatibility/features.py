@@ -69,6 +69,15 @@ FEATURES = (
         "tests/host/test_session_checks.py::test_settings_that_cannot_be_continued",
     ),
     works(
+        "Many questions about one text (`kv_shared_prefix`)",
+        "compressed once, read by all, layer groups included; refused (HTTP 400) where chats have "
+        "no next turns, and with policies that read queries",
+        "tests/e2e/test_shared_prefixes.py::"
+        "test_every_answer_is_the_references_alone_and_in_a_crowd",
+        "tests/core/test_shared_prefixes.py::test_any_traffic",
+        "tests/host/test_shared_prefix_checks.py::test_policies_that_read_queries_are_refused",
+    ),
+    works(
         "Asynchronous scheduling",
         "same tokens",
         "tests/e2e/test_variants.py::test_async_scheduling",

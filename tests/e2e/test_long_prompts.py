@@ -80,7 +80,7 @@ def test_the_longest_prompt_is_served_within_the_pool(engine: Engine) -> None:
     assert most_held(engine) <= PEAK
     assert len(engine.results["long"].token_ids) == 6
     counts = engine.scheduler.stats.compactions
-    assert counts == {"snapkv/prompt": 15}  # at 512, 768, ..., 3,840, and the end
+    assert counts == {"snapkv/prompt": 15}  # at 506, 762, ..., 3,834, and the end
     assert not engine.num_preemptions
     assert_idle(engine)
 

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "marks at every chunk's end": {"prompt_interval": CHUNK},
 }
 LENGTHS = 500, 3 * INTERVAL + WINDOW, 3 * INTERVAL + WINDOW - 1, 97, 421
-"""Before the second's first mark there is just a window; the third has one less, and no mark there."""
+"""Before the second's first mark lies just a window; the third has no mark there, one token short."""
 
 
 class Served(NamedTuple):

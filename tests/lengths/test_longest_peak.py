@@ -66,7 +66,9 @@ def every_peak(config: CompressionConfig, num_groups: int, block_size: int) -> l
         peak_tokens(length, length, config, num_groups, block_size)
         for length in range(1, LONGEST + 1)
     ]
-    return list(accumulate(needed, lambda most, each: [max(p) for p in zip(most, each, strict=True)]))
+    return list(
+        accumulate(needed, lambda most, each: [max(p) for p in zip(most, each, strict=True)])
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

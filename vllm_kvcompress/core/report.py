@@ -103,9 +103,9 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             what += f", {share:.0%} of the bytes of a whole cache of 16 bits"
     if config.compresses_in_prompts:
         what += (
-            f", back to its budget every {config.prompt_interval} tokens of the prompt: no prompt "
-            f"holds more than {on_its_way} blocks on its way, of the pool's "
-            f"{kv_cache.num_blocks - 1}"
+            f", back to its budget every {config.prompt_interval} tokens of the prompt, counted "
+            f"back from its end: no prompt holds more than {on_its_way} blocks on its way, of the "
+            f"pool's {kv_cache.num_blocks - 1}"
         )
     if config.waits_for_pressure:
         what += ", or when it is chosen while decoding"

@@ -52,7 +52,7 @@ def check_pool(
         return
 
     def fits(length: int) -> bool:
-        """Whether every prompt of up to so many tokens does; a shorter one may need a block more."""
+        """Whether every prompt of up to so many tokens does: a shorter one may need more."""
         end = min(length + 1 + ahead, longest_len)
         return any(
             _blocks(length, end, each, group_tables, block_size) <= num_usable

@@ -262,7 +262,6 @@ def longest_prompts(
     page = geometry.page_bytes(block_size, tensor_parallel_size)
     stock, pool = (max(memory // (page * n) - 1, 0) for n in (geometry.num_layers, width))
     most = geometry.max_positions or 2**20
-    codes = codes_per_row(geometry.head_dim * geometry.cache_bytes)
 
     def fits(length: int) -> bool:
         peaks = longest_prompt_peak(length, config, len(tables), block_size)

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "marks at every chunk's end": {"prompt_interval": CHUNK},
 }
 LENGTHS = 500, 3 * INTERVAL + WINDOW, 3 * INTERVAL + WINDOW - 1, 97, 421
-"""Before the second's first mark lies just a window; the third has no mark there, one token short."""
+"""Before the second's first mark lies just a window; the third, one token short, has none there."""
 
 
 class Served(NamedTuple):
@@ -95,7 +95,7 @@ def test_tokens_are_those_of_the_replay(served: Served, name: str) -> None:
         prefilled, seed = replay.prefill(prompt), seeds[f"{name}-{number}"]
         assert replay.generate(prefilled, config, NUM_TOKENS, seed) == tokens, number
         expected.append(tokens)
-    assert sum(stats.compactions.values()) - before > 2 * len(prompts)
+    assert sum(stats.compactions.values()) - before >= 2 * len(prompts)
     assert stats.deferrals == 0
     at_the_end = parse_config({**setting, "trigger": "end_of_prompt", "prompt_interval": 2048})
     other = replay.generate(replay.prefill(prompts[0]), at_the_end, NUM_TOKENS)

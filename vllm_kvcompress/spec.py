@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_kvcompress.config.reading import server_setting
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
-from vllm_kvcompress.lengths.peak import longest_prompt_peak
+from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -273,7 +273,7 @@ def test_plan_for_people(run: Run, probe_model: str) -> None:
     inside = '{"trigger": "prompt", "prompt_interval": 512, "budget": {"tokens": 512}}'
     options = ("--kv-cache-memory", "4MiB", "--kv-compression-config", inside)
     out = plan(run, probe_model, *options)[1]
-    assert "compressed every 512 tokens: until it is done, 2.0 MiB are held at most" in out
+    assert "tokens, counted back from its end: until it\nis done, 2.0 MiB are held" in out
     (row,) = (line for line in out.splitlines() if "tokens of the longest prompt" in line)
     assert "2,032" in row and "8,192" in row  # 127 blocks of 16 tokens; the model's longest
     without = plan(run, probe_model)[1]

@@ -34,15 +34,14 @@ def add(plan: Planner, prompt_len: int) -> TrackedRequest:
     ("prompt_len", "marks"),
     [
         (2000, (500, 1000, 1500, 2000)),
-        (2016, (500, 1000, 1500, 2000, 2016)),
-        (2015, (500, 1000, 1500, 2015)),
+        (2016, (16, 516, 1016, 1516, 2016)),  # the first one has its window
+        (2015, (515, 1015, 1515, 2015)),
         (499, ()),
         (512, (512,)),
+        (516, (16, 516)),
     ],
 )
-def test_marks_are_multiples_that_the_last_window_does_not_touch(
-    prompt_len: int, marks: tuple[int, ...]
-) -> None:
+def test_marks_are_counted_back_from_the_end(prompt_len: int, marks: tuple[int, ...]) -> None:
     config = parse_config({**SETTING, "min_prompt_len": 500})
     assert config is not None
     assert prompt_marks(prompt_len, config) == marks
@@ -55,7 +54,7 @@ def test_a_prompt_goes_back_to_its_budget_at_every_mark() -> None:
     plan = planner()
     tracked = add(plan, 1900)
     (setup,) = plan.setups_of(["r"]).values()
-    assert setup.marks == (500, 1000, 1500, 1900)
+    assert setup.marks == (400, 900, 1400, 1900)
     done, most, chunks = 0, 0, []
     while done < 1900:
         count = plan.clip_chunk("r", done, min(400, 1900 - done), 1900)
@@ -65,8 +64,8 @@ def test_a_prompt_goes_back_to_its_budget_at_every_mark() -> None:
         most = max(most, held)
         if plan.note_progress("r", done):
             compact(plan)
-    assert chunks == [400, 100, 400, 100, 400, 100, 400]
-    assert most == 256 + 20 + 500, "the budget in whole blocks, and one interval"
+    assert chunks == [400, 400, 100, 400, 100, 400, 100]
+    assert most == 256 + 24 + 500, "the budget in whole blocks, part of one, and one interval"
     assert tracked.phase is Phase.DONE and tracked.compaction.compacted_at == 1900
     assert plan.clip_chunk("r", 1900, 1, 1901) == 1
 
@@ -74,56 +73,66 @@ def test_a_prompt_goes_back_to_its_budget_at_every_mark() -> None:
 def test_a_hit_ends_before_the_window_of_the_first_mark() -> None:
     plan = planner()
     add(plan, 1900)
-    assert plan.max_cached_tokens("r") == 500 - 16
+    assert plan.max_cached_tokens("r") == 400 - 16
     plan = planner(policy={"name": "keydiff"})
     add(plan, 1900)
-    assert plan.max_cached_tokens("r") == 499
+    assert plan.max_cached_tokens("r") == 399
+
+
+def test_a_first_part_within_the_budget_stays_whole() -> None:
+    """So a short one behind which marks are counted from the end is not compacted to nothing."""
+    plan = planner()
+    assert add(plan, 1750).marks == (750, 1250, 1750), "not at 250"
+    assert plan.add("s", 1800, parse_request(None)).marks == (300, 800, 1300, 1800)
+    share = planner(budget={"ratio": 0.5})
+    assert share.add("r", 1800, parse_request(None)).marks == (1300, 1800)
 
 
 def test_marks_at_which_the_cache_is_whole_are_left_out() -> None:
     """So a long prefix may come from the prefix cache, although the first mark is short of it."""
     plan = planner(budget={"tokens": 1000})
     tracked = add(plan, 1900)
-    assert tracked.marks == (1500, 1900) and plan.max_cached_tokens("r") == 1500 - 16
-    assert plan.clip_chunk("r", 0, 1800, 1900) == 1500
+    assert tracked.marks == (1400, 1900) and plan.max_cached_tokens("r") == 1400 - 16
+    assert plan.clip_chunk("r", 0, 1800, 1900) == 1400
     two = evicting_marks(1900, tracked.config, 2, 32)
-    assert two == (1500, 1900)
+    assert two == (1400, 1900)
     pyramid = {"layer_groups": {"count": 2}, "layer_budget": {"shape": "pyramid"}}
     config = parse_config({**SETTING, "budget": {"tokens": 1000}, **pyramid})
     assert config is not None
-    assert evicting_marks(1900, config, 2, 32) == (1500, 1900)
+    assert evicting_marks(1900, config, 2, 32) == (1400, 1900)
 
 
 def test_of_marks_that_have_waited_the_last_is_made_up_for() -> None:
     """Others hold the first blocks; the queries of older marks are not read any more."""
     plan = planner()
     tracked = add(plan, 1900)
-    for done in (500, 1000):
-        assert plan.clip_chunk("r", done - 500, 1400, 1900) == 500
+    for start, done in ((0, 400), (400, 900)):
+        assert plan.clip_chunk("r", start, 1400, 1900) == done - start
         assert plan.note_progress("r", done)
         assert tracked.position == done
         plan.decline(tracked)
-    assert plan.clip_chunk("r", 1000, 300, 1900) == 300
-    assert plan.note_progress("r", 1300) and tracked.position == 1000
+    assert plan.clip_chunk("r", 900, 300, 1900) == 300
+    assert plan.note_progress("r", 1200) and tracked.position == 900
     compact(plan)
-    assert (tracked.next_at, tracked.phase) == (1500, Phase.ARMED)
-    assert plan.clip_chunk("r", 1300, 600, 1900) == 200
+    assert (tracked.next_at, tracked.phase) == (1400, Phase.ARMED)
+    assert plan.clip_chunk("r", 1200, 600, 1900) == 200
 
 
 def test_a_preempted_request_stops_at_its_marks_again() -> None:
     plan = planner()
     tracked = add(plan, 1900)
-    plan.note_progress("r", 500)
+    plan.note_progress("r", 400)
     compact(plan)
     plan.restart("r")
-    assert (tracked.next_at, tracked.compaction.compacted_at) == (500, 0)
-    assert plan.clip_chunk("r", 0, 1950, 1950) == 500
+    assert (tracked.next_at, tracked.compaction.compacted_at) == (400, 0)
+    assert plan.clip_chunk("r", 0, 1950, 1950) == 400, "its output does not move them"
 
 
 def test_generated_tokens_trigger_more_where_the_setting_says_so() -> None:
     plan = planner(trigger="all", interval=64)
     tracked = add(plan, 1100)
-    for done in (500, 1000, 1100):
+    assert tracked.marks == (600, 1100)
+    for done in (600, 1100):
         plan.note_progress("r", done)
         compact(plan)
     assert (tracked.next_at, tracked.phase) == (1164, Phase.ARMED)
@@ -132,7 +141,7 @@ def test_generated_tokens_trigger_more_where_the_setting_says_so() -> None:
 def test_a_request_that_ends_inside_its_prompt_is_no_uncompressed_one() -> None:
     plan = planner(budget={"tokens": 1000})
     add(plan, 1900)
-    assert not plan.note_progress("r", 500), "nothing to evict yet"
+    assert not plan.note_progress("r", 900), "nothing to evict yet"
     tracked = plan.remove("r")
     assert tracked is not None and tracked.skip_reason is None
     plan = planner(budget={"tokens": 2000})
@@ -181,7 +190,7 @@ def test_every_group_asks_and_one_answer_is_worked_out(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(planner_module, "peak_tokens", counted)
     held = [plan.most_held(0, "r", tokens) for tokens in (1900, 1900, 1950, 1900)]
-    assert held == [776, 776, 776, 776] and calls == [1900, 1950]
+    assert held == [780, 780, 780, 780] and calls == [1900, 1950]
     plan.restart("r")
     plan.most_held(0, "r", 1900)
     assert calls == [1900, 1950, 1900]
@@ -191,7 +200,7 @@ def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:
     """It may not fit otherwise; what its end compacts nobody reads."""
     plan = planner()
     tracked = plan.add("r", 1900, parse_request(None), max_output=1)
-    assert tracked.skip_reason is None and tracked.next_at == 500
+    assert tracked.skip_reason is None and tracked.next_at == 400
     assert plan.most_held(0, "r", 1900) < 800
     short = plan.add("s", 515, parse_request(None), max_output=1)
     assert short.skip_reason == SkipReason.SHORT_OUTPUT

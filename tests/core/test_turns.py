@@ -99,11 +99,15 @@ def test_marks_inside_the_rest_of_the_prompt() -> None:
     planner, _ = armed(900, trigger="prompt", prompt_interval=200)
     continued(planner, 390)
     tracked = planner.requests["r"]
-    assert tracked.marks == (600, 800, 900)
-    # 170 slots at 390 tokens, 380 at the first mark; it keeps 64 of 23 blocks, and a tail of 12.
-    assert planner.most_held(0, "r", 900) == 380
+    assert tracked.marks == (500, 700, 900), "counted from its own end"
+    # 170 slots at 390 tokens, 280 at the first mark; it keeps 64 of 17 blocks, and a tail of 8.
+    assert planner.most_held(0, "r", 900) == 280
     start = tracked.start
-    assert peak_tokens(900, 500, planner.config, 1, BLOCK, start=start) == [280]
+    assert peak_tokens(900, 450, planner.config, 1, BLOCK, start=start) == [230]
+    planner, _ = armed(900, trigger="prompt", prompt_interval=200)
+    planner.continue_from("r", held(80, 300), 485)
+    assert planner.requests["r"].marks == (700, 900), "the window before 500 is not all computed"
+    assert planner.most_held(0, "r", 900) == 480
 
 
 def test_pins_of_the_new_part_join_those_that_are_held() -> None:

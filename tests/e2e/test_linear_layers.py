@@ -141,7 +141,7 @@ def test_other_policies(engine: Engine, replay: Replay, preset: str) -> None:
 def test_prompts_that_are_compacted_inside(engine: Engine, replay: Replay, interval: int) -> None:
     """Marks where states are kept, and elsewhere. A second run, and an exact one, find no more."""
     setting = {**SETTING, "trigger": "prompt", "prompt_interval": interval}
-    prompts = [distinct_tokens(length, seed=interval + length) for length in (500, 421)]
+    prompts = [distinct_tokens(length, seed=interval + length) for length in (5 * BLOCK, 421)]
     with serving(engine, setting):
         for name in ("cold", "warm"):
             for number, tokens in enumerate(prompts):

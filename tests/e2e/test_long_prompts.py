@@ -64,8 +64,8 @@ def most_held(engine: Engine) -> int:
 def test_the_line_at_the_start_says_what_is_held(engine: Engine) -> None:
     line = savings_line(parse_config(SETTING), engine.scheduler.kv_cache_config, 4096)
     assert (
-        "back to its budget every 256 tokens of the prompt: no prompt holds more than 17 blocks on "
-        "its way, of the pool's 24" in line
+        "back to its budget every 256 tokens of the prompt, counted back from its end: no prompt "
+        "holds more than 17 blocks on its way, of the pool's 24" in line
     )
 
 
@@ -80,7 +80,7 @@ def test_the_longest_prompt_is_served_within_the_pool(engine: Engine) -> None:
     assert most_held(engine) <= PEAK
     assert len(engine.results["long"].token_ids) == 6
     counts = engine.scheduler.stats.compactions
-    assert counts == {"snapkv/prompt": 15}  # at 512, 768, ..., 3,840, and the end
+    assert counts == {"snapkv/prompt": 15}  # at 506, 762, ..., 3,834, and the end
     assert not engine.num_preemptions
     assert_idle(engine)
 

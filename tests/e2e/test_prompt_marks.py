@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "marks at every chunk's end": {"prompt_interval": CHUNK},
 }
 LENGTHS = 500, 3 * INTERVAL + WINDOW, 3 * INTERVAL + WINDOW - 1, 97, 421
-"""Marks of the second end where its last window begins; the third has one less."""
+"""Before the second's first mark lies just a window; the third, one token short, has none there."""
 
 
 class Served(NamedTuple):
@@ -98,7 +98,7 @@ def test_tokens_are_those_of_the_replay(served: Served, name: str) -> None:
         prefilled, seed = replay.prefill(prompt), seeds[f"{name}-{number}"]
         assert replay.generate(prefilled, config, NUM_TOKENS, seed) == tokens, number
         expected.append(tokens)
-    assert sum(stats.compactions.values()) - before > 2 * len(prompts)
+    assert sum(stats.compactions.values()) - before >= 2 * len(prompts)
     assert stats.deferrals == 0
     at_the_end = parse_config({**setting, "trigger": "end_of_prompt", "prompt_interval": 2048})
     other = replay.generate(replay.prefill(prompts[0]), at_the_end, NUM_TOKENS)
@@ -109,20 +109,21 @@ def test_tokens_are_those_of_the_replay(served: Served, name: str) -> None:
 def test_nothing_lossy_is_found_in_the_prefix_cache(served: Served) -> None:
     """Blocks behind the first eviction hold what was computed over survivors."""
     engine, replay = served
-    prompt, none = distinct_tokens(500, seed=1), {"kv_compression": "none"}
+    prompt, none = distinct_tokens(516, seed=1), {"kv_compression": "none"}
     has_windows = len(replay.full_layers) < len(replay.layers)
     prefilled = replay.prefill(prompt)
     whole = replay.generate(prefilled, None, NUM_TOKENS)
     lossy = replay.generate(prefilled, parse_config(SETTING), NUM_TOKENS)
     assert whole != lossy and engine.scheduler.reset_prefix_cache()
+    first = 516 - 3 * INTERVAL  # at the marks before it no more is held than the budget
     runs = {
         "first": (None, lossy, 0),
-        # At the first mark less is held than the budget. Before the window of the second one:
-        "second": (None, lossy, (2 * INTERVAL - WINDOW) // BLOCK * BLOCK),
-        # All that lies before the second one is exact.
-        "whole": (none, whole, 2 * INTERVAL),
+        # All before that mark's window.
+        "second": (None, lossy, (first - WINDOW) // BLOCK * BLOCK),
+        # All that lies before the mark is exact.
+        "whole": (none, whole, first // BLOCK * BLOCK),
         # Now all of the prompt is there, exact; the same is taken as before.
-        "third": (None, lossy, (2 * INTERVAL - WINDOW) // BLOCK * BLOCK),
+        "third": (None, lossy, (first - WINDOW) // BLOCK * BLOCK),
     }
     for name, (xargs, expected, num_cached) in runs.items():
         engine.add(name, prompt, NUM_TOKENS, xargs, ignore_eos=True)

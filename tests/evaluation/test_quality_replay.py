@@ -82,7 +82,7 @@ def test_prompts_that_are_compacted_inside_are_answered_so(
     """Their first token, too, is another one than after the whole prompt."""
     fields = "version: 1\npolicy: {name: keydiff}\nbudget: {ratio: 0.12}\n"
     file = tmp_path / "marks.yaml"
-    file.write_text(fields + "trigger: prompt\nprompt_interval: 256\n", encoding="utf-8")
+    file.write_text(fields + "trigger: prompt\nprompt_interval: 96\n", encoding="utf-8")
     variants = [Variant("none"), Variant("keydiff", 0.12), Variant(str(file), 0.12)]
     sample = sample_of(runner)
     found = {r.policy: r for r in runner.measure(sample, "visible", variants)}

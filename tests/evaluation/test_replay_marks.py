@@ -25,7 +25,7 @@ from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
 
 BLOCK, SINKS, WINDOW = 16, 4, 8
-LENGTH, MARKS = 430, (110, 220, 330, 430)
+LENGTH, MARKS = 430, (100, 210, 320, 430)
 PINS = (100, 112), (250, 260)
 NUM_TOKENS = 6
 

@@ -31,7 +31,7 @@ def server(probe_model: str, num_blocks: int | None, **setting: Any) -> Any:
 
 
 def test_a_prompt_that_is_compressed_on_its_way_fits(probe_model: str) -> None:
-    config = server(probe_model, 20)  # 128 and 256 tokens: 12 blocks
+    config = server(probe_model, 20)  # 128 and 256 tokens, and part of a block: 13 blocks
     check_request(config, incoming(None, PROMPT))
     check_request(config, incoming({"kv_budget_tokens": 300}, PROMPT))
 
@@ -68,9 +68,20 @@ def test_a_streaming_session_keeps_all_of_it(probe_model: str) -> None:
 
 def test_layer_groups_have_tables_of_their_own(probe_model: str) -> None:
     two = {"layer_groups": {"count": 2}}
-    check_request(server(probe_model, 25, **two), incoming(None, PROMPT))
-    with pytest.raises(VLLMValidationError, match=r"needs 24 .* has 23"):
-        check_request(server(probe_model, 24, **two), incoming(None, PROMPT))
+    check_request(server(probe_model, 27, **two), incoming(None, PROMPT))
+    with pytest.raises(VLLMValidationError, match=r"needs 26 .* has 25"):
+        check_request(server(probe_model, 26, **two), incoming(None, PROMPT))
+
+
+def test_every_shorter_prompt_fits_too(probe_model: str) -> None:
+    """Though one may need a block more than one that is a little longer."""
+    config, asked = server(probe_model, 20), {"kv_budget_ratio": 0.25}
+    with pytest.raises(VLLMValidationError, match="Prompts of up to") as caught:
+        check_request(config, incoming(asked, [1] * 4000))
+    longest = int(str(caught.value).split("Prompts of up to ")[1].split()[0])
+    assert longest > 1000
+    for length in range(longest - 40, longest + 1):
+        check_request(config, incoming(asked, [1] * length))
 
 
 def test_engines_share_what_this_process_counts(probe_model: str) -> None:

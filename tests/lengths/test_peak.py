@@ -26,10 +26,10 @@ def setting(**more: object) -> CompressionConfig:
 @pytest.mark.parametrize(
     ("prompt_len", "num_tokens", "expected"),
     [
-        (1900, 1900, 776),  # 256 + 20 behind the last full block + 500
+        (1900, 1900, 780),  # 256 + 24 behind the last full block of 1,400 + 500
         (100_000, 100_000, 256 + 28 + 500),
         (1900, 300, 300),
-        (1900, 700, 500),
+        (1900, 700, 572),  # 272 of the first 400, and 300
         (1900, 2900, 1256 + 12),  # 1,000 generated tokens come behind 268
         (400, 400, 400),  # shorter than min_prompt_len
     ],

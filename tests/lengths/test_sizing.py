@@ -13,7 +13,7 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.errors import ConfigError, UnsupportedModelError
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import ModelGeometry, read_geometry
-from vllm_kvcompress.lengths.peak import longest_prompt_peak
+from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 from vllm_kvcompress.lengths.sizing import (
     block_tables,
     capacity,

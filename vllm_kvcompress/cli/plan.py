@@ -20,6 +20,7 @@ from vllm_kvcompress.cli.speed import (
     speed_json,
     speed_warnings,
 )
+from vllm_kvcompress.config.query_marks import marks_warning
 from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
@@ -131,6 +132,8 @@ def _warnings(plan: _Plan) -> Iterator[str]:
             reason = f"it is shorter than min_prompt_len ({config.min_prompt_len})"
         yield f"a prompt of {args.prompt_len} tokens is left alone: {reason}."
     yield from plan_warnings(config, geometry)
+    if warning := marks_warning(config):
+        yield warning
     yield from left_alone(geometry)
     if usage.padding > 0:
         yield (
@@ -201,8 +204,9 @@ def _print_plan(plan: _Plan) -> None:
         )
         if config.compresses_in_prompts:
             say(
-                f"The prompt is compressed every {config.prompt_interval:,} tokens: until it is "
-                f"done, {usage.size(usage.blocks_prompt)} are held at most."
+                f"The prompt is compressed every {config.prompt_interval:,} tokens, counted back "
+                f"from its end: until it\nis done, {usage.size(usage.blocks_prompt)} are held at "
+                "most."
             )
     if config.waits_for_pressure:
         say(

@@ -242,12 +242,13 @@ class CompressionConfig(_Model):
         Last tokens before a compaction, which always survive it; policies read their queries.
     trigger : {"end_of_prompt", "interval", "both", "prompt", "all", "pressure"}
         When a request is compressed: once its prompt is done, every `interval` generated tokens,
-        or both; every `prompt_interval` tokens of its prompt and at the prompt's end, or then and
+        or both; at its prompt's end and every `prompt_interval` tokens back from there, or then and
         every `interval` generated tokens; only while memory is scarce.
     pressure : PressureConfig
         When memory is scarce, with the trigger "pressure".
     prompt_interval : int, default 2048
-        Prompt tokens between compactions, with the triggers "prompt" and "all".
+        Prompt tokens between compactions, counted back from the prompt's end, with the triggers
+        "prompt" and "all".
     interval : int, default 128
         Generated tokens between compactions, at least so many with the trigger "pressure"; with
         the trigger "end_of_prompt", between extensions of a codebook.

@@ -14,7 +14,7 @@ from vllm_kvcompress.core.draft.report import views_alone, views_beside
 from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
 from vllm_kvcompress.lengths.codebook import coded_groups
-from vllm_kvcompress.lengths.peak import longest_prompt_peak
+from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 from vllm_kvcompress.spec import GroupMap
 
 
@@ -30,9 +30,7 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     lengths = compaction_lengths(
         max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
     )
-    peaks = longest_prompt_peak(
-        max_model_len, config, num_layer_groups, block_size, group_map.codes_per_row
-    )
+    peaks = longest_prompt_peak(max_model_len, config, num_layer_groups, block_size)
     full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = on_its_way = 0
     # A block lies on every pipeline stage, and is as large as the largest group's there.
     most_layers = max(len(group.layer_names) for group in groups)
@@ -105,9 +103,9 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             what += f", {share:.0%} of the bytes of a whole cache of 16 bits"
     if config.compresses_in_prompts:
         what += (
-            f", back to its budget every {config.prompt_interval} tokens of the prompt: no prompt "
-            f"holds more than {on_its_way} blocks on its way, of the pool's "
-            f"{kv_cache.num_blocks - 1}"
+            f", back to its budget every {config.prompt_interval} tokens of the prompt, counted "
+            f"back from its end: no prompt holds more than {on_its_way} blocks on its way, of the "
+            f"pool's {kv_cache.num_blocks - 1}"
         )
     if config.waits_for_pressure:
         what += ", or when it is chosen while decoding"

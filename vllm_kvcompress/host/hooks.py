@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
+from vllm_kvcompress.config.query_marks import marks_warning
 from vllm_kvcompress.config.reading import (
     CONFIG_KEY,
     NONE,
@@ -189,7 +190,8 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
             vllm_config = original(self, *args, **kwargs)
             check_config(vllm_config)
             check_setting(config, vllm_config)
-            if warning := layer_groups_warning(config, vllm_config.model_config):
+            groups = layer_groups_warning(config, vllm_config.model_config)
+            for warning in filter(None, (groups, marks_warning(config))):
                 logger.warning("--kv-compression: %s", warning)
         except (ConfigError, UnsupportedModelError) as error:
             if getattr(self, _FROM_CLI, False):

@@ -11,6 +11,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.host.model_checks import num_full_layers
 from vllm_kvcompress.lengths.budgets import layer_groups
+from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 from vllm_kvcompress.lengths.peak import peak_tokens
 from vllm_kvcompress.lengths.sizing import block_tables
 from vllm_kvcompress.plans import RequestOptions
@@ -43,19 +44,32 @@ def check_pool(
 
     shared_len = options.shared_len(block_size)
 
+    def lengths(length: int) -> tuple[int, int]:
+        """Tokens that are compressed of a prompt, and tokens that there will be at least."""
+        whole = length if shared_len is None else min(shared_len, length)
+        return whole, min(length + 1 + ahead, longest_len)
+
     def num_blocks(length: int) -> int:
         """Of the setting that needs least: which task it is, the engine decides."""
-        end = min(length + 1 + ahead, longest_len)
-        whole = length if shared_len is None else min(shared_len, length)
-        return min(_blocks(whole, end, each, group_tables, block_size) for each in settings)
+        return min(_blocks(*lengths(length), each, group_tables, block_size) for each in settings)
 
     needed = num_blocks(prompt_len)
     if needed <= num_usable:
         return
+
+    def fits(length: int) -> bool:
+        """Whether every prompt of up to so many tokens does: a shorter one may need more."""
+        whole, end = lengths(length)
+        return any(
+            _blocks(whole, end, each, group_tables, block_size) <= num_usable
+            and _most_blocks(whole, each, group_tables, block_size) <= num_usable
+            for each in settings
+        )
+
     low, high = 0, prompt_len
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if num_blocks(middle) <= num_usable else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     why = "is a streaming session, which is never compressed" if is_session else "keeps too much"
     raise ConfigError(
         f"prompt: it has {prompt_len} tokens and needs {needed} KV cache blocks of {block_size} "
@@ -104,4 +118,18 @@ def _blocks(
     peaks = [num_tokens] * len(group_tables)
     if setting is not None:
         peaks = peak_tokens(compressed_len, num_tokens, setting, len(group_tables), block_size, 1)
+    return _sum(peaks, group_tables, block_size)
+
+
+def _most_blocks(
+    max_len: int, setting: CompressionConfig | None, group_tables: list[int], block_size: int
+) -> int:
+    """Blocks that any prompt of up to `max_len` tokens needs until it is computed."""
+    peaks = [max_len] * len(group_tables)
+    if setting is not None:
+        peaks = longest_prompt_peak(max_len, setting, len(group_tables), block_size)
+    return _sum(peaks, group_tables, block_size)
+
+
+def _sum(peaks: list[int], group_tables: list[int], block_size: int) -> int:
     return sum(n * -(-peak // block_size) for n, peak in zip(group_tables, peaks, strict=True))

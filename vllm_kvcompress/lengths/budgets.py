@@ -174,13 +174,17 @@ def continued_cache(
 def prompt_marks(prompt_len: int, config: CompressionConfig) -> tuple[int, ...]:
     """Lengths of a prompt at which its cache is compacted, ascending; the last is its end.
 
-    None lies inside the last `observation_window` tokens: their queries are read at the end.
+    Those inside it are counted back from there, so that a whole `prompt_interval` comes behind the
+    last one: what lies there is read with the end of the prompt in sight. Behind the first one
+    that is left come at least `observation_window` tokens, whose queries it reads.
     """
     if prompt_len < config.min_prompt_len or not config.compresses_prompts:
         return ()
+    if not config.compresses_in_prompts:
+        return (prompt_len,)
     step = config.prompt_interval
-    inside = range(step, prompt_len - config.observation_window + 1, step)
-    return (*(inside if config.compresses_in_prompts else ()), prompt_len)
+    inside = range(prompt_len - step, config.observation_window - 1, -step)
+    return (*reversed(inside), prompt_len)
 
 
 def evicting_marks(

@@ -5,8 +5,6 @@ Compactions inside a prompt bound it: between them the cache grows by what the s
 where the pool has no room for them, it happens in place.
 """
 
-from collections.abc import Iterator
-
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.schedule import Start, compactions
 
@@ -47,34 +45,3 @@ def peak_tokens(
         behind, done = [cache.num_tokens for cache in each.after], each.position
     rest = num_tokens - done
     return [max(peak, held + rest) for peak, held in zip(peaks, behind, strict=True)]
-
-
-def longest_prompt_peak(
-    max_len: int,
-    config: CompressionConfig,
-    num_groups: int,
-    block_size: int,
-    codes_per_row: int | None = None,
-) -> list[int]:
-    """Most slots that any prompt of up to `max_len` tokens needs, for each layer group.
-
-    A request of such a prompt can always be served, whatever its setting's variants.
-    """
-    peaks = [0] * num_groups
-    for each in config.by_task.values() if config.tasks else (config,):
-        if not each.compresses_in_prompts:
-            return [max_len] * num_groups  # all of it, until its end
-        for length in _worst_prompts(max_len, each):
-            found = peak_tokens(length, length, each, num_groups, block_size, codes_per_row)
-            peaks = [max(pair) for pair in zip(peaks, found, strict=True)]
-    return peaks
-
-
-def _worst_prompts(max_len: int, config: CompressionConfig) -> Iterator[int]:
-    """Prompts one of which needs most: the longest, the one with the longest way to its end, and
-    the longest that is left alone."""
-    yield max_len
-    window, step = config.observation_window, config.prompt_interval
-    if max_len >= step + window:
-        yield max_len - (max_len - window + 1) % step
-    yield min(max_len, max(config.min_prompt_len - 1, 1))

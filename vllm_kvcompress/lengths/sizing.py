@@ -14,7 +14,8 @@ from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import ModelGeometry
-from vllm_kvcompress.lengths.peak import longest_prompt_peak, peak_tokens
+from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
+from vllm_kvcompress.lengths.peak import peak_tokens
 from vllm_kvcompress.lengths.schedule import compactions
 from vllm_kvcompress.plans import GroupCache
 
@@ -261,10 +262,9 @@ def longest_prompts(
     page = geometry.page_bytes(block_size, tensor_parallel_size)
     stock, pool = (max(memory // (page * n) - 1, 0) for n in (geometry.num_layers, width))
     most = geometry.max_positions or 2**20
-    codes = codes_per_row(geometry.head_dim * geometry.cache_bytes)
 
     def fits(length: int) -> bool:
-        peaks = longest_prompt_peak(length, config, len(tables), block_size, codes)
+        peaks = longest_prompt_peak(length, config, len(tables), block_size)
         return sum(n * -(-p // block_size) for n, p in zip(tables, peaks, strict=True)) <= pool
 
     low, high = 0, most + 1

@@ -74,7 +74,7 @@ class Books:
             self.planner, self.managers, group_map.layer_groups, self.pool, self.stats, lambda: None
         )
         books = {"planner": self.planner, "query_slots": slots, "sessions": sessions}
-        self.scheduler = scheduler_of(self.managers, **books)
+        self.scheduler = scheduler_of(self.managers, compactions=self.compactions, **books)
 
     def prefill(self, num_tokens: int) -> Any:
         """Allocate the prompt in every group; what the scheduler knows once it is scheduled."""

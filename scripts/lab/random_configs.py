@@ -57,7 +57,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 96,
         "tie_word_embeddings": True,
     },
-    # Full layers have larger heads, fewer of them for keys, and no projection of values of their own.
+    # Full layers have larger heads, fewer of them for keys, and no projection of their values.
     "gemma4": {
         **COMMON,
         "architectures": ["Gemma4ForCausalLM"],

@@ -49,8 +49,9 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
         other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma4"
-        (heads of its full layers differ in number and size), "gemma2" (with a soft cap), "gpt_oss" (learned sinks, YaRN, four experts), "exaone4" and "cohere2"
-        (whose full layers have no rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
+        (heads of its full layers differ in number and size), "gemma2" (with a soft cap), "gpt_oss"
+        (learned sinks, YaRN, four experts), "exaone4" and "cohere2" (whose full layers have no
+        rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
         only, latent attention of 512 + 64 numbers per token. "smollm3": SmolLM3, every other layer
         without rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all
         heads of queries and keys at once. vLLM has no model class for the last two.

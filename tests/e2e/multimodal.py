@@ -36,6 +36,7 @@ from transformers import (
 
 from lab.random_models import VOCAB_SIZE, write_random_model
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
+from vllm_kvcompress.evaluation.replay_states import rows_of, states_of
 
 PIXELS = 224  # height and width
 PATCH = 14
@@ -339,14 +340,15 @@ class MultimodalReplay(Replay):
         self._queries = {}
         output = self.model(tokens, **inputs, use_cache=True, logits_to_keep=1)
         queries, self._queries = self._queries, None
-        cache = output.past_key_values
+        rows = rows_of(output.past_key_values)
         ahead = getattr(self.model.model, "rope_deltas", None)
         return Seen(
             token_ids=token_ids,
             rotary=self.rotary,
             first_token=int(output.logits[0, -1].argmax()),
-            keys=[layer.keys[0] for layer in cache.layers],
-            values=[layer.values[0] for layer in cache.layers],
+            keys=[keys for keys, _ in rows],
+            values=[values for _, values in rows],
+            states=states_of(output.past_key_values),
             queries=queries,
             ahead=0 if ahead is None else int(ahead),
         )

@@ -182,3 +182,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
 }
+CONFIGS["olmo3"] = {
+    **CONFIGS["olmo2"],
+    "architectures": ["Olmo3ForCausalLM"],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "model_type": "olmo3",
+    "sliding_window": 96,
+}

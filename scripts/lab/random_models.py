@@ -51,10 +51,11 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma4"
         (heads of its full layers differ in number and size), "gemma2" (with a soft cap), "gpt_oss"
         (learned sinks, YaRN, four experts), "exaone4" and "cohere2" (whose full layers have no
-        rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
-        only, latent attention of 512 + 64 numbers per token. "smollm3": SmolLM3, every other layer
-        without rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all
-        heads of queries and keys at once. vLLM has no model class for the last two.
+        rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers only, latent attention of
+        512 + 64 numbers per token. "smollm3": SmolLM3, every other layer without rotary embedding.
+        "olmo2": OLMo 2, norms behind attention and MLP, and over all heads of queries and keys at
+        once. "olmo3": the same with windows in every other layer. vLLM has no model class for the
+        last three.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -143,7 +144,8 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         return (weight - is_added).astype(np.float32)
 
     kind = config["model_type"]
-    is_gemma, is_olmo, is_fourth = kind.startswith("gemma"), kind == "olmo2", kind == "gemma4_text"
+    is_olmo = kind in ("olmo2", "olmo3")
+    is_gemma, is_fourth = kind.startswith("gemma"), kind == "gemma4_text"
     is_added = is_gemma and not is_fourth  # norms of Gemma until the third are added to one
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
@@ -162,7 +164,7 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         head_dim = _heads(config, index)[0]
-        if kind not in ("exaone4", "olmo2"):
+        if kind != "exaone4" and not is_olmo:
             put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
         for name, num_out, num_in in _latent(config) if is_latent else _plain(config, index):
             put(linear, f"{layer}.self_attn.{name}", num_out, num_in)

@@ -42,6 +42,12 @@ FAMILIES = (
         given=model("Olmo2ForCausalLM", "olmo2"),
     ),
     works(
+        "the same with windowed layers: OLMo 3",
+        "the full layers are compacted, as in Gemma 3",
+        "tests/e2e/test_transformers_backend.py::test_olmo3_whose_other_layers_have_windows",
+        given=model("Olmo3ForCausalLM", "olmo3", sliding_window=96, layer_types=HALF_WINDOWED),
+    ),
+    works(
         "Layers without rotary embedding (NoPE): SmolLM3",
         "all policies but those that turn keys alike in all layers; expected attention turns "
         "queries where the layer does",

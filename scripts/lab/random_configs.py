@@ -57,6 +57,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 96,
         "tie_word_embeddings": True,
     },
+    # Full layers have larger heads, fewer of them for keys, and no projection of their values.
+    "gemma4": {
+        **COMMON,
+        "architectures": ["Gemma4ForCausalLM"],
+        "attention_k_eq_v": True,
+        "global_head_dim": 2 * HEAD_DIM,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "model_type": "gemma4_text",
+        "num_global_key_value_heads": 1,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 0,
+        "rope_parameters": {
+            "full_attention": {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000000.0,
+                "rope_type": "proportional",
+            },
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 96,
+        "tie_word_embeddings": True,
+        "vocab_size_per_layer_input": VOCAB_SIZE,
+    },
     "gemma2": {
         **COMMON,
         "architectures": ["Gemma2ForCausalLM"],
@@ -156,4 +181,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "pad_token_id": 0,
     },
+}
+CONFIGS["olmo3"] = {
+    **CONFIGS["olmo2"],
+    "architectures": ["Olmo3ForCausalLM"],
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "model_type": "olmo3",
+    "sliding_window": 96,
 }

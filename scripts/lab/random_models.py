@@ -48,12 +48,14 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
     name : str
         "llama": Llama, four query heads per KV head. "qwen3": Qwen3 with norms of queries and
         keys whose weights are not trivial, two query heads per KV head. "gemma3": Gemma 3, every
-        other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma2"
-        (with a soft cap), "gpt_oss" (learned sinks, YaRN, four experts), "exaone4" and "cohere2"
-        (whose full layers have no rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers
-        only, latent attention of 512 + 64 numbers per token. "smollm3": SmolLM3, every other layer
-        without rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all
-        heads of queries and keys at once. vLLM has no model class for the last two.
+        other layer with a window of 96 tokens, four query heads per KV head. Likewise "gemma4"
+        (heads of its full layers differ in number and size), "gemma2" (with a soft cap), "gpt_oss"
+        (learned sinks, YaRN, four experts), "exaone4" and "cohere2" (whose full layers have no
+        rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers only, latent attention of
+        512 + 64 numbers per token. "smollm3": SmolLM3, every other layer without rotary embedding.
+        "olmo2": OLMo 2, norms behind attention and MLP, and over all heads of queries and keys at
+        once. "olmo3": the same with windows in every other layer. vLLM has no model class for the
+        last three.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -139,10 +141,12 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
 
     def norm(name: str, size: int, mean: float = 1.0) -> np.ndarray:
         weight = mean * (1 + 0.3 * normal(name, size))
-        return (weight - is_gemma).astype(np.float32)  # Gemma's are added to one
+        return (weight - is_added).astype(np.float32)
 
     kind = config["model_type"]
-    is_gemma, is_olmo = kind.startswith("gemma"), kind == "olmo2"
+    is_olmo = kind in ("olmo2", "olmo3")
+    is_gemma, is_fourth = kind.startswith("gemma"), kind == "gemma4_text"
+    is_added = is_gemma and not is_fourth  # norms of Gemma until the third are added to one
 
     def embedding(name: str, num_tokens: int, size: int) -> np.ndarray:
         # Gemma enlarges embeddings by the root of their size, and they are its output layer, too:
@@ -159,22 +163,25 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     is_latent = "kv_lora_rank" in config
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
-        if kind not in ("exaone4", "olmo2"):
+        head_dim = _heads(config, index)[0]
+        if kind != "exaone4" and not is_olmo:
             put(norm, f"{layer}.input_layernorm", HIDDEN_SIZE)
-        for name, num_out, num_in in (_latent if is_latent else _plain)(config):
+        for name, num_out, num_in in _latent(config) if is_latent else _plain(config, index):
             put(linear, f"{layer}.self_attn.{name}", num_out, num_in)
         if is_latent:
             put(norm, f"{layer}.self_attn.q_a_layernorm", config["q_lora_rank"])
             put(norm, f"{layer}.self_attn.kv_a_layernorm", config["kv_lora_rank"])
-        put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * HEAD_DIM)
+        put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * head_dim)
         if is_gemma:
             put(norm, f"{layer}.pre_feedforward_layernorm", HIDDEN_SIZE)
         if is_gemma or kind == "exaone4":
             put(norm, f"{layer}.post_feedforward_layernorm", HIDDEN_SIZE)
-        if kind in ("gemma3_text", "qwen3", "exaone4"):
-            # The norms undo the gains of the projections and have to bring them themselves.
-            put(norm, f"{layer}.self_attn.q_norm", HEAD_DIM, _GAINS["q_proj"])
-            put(norm, f"{layer}.self_attn.k_norm", HEAD_DIM, _GAINS["k_proj"])
+        if kind in ("gemma3_text", "gemma4_text", "qwen3", "exaone4"):
+            # The norms undo the gains of the projections and have to bring them themselves; in
+            # Gemma 4 also what dividing by the root of the head's size does elsewhere.
+            scale = head_dim**-0.25 if is_fourth else 1.0
+            put(norm, f"{layer}.self_attn.q_norm", head_dim, scale * _GAINS["q_proj"])
+            put(norm, f"{layer}.self_attn.k_norm", head_dim, scale * _GAINS["k_proj"])
         if is_olmo:
             kv_size = config["num_key_value_heads"] * HEAD_DIM
             put(norm, f"{layer}.self_attn.q_norm", NUM_HEADS * HEAD_DIM, _GAINS["q_proj"])
@@ -197,14 +204,23 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def _plain(config: dict[str, Any]) -> list[tuple[str, int, int]]:
+def _heads(config: dict[str, Any], index: int) -> tuple[int, int]:
+    """Size and number of a layer's KV heads."""
+    if "global_head_dim" in config and config["layer_types"][index] == "full_attention":
+        return config["global_head_dim"], config["num_global_key_value_heads"]
+    return HEAD_DIM, config["num_key_value_heads"]
+
+
+def _plain(config: dict[str, Any], index: int) -> list[tuple[str, int, int]]:
     """Projections of queries, keys and values: name, numbers out, numbers in."""
-    kv_size = config["num_key_value_heads"] * HEAD_DIM
-    return [
-        ("q_proj", NUM_HEADS * HEAD_DIM, HIDDEN_SIZE),
-        ("k_proj", kv_size, HIDDEN_SIZE),
-        ("v_proj", kv_size, HIDDEN_SIZE),
+    head_dim, num_heads = _heads(config, index)
+    found = [
+        ("q_proj", NUM_HEADS * head_dim, HIDDEN_SIZE),
+        ("k_proj", num_heads * head_dim, HIDDEN_SIZE),
+        ("v_proj", num_heads * head_dim, HIDDEN_SIZE),
     ]
+    # In full layers of Gemma 4, keys before their norm are the values.
+    return found[:2] if head_dim != HEAD_DIM else found
 
 
 def _latent(config: dict[str, Any]) -> list[tuple[str, int, int]]:

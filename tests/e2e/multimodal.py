@@ -36,6 +36,7 @@ from transformers import (
 
 from lab.random_models import VOCAB_SIZE, write_random_model
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
+from vllm_kvcompress.evaluation.replay_states import rows_of, states_of
 
 PIXELS = 224  # height and width
 PATCH = 14
@@ -195,9 +196,40 @@ def write_qwen_vl(folder: Path, name: str) -> Tiny:
     return Tiny(str(folder), [start], image_id, [end], [image_id] * TOKENS, image_id)
 
 
+def write_mistral3(folder: Path) -> Tiny:
+    """Write a tiny Mistral 3: Pixtral's vision tower, layers that attend to everything.
+
+    Its processor needs torchvision. Rows of an image's tokens end with a token of text.
+    """
+    base, text = _text_part(folder, "llama")
+    words = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    image_id, newline, end = _ids_of(_write_tokenizer(folder, words), words)
+    text["model_type"] = "mistral"
+    vision = {**_VISION, "model_type": "pixtral"}
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=image_id, spatial_merge_size=2,
+        tie_word_embeddings=False, dtype="float32",
+    )  # fmt: skip
+    model = transformers.Mistral3ForConditionalGeneration(config)
+    _write(model, base, folder, "linear_2.weight", 4.0)
+    pixels = transformers.PixtralImageProcessor(size={"longest_edge": PIXELS}, patch_size=PATCH)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    processor = transformers.PixtralProcessor(
+        pixels, tokenizer, patch_size=PATCH, spatial_merge_size=2
+    )
+    processor.save_pretrained(folder)
+    count = PIXELS // PATCH // 2  # of rows, and of tokens in one
+    becomes = ([image_id] * count + [newline]) * count
+    return Tiny(str(folder), [], image_id, [], [*becomes[:-1], end], image_id)
+
+
 # --- parts --------------------------------------------------------------------------------
 
-_PUBLISHED = re.compile(r"^((?:model\.)?)vision_tower\.(?!vision_model)")
+# Not Pixtral's, whose names stayed.
+_PUBLISHED = re.compile(
+    r"^((?:model\.)?)vision_tower\.(?!vision_model|transformer|patch_conv|ln_pre)"
+)
+_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 _VISION = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": PIXELS, "patch_size": PATCH,
@@ -301,21 +333,22 @@ class MultimodalReplay(Replay):
         """Run a prompt with images; `prefill` is for text."""
         token_ids = prompt.expanded()
         made = self.processor(images=prompt.images, return_tensors="pt")
-        inputs = {key: made[key] for key in ("pixel_values", "image_grid_thw") if key in made}
+        inputs = {key: made[key] for key in _INPUTS if key in made}
         tokens = torch.tensor([token_ids])
         if "image_grid_thw" in inputs:  # for M-RoPE
             inputs["mm_token_type_ids"] = (tokens == prompt.model.seen).long()
         self._queries = {}
         output = self.model(tokens, **inputs, use_cache=True, logits_to_keep=1)
         queries, self._queries = self._queries, None
-        cache = output.past_key_values
+        rows = rows_of(output.past_key_values)
         ahead = getattr(self.model.model, "rope_deltas", None)
         return Seen(
             token_ids=token_ids,
             rotary=self.rotary,
             first_token=int(output.logits[0, -1].argmax()),
-            keys=[layer.keys[0] for layer in cache.layers],
-            values=[layer.values[0] for layer in cache.layers],
+            keys=[keys for keys, _ in rows],
+            values=[values for _, values in rows],
+            states=states_of(output.past_key_values),
             queries=queries,
             ahead=0 if ahead is None else int(ahead),
         )

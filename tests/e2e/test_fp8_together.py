@@ -16,6 +16,7 @@ from vllm.lora.request import LoRARequest
 from tests.e2e import adapters as lora
 from tests.e2e.conftest import assert_idle, opened, serving
 from tests.e2e.eight_bits import SCALES, EightBitReplay, give_scales, needs_eight_bits
+from tests.inside import preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.evaluation.replay import Prefilled
@@ -75,15 +76,19 @@ def served(
 
 def ask(served: Served, xargs: dict[str, Any] | None = None) -> list[list[int]]:
     """All prompts at once."""
-    engine, names = served.engine, []
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, extra_args=xargs, ignore_eos=True)
-    for each in served.asked:
-        names.append(f"asked-{len(engine.results)}")
-        engine.results[names[-1]] = Result()
-        tokens = {"prompt_token_ids": each.token_ids}
-        engine.engine.add_request(names[-1], tokens, params, lora_request=each.adapter)
+    engine, names = served.engine, [add(served, each, xargs) for each in served.asked]
     engine.drain()
     return [engine.results[name].token_ids for name in names]
+
+
+def add(served: Served, asked: Asked, xargs: dict[str, Any] | None = None) -> str:
+    """One request; its name."""
+    engine, name = served.engine, f"asked-{len(served.engine.results)}"
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, extra_args=xargs, ignore_eos=True)
+    engine.results[name] = Result()
+    tokens = {"prompt_token_ids": asked.token_ids}
+    engine.engine.add_request(name, tokens, params, lora_request=asked.adapter)
+    return name
 
 
 def expected(served: Served, setting: dict[str, Any] | None) -> list[list[int]]:
@@ -105,6 +110,20 @@ def test_tokens_are_those_of_transformers(served: Served, preset: str) -> None:
             if served.name == "ngram":
                 assert engine.num_steps - steps < NUM_TOKENS, "drafts are accepted"
     assert sum(compactions.values()) == before + 2 * len(served.asked)
+    assert_idle(engine)
+
+
+def test_preempted_and_compacted_again(served: Served) -> None:
+    engine, asked = served.engine, served.asked[0]
+    wanted = asked.replay.generate(asked.prefilled, parse_config(SETTING), NUM_TOKENS)
+    compactions = engine.scheduler.stats.compactions
+    before, name = sum(compactions.values()), add(served, asked)
+    while len(engine.results[name].token_ids) < 8:
+        engine.step()
+    preempt(engine, engine.live()[name])
+    engine.drain()
+    assert engine.results[name].token_ids == wanted
+    assert sum(compactions.values()) == before + 2
     assert_idle(engine)
 
 

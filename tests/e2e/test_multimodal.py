@@ -1,8 +1,8 @@
 """Models that see images: their image tokens are tokens, kept or evicted like all others.
 
-The reference is transformers over the same survivors, given the same images. vLLM's classes of
-Qwen-VL and Gemma 3 import torchvision, which installations for CPUs lack: their tests are skipped
-there.
+The reference is transformers over the same survivors, given the same images. Processors of
+Qwen-VL, Mistral 3 and Gemma 3 import torchvision, which installations for CPUs lack: their tests
+are skipped there.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from tests.e2e.multimodal import (
     Seen,
     Tiny,
     write_gemma3,
+    write_mistral3,
     write_paddleocr_vl,
     write_qwen_vl,
 )
@@ -189,14 +190,14 @@ def test_without_its_eyes(paddle: Tiny, replay: MultimodalReplay) -> None:
             engine.add("image", paddle.prompt(text, {PLACE: 0}).for_vllm(), 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-def test_qwen_vl(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral3"])
+def test_families_with_torchvision(tmp_path: Path, name: str) -> None:
     """With the n-gram drafter, whose drafts are verified over what is left."""
     pytest.importorskip("torchvision")
-    model = write_qwen_vl(tmp_path, name)
+    model = write_mistral3(tmp_path) if name == "mistral3" else write_qwen_vl(tmp_path, name)
     replay, config = MultimodalReplay(model, BLOCK), parse_config(TWO_GROUPS)
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-    limits = {"limit_mm_per_prompt": {"image": 1, "video": 0}}
+    limits = {"limit_mm_per_prompt": {"image": 1} | ({} if name == "mistral3" else {"video": 0})}
     with opened(model.folder, TWO_GROUPS, **ENGINE, **limits, speculative_config=drafts) as engine:
         prompt, text = model.prompt(words(300), {PLACE: 0}), words(300, seed=1)
         seen = replay.see(prompt)

@@ -17,6 +17,8 @@ from tests.e2e.conftest import assert_idle, opened, serving
 from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
@@ -186,3 +188,23 @@ def test_olmo2_with_two_layer_groups_and_a_codebook(tmp_path: Path, prompt: list
                 assert_idle(engine)
             expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
             assert engine.results[name].token_ids == expected != whole, name
+
+
+def test_olmo3_whose_other_layers_have_windows(tmp_path: Path, prompt: list[int]) -> None:
+    model = str(write_random_model(tmp_path, "olmo3"))
+    with opened(model, SETTING, **ENGINE) as engine:
+        replay = replay_beside(engine, model)
+        prefilled = replay.prefill(prompt)
+        whole = replay.generate(prefilled, None, NUM_TOKENS)
+        kinds = [type(each) for each in managers(engine)]
+        assert kinds == [HostGroup, CompressedAttentionManager]
+        for preset in ("snapkv", "keydiff", "h2o", "criticalkv"):
+            setting = {**SETTING, "preset": preset}
+            expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
+            with serving(engine, setting):
+                for run in ("cold", "warm"):
+                    engine.add(f"{preset}-{run}", prompt, NUM_TOKENS, ignore_eos=True)
+                    engine.drain()
+                    found = engine.results[f"{preset}-{run}"].token_ids
+                    assert found == expected != whole, (preset, run)
+        assert_idle(engine)

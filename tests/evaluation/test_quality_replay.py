@@ -127,6 +127,26 @@ def test_a_prompt_longer_than_the_model_is_refused(runner: ReplayRunner, monkeyp
         list(runner.measure(sample, "visible", VARIANTS))
 
 
+def test_a_prompt_larger_than_memory_is_one_sentence(runner: ReplayRunner, monkeypatch) -> None:
+    def host(token_ids: list[int]) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)  # the real error of torch
+
+    def device(token_ids: list[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    def other(token_ids: list[int]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    sample = sample_of(runner)
+    for fails in (host, device):
+        monkeypatch.setattr(runner.replay, "prefill", fails)
+        with pytest.raises(ConfigError, match=r"of \d+ tokens does not fit into the memory of cpu"):
+            list(runner.measure(sample, "visible", VARIANTS))
+    monkeypatch.setattr(runner.replay, "prefill", other)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(runner.measure(sample, "visible", VARIANTS))
+
+
 def test_batches_hold_everything_once_and_are_not_too_large() -> None:
     variants = [Variant(name, b) for name in "abcdefgh" for b in (0.5, 0.12)] + [Variant("none")]
     batches = list(_batches(variants, 8000))
@@ -205,5 +225,5 @@ def test_samples_that_fail_are_counted_and_the_report_is_written(
     options = ["--samples", "1", "--lengths", "700,9000", "--policies", "keydiff"]
     assert main(command(probe_model, tmp_path, *options)) == 0
     captured = capsys.readouterr()
-    assert "1 samples could not be measured" in captured.err
+    assert "1 sample could not be measured" in captured.err
     assert len(list(read_records(tmp_path))) == 3

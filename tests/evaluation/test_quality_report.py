@@ -16,7 +16,7 @@ from vllm_kvcompress.evaluation.quality.cells import (
     make_cells,
     make_overall,
 )
-from vllm_kvcompress.evaluation.quality.charts import TOP, XAxis, marker, swatch
+from vllm_kvcompress.evaluation.quality.charts import TOP, XAxis, heat_map, marker, swatch
 from vllm_kvcompress.evaluation.quality.page import (
     CSS,
     DARK_LINES,
@@ -261,6 +261,18 @@ def test_needle_maps_show_their_means(tmp_path: Path) -> None:
     spread = [record(sample=str(i), depth=i / 40, score=float(i < 4)) for i in range(41)]
     page = made(tmp_path / "many", spread)
     assert "90–100" in page.text and "97.5 %" not in page.text
+
+
+def test_labels_of_lengths_do_not_run_into_one_another() -> None:
+    for columns in (["1,500"], ["1,500", "2,000", "16,000"], ["4K", "8K"]):
+        svg = heat_map("i", "title", ["0 %"], columns, {(0, 0): 1.0})
+        (width,) = map(int, re.findall(r'^<svg class="heat" width="(\d+)"', svg))
+        middles = [float(x) for x in re.findall(r'class="tick m" x="([\d.]+)"', svg)]
+        halves = [7 * len(label) / 2 for label in columns]  # 7 px: a wide digit of 11 px
+        ends = [middle + half for middle, half in zip(middles, halves, strict=True)]
+        begins = [middle - half for middle, half in zip(middles, halves, strict=True)]
+        assert all(end < begin for end, begin in zip(ends, begins[1:], strict=False))
+        assert ends[-1] <= width
 
 
 def test_continuation_alone_has_no_headline(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ def test_missing_and_broken_files_are_one_sentence(tmp_path: Path) -> None:
         ({"sliding_window": 4096}, "sliding-window"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"num_kv_shared_layers": 18}, "share the KV cache of others"),
     ],
 )
 def test_what_the_server_refuses_is_refused(tmp_path: Path, change: dict, kind: str) -> None:

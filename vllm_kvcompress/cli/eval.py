@@ -94,7 +94,8 @@ def run_eval(args: argparse.Namespace) -> int:
         )
     if num_failures:
         where = args.out / "failures.jsonl"
-        complain("warning", f"{num_failures} samples could not be measured: see {where}.")
+        samples = "1 sample" if num_failures == 1 else f"{num_failures} samples"
+        complain("warning", f"{samples} could not be measured: see {where}.")
     if not any(args.out.glob("records.jsonl")):
         return 1
     say(f"{write_report(args.out)}")

@@ -353,8 +353,9 @@ class Replay:
         number = self.full_layers[place]
         attention = attention_of(self.layers[number])
         weight = output_weight(attention)
-        heads, width = self.text_config.num_key_value_heads, 2 * attention.head_dim
-        shape, dtype = (0, heads, self.block_size, width), self.model.dtype
+        # Of this layer: those of Gemma 4 have heads of their own, in number and in size.
+        heads = weight.shape[1] // attention.head_dim // attention.num_key_value_groups
+        shape, dtype = (0, heads, self.block_size, 2 * attention.head_dim), self.model.dtype
         no_blocks = torch.empty(shape, dtype=dtype, device=self.device)
         projection = weight.unflatten(1, (-1, attention.head_dim)).transpose(0, 1)
         return LayerCache(

@@ -1,7 +1,8 @@
 """What a model's cache depends on, read from its ``config.json``: no torch, no vLLM."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -199,6 +200,10 @@ def read_geometry(
     is_latent = text.get("kv_lora_rank") is not None
     if is_latent:
         _check_latent(text, folder, latent)
+    count, positions = config.whole_number("num_hidden_layers"), _positions(text)
+    types = _layer_types(count, config, positions)
+    config = replace(config, text={**text, **_own_heads(text, types)})
+    text = config.text
     num_heads = config.whole_number("num_attention_heads")
     if is_latent:
         head_dim = latent_width(
@@ -214,8 +219,6 @@ def read_geometry(
     kv_heads = 1 if is_latent else num_heads
     if not is_latent and text.get("num_key_value_heads") is not None:
         kv_heads = config.whole_number("num_key_value_heads")
-    count, positions = config.whole_number("num_hidden_layers"), _positions(text)
-    types = _layer_types(count, config, positions)
     num_full, num_windowed = types.count(FULL), types.count(WINDOWED)
     return ModelGeometry(
         num_layers=num_full,
@@ -229,6 +232,22 @@ def read_geometry(
         is_latent=is_latent,
         cache_dtype=_cache_dtype(cache_dtype, config.data),
     )
+
+
+def _own_heads(text: dict[str, Any], types: Sequence[str]) -> dict[str, Any]:
+    """Fields of the layers that attend to everything, where these have heads of their own.
+
+    Gemma 4: as published, and as transformers write it (layer by layer).
+    """
+    by_layer = text.get("per_layer_config")
+    if isinstance(by_layer, dict) and FULL in types:
+        number = types.index(FULL)
+        own = by_layer.get(str(number), by_layer.get(number))
+        return dict(own) if isinstance(own, dict) else {}
+    found = {"head_dim": text.get("global_head_dim")}
+    if text.get("attention_k_eq_v"):
+        found["num_key_value_heads"] = text.get("num_global_key_value_heads")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _positions(text: dict[str, Any]) -> int | None:
@@ -305,6 +324,7 @@ def _check_supported(data: dict[str, Any], text: dict[str, Any], folder: Path) -
     """Refuse what ``host.checks`` refuses at start-up, as far as config.json tells."""
     kinds = {
         "is an encoder-decoder model": data.get("is_encoder_decoder"),
+        "has layers that share the KV cache of others": text.get("num_kv_shared_layers"),
     }
     for kind, applies in kinds.items():
         if applies:

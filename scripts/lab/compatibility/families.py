@@ -42,6 +42,12 @@ FAMILIES = (
         given=model("Olmo2ForCausalLM", "olmo2"),
     ),
     works(
+        "the same with windowed layers: OLMo 3",
+        "the full layers are compacted, as in Gemma 3",
+        "tests/e2e/test_transformers_backend.py::test_olmo3_whose_other_layers_have_windows",
+        given=model("Olmo3ForCausalLM", "olmo3", sliding_window=96, layer_types=HALF_WINDOWED),
+    ),
+    works(
         "Layers without rotary embedding (NoPE): SmolLM3",
         "all policies but those that turn keys alike in all layers; expected attention turns "
         "queries where the layer does",
@@ -131,6 +137,19 @@ FAMILIES = (
         given=model("Gemma2ForCausalLM", "gemma2", sliding_window=96, attn_logit_softcapping=50.0),
     ),
     works(
+        "Heads of full layers that differ in number and size: Gemma 4 (26B, 31B), text",
+        "as Gemma 3, but policies that turn keys (its rotary embedding is scaled)",
+        "tests/e2e/test_windowed_models.py::test_policies",
+        given=model(
+            "Gemma4ForCausalLM",
+            "gemma4_text",
+            sliding_window=96,
+            layer_types=HALF_WINDOWED,
+            global_head_dim=64,
+            hidden_size_per_layer_input=0,
+        ),
+    ),
+    works(
         "Learned sinks: gpt-oss",
         "policies that turn no keys (its rotary embedding is scaled); a sink is no token",
         "tests/e2e/test_windowed_models.py::test_policies",
@@ -169,7 +188,7 @@ FAMILIES = (
         "Images, with M-RoPE: PaddleOCR-VL; Qwen2.5-VL and Qwen3-VL where torchvision is installed",
         "policies and settings that turn no keys; tokens of images are tokens",
         "tests/e2e/test_multimodal.py::TestWithSeveralPositions::test_compressed_with_a_cold_cache_and_a_warm_one",
-        "tests/e2e/test_multimodal.py::test_qwen_vl",
+        "tests/e2e/test_multimodal.py::test_families_with_torchvision",
         "tests/e2e/test_image_over_http.py::test_a_chat_with_an_image",
     ),
     works(
@@ -177,14 +196,20 @@ FAMILIES = (
         "as Gemma 3",
         "tests/e2e/test_multimodal.py::TestWithWindowedLayers::test_images",
     ),
-    untried("Images: Mistral 3, LLaVA, Gemma 4; videos", "no check refuses them"),
+    works(
+        "Images of Pixtral's tower: Mistral 3, where torchvision is installed",
+        "tokens of images and the ends of their rows are tokens; no policy is refused, SnapKV's "
+        "scores with two layer groups and n-gram drafts were run",
+        "tests/e2e/test_multimodal.py::test_families_with_torchvision",
+    ),
+    untried("Images: LLaVA, Gemma 4; videos", "no check refuses them"),
     refused(
         "ALiBi: BLOOM, MPT",
         "layer LAYER uses ALiBi, which needs every key at its own index: choose a model with RoPE",
         StandIn(layer={"alibi_slopes": [0.5]}),
     ),
     refused(
-        "Layers that share a cache: Gemma 3n",
+        "Layers that share a cache: Gemma 3n, Gemma 4 E2B and E4B",
         "layer LAYER shares the KV cache of another layer: choose a model without KV sharing",
         StandIn(layer={"kv_sharing_target_layer_name": "another"}),
     ),

@@ -28,6 +28,8 @@ LEFT, RIGHT, TOP, BOTTOM = 34, 12, 14, 40
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 HEAT_STEPS = 10
 CELL_WIDTH, CELL_HEIGHT = 29, 17
+LETTER_WIDTH = 7
+"""Of a digit in labels of 11 px, at most."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,9 @@ def heat_map(
         From (row, column) to a score of 0 to 1; absent where nothing was measured.
     """
     left, bottom = 38, 16
-    width, height = left + CELL_WIDTH * len(columns) + 1, CELL_HEIGHT * len(rows) + bottom
+    # As wide as the longest label, so that labels do not run into one another.
+    cell = max(CELL_WIDTH, LETTER_WIDTH * (max(map(len, columns), default=0) + 1))
+    width, height = left + cell * len(columns) + 1, CELL_HEIGHT * len(rows) + bottom
     said = f"Rows are depths, columns are lengths. {_worst(rows, columns, means)}"
     parts = [
         f'<svg class="heat" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -266,20 +270,20 @@ def heat_map(
         y = CELL_HEIGHT * row + CELL_HEIGHT / 2
         parts.append(f'<text class="tick" x="{left - 4}" y="{y}" dy=".34em">{escape(label)}</text>')
         for column in range(len(columns)):
-            place = left + CELL_WIDTH * column, CELL_HEIGHT * row
-            parts.append(_heat_cell(*place, means.get((row, column))))
+            place = left + cell * column, CELL_HEIGHT * row
+            parts.append(_heat_cell(*place, cell, means.get((row, column))))
     for column, label in enumerate(columns):
-        x = left + CELL_WIDTH * (column + 0.5)
+        x = left + cell * (column + 0.5)
         parts.append(f'<text class="tick m" x="{x}" y="{height - 4}">{escape(label)}</text>')
     return "".join([*parts, "</svg>"])
 
 
-def _heat_cell(x: int, y: int, mean: float | None) -> str:
-    size = f'width="{CELL_WIDTH - 1}" height="{CELL_HEIGHT - 1}"'
+def _heat_cell(x: int, y: int, width: int, mean: float | None) -> str:
+    size = f'width="{width - 1}" height="{CELL_HEIGHT - 1}"'
     if mean is None:
         return f'<rect class="nothing" x="{x + 0.5}" y="{y + 0.5}" {size}/>'
     step = round((1 - mean) * HEAT_STEPS)
-    middle = f'x="{x + CELL_WIDTH / 2}" y="{y + CELL_HEIGHT / 2}" dy=".34em"'
+    middle = f'x="{x + width / 2}" y="{y + CELL_HEIGHT / 2}" dy=".34em"'
     return (
         f'<rect class="h{step}" x="{x + 0.5}" y="{y + 0.5}" {size}/>'
         f'<text class="n{step}" {middle}>{mean * 100:.0f}</text>'

@@ -64,7 +64,7 @@ td.left{text-align:left}
  gap:.2rem 1rem;font-size:.9rem;margin:.5rem 0 1rem}
 .about dt{color:var(--soft)}
 .about dd{margin:0}
-pre{overflow-x:auto;background:var(--panel);border:1px solid var(--rule);border-radius:6px;
+pre{white-space:pre-wrap;background:var(--panel);border:1px solid var(--rule);border-radius:6px;
  padding:.6rem .8rem;font-size:.85rem}
 code{font-size:.92em}
 details{margin:.4rem 0}

@@ -10,6 +10,7 @@ import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.classifier import TaskClassifier, head_and_tail
+from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.inspection import load_replay
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
 from vllm_kvcompress.evaluation.quality.prompts import Prompt, Prompter
@@ -102,9 +103,23 @@ class ReplayRunner:
         Raises
         ------
         ConfigError
-            If the prompt is longer than the model.
+            If the prompt is longer than the model, or more than memory holds.
         """
         prompt = self.prompter.of(sample, self.longest)
+        try:
+            yield from self._measure(sample, protocol, variants, prompt)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"the prompt of {len(prompt.token_ids)} tokens does not fit into the memory of "
+                f"{self.replay.device}: choose shorter prompts, a smaller model or another "
+                "--device."
+            ) from None
+
+    def _measure(
+        self, sample: Sample, protocol: str, variants: Sequence[Variant], prompt: Prompt
+    ) -> Iterator[Record]:
         compressed = prompt.token_ids if protocol == "visible" else prompt.context
         task = self._task(compressed, variants)
         asked = _Asked(sample, protocol, prompt, self.replay.prefill(compressed), task)
@@ -208,6 +223,12 @@ class ReplayRunner:
             nll=result.nll,
             kl=result.kl,
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of a GPU or, by torch's words for it, of the host has run out."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _batches(variants: Sequence[Variant], length: int) -> Iterator[list[Variant]]:

@@ -182,6 +182,8 @@ class TrackedRequest:
             # No mark lies between what is computed and the next trigger, and no query that is read
             # before that trigger's window.
             return num_computed < self.next_at and num_computed <= self.next_at - self.query_window
+        if phase is Phase.DONE:
+            return not self.view.is_alone  # else another view may follow
         return phase is Phase.SKIPPED or phase is Phase.RESTING
 
     def stop_behind(self, position: int) -> int | None:

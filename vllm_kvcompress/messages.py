@@ -75,13 +75,25 @@ class StepPlan:
     views_given_up: tuple[str, ...] = ()
 
     def attach(self, scheduler_output: Any) -> None:
-        """Send it with vLLM's ``SchedulerOutput``."""
-        setattr(scheduler_output, _ATTRIBUTE, self)
+        """Send it with vLLM's ``SchedulerOutput``, if there is anything in it."""
+        if not self.is_empty:
+            setattr(scheduler_output, _ATTRIBUTE, self)
 
     @classmethod
     def of(cls, scheduler_output: Any) -> "StepPlan":
         """What came with a ``SchedulerOutput``; an empty one for vLLM's own dummy steps."""
         return getattr(scheduler_output, _ATTRIBUTE, None) or cls()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the workers need not hear of it: it is as if none had come."""
+        return not (
+            self.setups
+            or self.plans
+            or self.query_slots
+            or self.views_given_up
+            or self.num_draft_steps
+        )
 
 
 @dataclass(frozen=True)
@@ -108,12 +120,17 @@ class StepReport:
     @classmethod
     def of(cls, model_runner_output: Any) -> "StepReport":
         """What came with a ``ModelRunnerOutput``; an empty one where nothing was measured."""
-        return getattr(model_runner_output, _ATTRIBUTE, None) or cls()
+        return getattr(model_runner_output, _ATTRIBUTE, None) or _NO_REPORT
 
     def count_into(self, stats: CompressionStats) -> None:
         """Add it to the scheduler's counts."""
-        stats.seconds += self.seconds
-        stats.record_codebooks(self.codebooks)
+        if self.seconds:
+            stats.seconds += self.seconds
+        if self.codebooks:
+            stats.record_codebooks(self.codebooks)
+
+
+_NO_REPORT = StepReport()
 
 
 def post_counts(scheduler_stats: Any, stats: CompressionStats) -> None:

@@ -6,7 +6,8 @@ scheduler statistics to the API server, where prometheus.py adds it to the serve
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 CODEBOOK_MEASURES = ("vectors", "entries", "forced", "forced_distance")
@@ -190,9 +191,10 @@ class CompressionStats:
 
     def snapshot(self) -> dict[str, Any] | None:
         """What was counted, as plain data; None if nothing was."""
+        # Asked in every step: what has counted nothing is not copied.
         counted = {
-            name: list(value) if isinstance(value, deque) else value
-            for name, value in asdict(self).items()
+            name: list(value) if isinstance(value, deque) else deepcopy(value)
+            for name, value in vars(self).items()
             if value
         }
         return counted or None

@@ -46,6 +46,7 @@ from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.provenance import provenance, public_words
 
 NUM_LAYERS, NUM_REQUESTS, PROMPT_LEN, NUM_TOKENS, BLOCK = 32, 16, 256, 48, 32
+MAX_POSITIONS = 2048
 CASES: dict[str, int | None] = {
     "stock": None, "nothing evicted": 0, "1 group": 1, "4 groups": 4, "32 groups": 32
 }  # fmt: skip
@@ -75,22 +76,22 @@ class Measured:
     num_builds: int = 0
 
 
-def make_model(folder: Path) -> str:
-    """A Llama of 32 small layers; its weights are random ("dummy")."""
+def make_model(folder: Path, num_layers: int = NUM_LAYERS) -> str:
+    """A Llama of small layers; its weights are random ("dummy")."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 64,
-        "num_hidden_layers": NUM_LAYERS,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": MAX_POSITIONS,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": True,

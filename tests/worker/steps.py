@@ -47,6 +47,7 @@ def forward(model: StandIn, rows: list[tuple[int, int, int]]) -> None:
     for source in (model.window, model.prompt, model.ring):
         source.begin_batch(found)
     model.lengths.begin_batch(found)
+    model.lengths.group_seq_lens(found)  # as the metadata of full graphs needs it
     runner._physical_slots(
         positions=found.positions, query_start_loc=found.query_start_loc,
         idx_mapping=found.idx_mapping, evicted=model.lengths.evicted.gpu,

@@ -34,6 +34,7 @@ from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan, StepReport, post_counts
 from vllm_kvcompress.metrics import CompressionStats
+from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.spec import GroupMap
 
 logger = init_logger(f"vllm.{__name__}")
@@ -124,28 +125,18 @@ class CompressionMixin(Scheduler):
         self.reuse.prefixes.publish()
         for name in self.compactions.take_starved():
             self._start_over(name)
-        self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
+        if self.query_slots.owned:
+            self.query_slots.release_idle(lambda name: self.requests[name].num_computed_tokens)
         if self.pressure is not None:
             self.pressure.update(self.running, num_unverified)
         output = super().schedule(throttle_prefills)
         # Before any of them can be compacted, which changes what its workers must know.
-        setups = self.planner.setups_of(new.req_id for new in output.scheduled_new_reqs)
+        setups = self.planner.setups_of([new.req_id for new in output.scheduled_new_reqs])
         for new in output.scheduled_new_reqs:
             self.reuse.note_started(self.requests[new.req_id])
-        self.query_slots.provide(
-            (name, (end := self.requests[name].num_computed_tokens) - count, end)
-            for name, count in output.num_scheduled_tokens.items()
-        )
-        ahead = output.scheduled_spec_decode_tokens
-        due = [
-            self.requests[name]
-            for name in output.num_scheduled_tokens
-            if self._is_due(name, len(ahead.get(name, ())))
-        ]
-        plans = self.compactions.plan(due)
         StepPlan(
             setups=setups,
-            plans=plans,
+            plans=self._plan(output),
             query_slots=self.query_slots.take_changes(),
             views_given_up=self.compactions.take_given_up(),
         ).attach(output)
@@ -160,11 +151,32 @@ class CompressionMixin(Scheduler):
             # It may run again in this step, as if it had not been in the last one.
             self.prev_step_scheduled_req_ids.discard(request_id)
 
-    def _is_due(self, request_id: str, num_ahead: int) -> bool:
-        request = self.requests[request_id]
+    def _plan(self, output: SchedulerOutput) -> list[CompactionPlan]:
+        """Hand out slots of the ring, and plan what is due; in most steps that is nothing."""
+        requests, tracked_of = self.requests, self.planner.requests
+        near: list[Request] = []
+        for name in output.num_scheduled_tokens:
+            tracked = tracked_of.get(name)
+            if tracked is not None:
+                request = requests[name]
+                if not tracked.is_undisturbed(request.num_computed_tokens):
+                    near.append(request)
+        if not near:
+            return []
+        counts, ahead = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
+        self.query_slots.provide(
+            (each.request_id, (end := each.num_computed_tokens) - counts[each.request_id], end)
+            for each in near
+        )
+        return self.compactions.plan(
+            [each for each in near if self._is_due(each, len(ahead.get(each.request_id, ())))]
+        )
+
+    def _is_due(self, request: Request, num_ahead: int) -> bool:
         # The step's own output is among the placeholders by now, with what it verifies.
         unverified = num_ahead + num_unverified(request, 1 + num_ahead)
-        return self.planner.note_progress(request_id, request.num_computed_tokens - unverified)
+        num_certain = request.num_computed_tokens - unverified
+        return self.planner.note_progress(request.request_id, num_certain)
 
     # --- host overrides -------------------------------------------------------------------
 
@@ -209,6 +221,9 @@ class CompressionMixin(Scheduler):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         clipped = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+        tracked = self.planner.requests.get(request.request_id)
+        if tracked is None or tracked.is_undisturbed(num_computed_tokens + clipped):
+            return clipped
         is_padded = num_computed_tokens + num_new_tokens > request.num_tokens
         # Where the host has padded one last token of a request that waits with others that will all
         # be rejected, it relies on getting all of them: they keep the step's rows alike.
@@ -259,6 +274,8 @@ class CompressionMixin(Scheduler):
         """Take the worker's measurements along, and answer requests that never can be served."""
         StepReport.of(model_runner_output).count_into(self.stats)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self._too_long:
+            return outputs
         too_long, self._too_long = self._too_long, []
         for request in self.finish_requests(too_long, RequestStatus.FINISHED_ERROR):
             reason = request.get_finished_reason()

@@ -176,6 +176,20 @@ class TrackedRequest:
         """Whether the next or current compaction is triggered by generated tokens."""
         return self.next_at > self.prompt_len
 
+    def is_undisturbed(self, num_computed: int) -> bool:
+        """Whether up to so many tokens no step ends early for it, and nothing is due or recorded.
+
+        Asked for every request in every step, so it says no where it would have to look closer.
+        """
+        phase = self.phase
+        if phase is Phase.ARMED:
+            # No mark lies between what is computed and the next trigger, and no query that is read
+            # before that trigger's window.
+            return num_computed < self.next_at and num_computed <= self.next_at - self.query_window
+        if phase is Phase.DONE:
+            return not self.view.is_alone  # else another view may follow
+        return phase is Phase.SKIPPED or phase is Phase.RESTING
+
     def stop_behind(self, position: int) -> int | None:
         """The next length behind `position` at which a step must end; None if there is none.
 

@@ -143,6 +143,11 @@ class Families:
         rest = tuple(each for each in others if each not in alike)
         return cls(first, alike, rest, layers, whole)
 
+    @property
+    def is_one(self) -> bool:
+        """Whether there is one group, and it may be compacted."""
+        return self.first is not None and not (self.alike or self.rest or self.whole)
+
     def part(self, attn_groups: Sequence[Sequence[Any]], chosen: Chosen) -> list[Any]:
         """`attn_groups`, always the same, with the layers of some groups alone."""
         found = self._parts.get(chosen)

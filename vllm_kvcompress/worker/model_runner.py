@@ -206,17 +206,17 @@ class CompressionRunnerMixin(GPUModelRunner):
         batch_state, uniform_token_count = super().gather_batch_req_state(
             scheduler_output, dummy_run
         )
-        if batch_state is not None and (
-            self._captures_queries(batch_state)
-            or any(feature.blocks_full_graph(batch_state) for feature in self.features)
-        ):
+        if batch_state is not None and self._needs_python(batch_state):
             batch_state = batch_state._replace(decode_graph_eligible=False)
             uniform_token_count = None
         return batch_state, uniform_token_count
 
+    def _needs_python(self, batch_state: Any) -> bool:
+        if self.model_state.awaits_queries and self._captures_queries(batch_state):
+            return True
+        return any(feature.blocks_full_graph(batch_state) for feature in self.features)
+
     def _captures_queries(self, batch_state: Any) -> bool:
-        if not self.model_state.awaits_queries:
-            return False
         computed = self.req_states.num_computed_tokens_np[batch_state.idx_mapping_np]
         return any(
             self.model_state.captures_queries(request_id, int(start), int(count))
@@ -313,12 +313,12 @@ class CompressionRunnerMixin(GPUModelRunner):
         # With asynchronous scheduling the step's output is inside of what is returned.
         carrier = getattr(output, "model_runner_output", output)
         if carrier is not None:
-            measured: dict[str, Any] = {}
+            seconds, measured = self._timer.take(), dict[str, Any]()
             for feature in self.features:
-                measured |= feature.report()
-            report = StepReport(seconds=tuple(self._timer.take()), **measured)
-            if self.is_last_pp_rank:  # else nobody reads it, and vLLM may return one object for all
-                report.attach(carrier)
+                measured.update(feature.report())
+            # Nobody reads other stages', and vLLM may return one object for all.
+            if (seconds or measured) and self.is_last_pp_rank:
+                StepReport(seconds=tuple(seconds), **measured).attach(carrier)
         return output
 
 

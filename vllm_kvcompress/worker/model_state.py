@@ -155,8 +155,9 @@ class CompressionStateMixin(DefaultModelState):
     def begin_batch(self, input_batch: InputBatch) -> bool:
         """Prepare lengths and query capture of a real batch; True if a request is compacted."""
         assert self.lengths is not None
-        self.window.begin_batch(input_batch)
-        self.prompt_queries.begin_batch(input_batch)
+        if self.awaits_queries:
+            self.window.begin_batch(input_batch)
+            self.prompt_queries.begin_batch(input_batch)
         while self.query_slots:
             request_id, slot = self.query_slots.popitem()
             if request_id in self._rows:  # else it is gone since
@@ -189,6 +190,12 @@ class CompressionStateMixin(DefaultModelState):
     ) -> dict[str, Any]:
         """Build attention metadata of every KV cache group with the group's own lengths."""
         groups = self._families_of(attn_groups)
+        if groups.is_one:
+            seen = self._seen_by_one(groups, input_batch, cudagraph_mode)
+            return super().prepare_attn(
+                seen, cudagraph_mode, block_tables, slot_mappings, attn_groups, kv_cache_config,
+                for_capture, *args, **kwargs,
+            )  # fmt: skip
 
         def build(chosen: Chosen, batch: InputBatch) -> dict[str, Any]:
             only = groups.part(attn_groups, chosen)
@@ -202,6 +209,16 @@ class CompressionStateMixin(DefaultModelState):
         # As in stock vLLM, all at once: what a host's state prepares for its recurrent layers is
         # prepared here, once a step.
         return metadata | (build(groups.whole, input_batch) if groups.whole else {})
+
+    def _seen_by_one(
+        self, groups: Families, batch: InputBatch, cudagraph_mode: CUDAGraphMode
+    ) -> InputBatch:
+        """The batch itself where nothing is evicted and no full graph replays our addresses."""
+        assert self.lengths is not None and groups.first is not None
+        if cudagraph_mode != CUDAGraphMode.FULL and self.lengths.is_whole(batch):
+            return batch
+        seq_lens = self.lengths.group_seq_lens(batch)
+        return self._seen_by(groups.first, batch, seq_lens, self._still_at_images(batch))
 
     def _of_own(
         self, groups: Families, input_batch: InputBatch, build: Build, tables: tuple | None
@@ -247,7 +264,7 @@ class CompressionStateMixin(DefaultModelState):
         """A batch whose requests are as long as `group` has them, by `group_seq_lens`."""
         assert self.lengths is not None
         seen = object.__new__(type(batch))  # copy.copy takes as long as a build
-        seen.__dict__.update(batch.__dict__)
+        seen.__dict__ = batch.__dict__.copy()
         seen.req_ids = req_ids
         seen.seq_lens = seq_lens[group, : batch.seq_lens.shape[0]]
         seen.seq_lens_cpu_upper_bound = self.lengths.group_upper_bound(batch, group)

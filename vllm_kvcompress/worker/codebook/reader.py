@@ -86,6 +86,8 @@ class CodebookReader:
 
         `query` is [T, H, D] after RoPE; keys and values of the T tokens are in the cache.
         """
+        if not self.state.rows:  # nearly always, in every layer
+            return
         layer = self.layers[layer_name]
         rows = self.state.rows.get(layer.group)
         if rows is not None:

@@ -37,22 +37,25 @@ class RequestBooks:
         self._sizes = UvaBackedTensor((3, num_groups, max_num_reqs), dtype=torch.int32)
         self.device = device
         self.rows: dict[int, CodedRows] = {}
+        self._coded: set[int] = set()  # request rows that have a codebook
         self._dirty = False
 
     def reset_row(self, req_index: int) -> None:
         """A row starts over, without a codebook."""
-        if self._sizes.np[:, :, req_index].any():
+        if req_index in self._coded:
+            self._coded.discard(req_index)
             self._sizes.np[:, :, req_index] = 0
             self._dirty = True
 
     def set_book(self, group: int, req_index: int, book: BookLengths) -> None:
         """A row's blocks begin with this codebook from now on."""
         self._sizes.np[:, group, req_index] = book.num_tokens, book.num_entries, book.num_slots
+        self._coded.add(req_index)
         self._dirty = True
 
     def has_book(self, idx_mapping_np: np.ndarray) -> bool:
         """Whether a request of the batch has a codebook in any group."""
-        return bool(self._sizes.np[0][:, idx_mapping_np].any())
+        return bool(self._coded) and bool(self._sizes.np[0][:, idx_mapping_np].any())
 
     def begin_batch(
         self,
@@ -78,6 +81,8 @@ class RequestBooks:
             self._sizes.copy_to_uva()
             self._dirty = False
         self.rows = {}
+        if not self._coded:
+            return
         requests_np = input_batch.idx_mapping_np[: input_batch.num_reqs]
         is_coded = self._sizes.np[0][:, requests_np] > 0  # [G, requests]
         coded = np.flatnonzero(is_coded.any(axis=0))
@@ -119,4 +124,5 @@ class RequestBooks:
 
     def end_batch(self) -> None:
         """The step is over; what runs between steps reads no codebooks."""
-        self.rows = {}
+        if self.rows:
+            self.rows = {}

@@ -1,7 +1,6 @@
 """Times the compactions of a step without waiting for the device."""
 
 import time
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class CompactionTimer:
         event.record()
         return event
 
-    def take(self) -> Iterable[float]:
+    def take(self) -> list[float]:
         """Seconds of the compactions that are known to have finished since the last call."""
         while self._running and self._running[0][1].query():
             start, end = self._running.pop(0)

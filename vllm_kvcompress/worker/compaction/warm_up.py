@@ -83,6 +83,7 @@ def warm_up_steps(
         seq_lens=one.int(), idx_mapping=-one, idx_mapping_np=np.array([-1]),
     )  # fmt: skip
     lengths.begin_batch(batch)
+    lengths.group_seq_lens(batch)
     ring.assign(-1, 0)  # a row must record, or nothing is launched
     ring.begin_batch(batch)
     ring.end_batch()

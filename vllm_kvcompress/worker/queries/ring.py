@@ -37,6 +37,7 @@ class QueryRing:
         self.shape = shape
         self._slot_of_row = np.full(max_num_reqs, -1, dtype=np.int32)
         self._slot_of_row_gpu = torch.full((max_num_reqs,), -1, dtype=torch.int32, device=device)
+        self._recorded: set[int] = set()  # rows that have a slot
         self._is_dirty = False
         self._places = torch.full((max_num_tokens,), -1, device=device)
         self._is_recording = False
@@ -73,6 +74,10 @@ class QueryRing:
         """Record a row's queries in a slot from the next batch on; -1: in none."""
         if self._slot_of_row[req_index] != slot:
             self._slot_of_row[req_index] = slot
+            if slot < 0:
+                self._recorded.discard(req_index)
+            else:
+                self._recorded.add(req_index)
             self._is_dirty = True
 
     def begin_batch(self, input_batch: "InputBatch") -> None:
@@ -80,7 +85,9 @@ class QueryRing:
         if self._is_dirty:
             overwrite(self._slot_of_row_gpu, self._slot_of_row)
             self._is_dirty = False
-        if self._layers and (self._slot_of_row[input_batch.idx_mapping_np] >= 0).any():
+        if not self._layers or not self._recorded:
+            return
+        if (self._slot_of_row[input_batch.idx_mapping_np] >= 0).any():
             self._find_places(
                 positions=input_batch.positions[: input_batch.num_tokens],
                 query_start_loc=input_batch.query_start_loc,

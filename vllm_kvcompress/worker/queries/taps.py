@@ -75,11 +75,11 @@ class QueryTaps:
         layer.forward_impl = watched
 
     def _show(self, layer_name: str, layer: Any, query: torch.Tensor) -> None:
-        active = [] if self._is_muted else [each for each in self.recorders if each.is_active]
-        if active:
-            query = self._unquantised(layer, query)
-        for recorder in active:
-            recorder.record(layer_name, query)
+        if self._is_muted:
+            return
+        for recorder in self.recorders:
+            if recorder.is_active:
+                recorder.record(layer_name, self._unquantised(layer, query))
 
     def _unquantised(self, layer: Any, query: torch.Tensor) -> torch.Tensor:
         """Queries in the model's type; every 8-bit float is a bfloat16 and a float16."""

@@ -105,7 +105,7 @@ def test_marks_inside_the_rest_of_the_prompt() -> None:
     start = tracked.start
     assert peak_tokens(900, 450, planner.config, 1, BLOCK, start=start) == [230]
     planner, _ = armed(900, trigger="prompt", prompt_interval=200)
-    planner.continue_from("r", held(80, 300), 485)
+    continued(planner, 485)
     assert planner.requests["r"].marks == (700, 900), "the window before 500 is not all computed"
     assert planner.most_held(0, "r", 900) == 480
 

@@ -69,6 +69,14 @@ FEATURES = (
         "tests/host/test_session_checks.py::test_settings_that_cannot_be_continued",
     ),
     works(
+        "Requests that share blocks, compacted at their marks (`shared_blocks: always`)",
+        "same tokens alone and in a crowd; beside windowed layers in vLLM's scheduler only; not "
+        "with trigger `pressure`, nor in draft mode",
+        "tests/e2e/test_shared_blocks.py::test_tokens_do_not_depend_on_who_shares_the_blocks",
+        "tests/core/test_shared_blocks.py::test_beside_windowed_layers",
+        "tests/config/test_shared_blocks.py::test_settings_that_do_not_go_with_it",
+    ),
+    works(
         "Many questions about one text (`kv_shared_prefix`)",
         "compressed once, read by all, layer groups included; refused (HTTP 400) where chats have "
         "no next turns, and with policies that read queries",

@@ -118,9 +118,8 @@ class StepReport:
 
     def count_into(self, stats: CompressionStats) -> None:
         """Add it to the scheduler's counts."""
-        if self.seconds:
+        if self is not _NO_REPORT:
             stats.seconds += self.seconds
-        if self.codebooks:
             stats.record_codebooks(self.codebooks)
 
 

@@ -87,13 +87,7 @@ class StepPlan:
     @property
     def is_empty(self) -> bool:
         """Whether the workers need not hear of it: it is as if none had come."""
-        return not (
-            self.setups
-            or self.plans
-            or self.query_slots
-            or self.views_given_up
-            or self.num_draft_steps
-        )
+        return not any(vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -124,9 +118,8 @@ class StepReport:
 
     def count_into(self, stats: CompressionStats) -> None:
         """Add it to the scheduler's counts."""
-        if self.seconds:
+        if self is not _NO_REPORT:
             stats.seconds += self.seconds
-        if self.codebooks:
             stats.record_codebooks(self.codebooks)
 
 

@@ -38,7 +38,7 @@ check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
 check pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
 # The scheduler's side once more over the Python files of that vLLM, which need no compiled parts.
 if [ "$workers" -gt 0 ] && [ "$#" -eq 0 ] && [ -n "${KVCOMPRESS_VLLM_SOURCES:-}" ]; then
-    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest tests/core
+    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest --numprocesses "$workers" --dist loadfile tests/core
 fi
 
 echo

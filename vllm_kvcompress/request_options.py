@@ -12,6 +12,7 @@ from vllm_kvcompress.config.reading import NONE, parse_config, preset_names
 from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.lengths.decode_queries import decode_window
+from vllm_kvcompress.lengths.shared import setting_of_prefix
 from vllm_kvcompress.plans import RequestOptions
 from vllm_kvcompress.reuse_checks import check_session, check_shared_prefix
 
@@ -203,14 +204,14 @@ def resolve_request(
         config = config.by_task[task]
     update: dict[str, Any] = {}
     config = _in_mode_of(server, config)
+    if options.shared_prefix is not None:
+        config = setting_of_prefix(config)
     if options.draft_tokens is not None:
         update["draft"] = server.draft.model_copy(update={"tokens": options.draft_tokens})
     if options.budget_ratio is not None:
         update["budget"] = BudgetConfig(ratio=options.budget_ratio, floor=config.budget.floor)
     if options.budget_tokens is not None:
         update["budget"] = BudgetConfig(tokens=options.budget_tokens, floor=config.budget.floor)
-    if options.shared_prefix is not None:
-        update["trigger"] = "prompt" if config.compresses_in_prompts else "end_of_prompt"
     if options.pins:
         update["pinned"] = (*config.pinned, *(list(pin) for pin in options.pins))
     return config.model_copy(update=update) if update else config

@@ -221,6 +221,25 @@ def test_what_is_read_does_not_give_way_and_what_is_not_does(probe_model: str) -
     assert loop.stats.shared_prefixes_given_back == {"room": 1}
 
 
+def test_a_reader_without_room_waits_and_holds_nothing(loop: Watched) -> None:
+    loop.ask("first", question(0), 5, SHARED)
+    kept = shared_blocks(loop)
+    loop.add("runs", prompt(100, 40), 40, {"kv_compression": "none"})
+    loop.step()
+    taken = loop.pool.get_new_blocks(loop.pool.get_num_free_blocks() - 12)
+    loop.usable -= len(taken)
+    reader = loop.add("reader", question(1, 120), 5, SHARED)  # 9 blocks more in each group
+    before = loop.scheduler.planner.requests["reader"]
+    for _ in range(3):
+        loop.step()
+        assert reader.status is RequestStatus.WAITING and shared_blocks(loop) == kept
+        assert loop.scheduler.planner.requests["reader"] is before and before.start is None
+    loop.pool.free_blocks(taken)
+    loop.usable += len(taken)
+    loop.run()
+    assert loop.hits["reader"] == WHOLE and shared_blocks(loop) == kept
+
+
 def test_the_longest_unused_goes_first_once_nobody_reads_it(probe_model: str) -> None:
     setting = {**UNEVEN, "layer_budget": {}, "sessions": {"max_blocks_ratio": 0.08}}
     loop = made(probe_model, setting=setting)  # 15 blocks: two prefixes of 2 groups of 3 blocks

@@ -36,6 +36,14 @@ def test_a_text_that_is_too_short_stays_whole() -> None:
     assert found == SharedCapacity(160, 10, 10, 9, 9)
 
 
+def test_requests_may_be_the_text_alone() -> None:
+    """Each has one block at least, for the answer's first token."""
+    config = parse_config("shared_prefix")
+    assert config is not None
+    found = shared_capacity(GEOMETRY, config, 131 * BLOCK_BYTES, 1600, 1600)
+    assert found == SharedCapacity(1600, 100, 25, 30, 105)
+
+
 def test_layer_groups_share_the_pool() -> None:
     config = parse_config({"preset": "shared_prefix", "layer_groups": {"count": 2}})
     assert config is not None

@@ -28,6 +28,12 @@ class SharedCapacity:
     compressed: int
 
 
+def setting_of_prefix(config: CompressionConfig) -> CompressionConfig:
+    """A setting for a text that others begin with: nothing is compressed behind its end."""
+    trigger = "prompt" if config.compresses_in_prompts else "end_of_prompt"
+    return config.model_copy(update={"trigger": trigger})
+
+
 def shared_capacity(
     geometry: ModelGeometry,
     config: CompressionConfig,
@@ -47,14 +53,14 @@ def shared_capacity(
         Tokens that all prompts begin with, and tokens of one request, its output included.
     """
     whole = shared_len // block_size * block_size
-    trigger = "prompt" if config.compresses_in_prompts else "end_of_prompt"
-    config = config.model_copy(update={"trigger": trigger})
+    config = setting_of_prefix(config)
     sizes = block_size, tensor_parallel_size
 
     def usage(length: int, setting: CompressionConfig) -> RequestUsage:
         return request_usage(geometry, setting, length, 0, *sizes)
 
-    text, rest = usage(max(whole, 1), config), request_len - whole
+    # One token at least follows the text: the answer's first.
+    text, rest = usage(max(whole, 1), config), max(request_len - whole, 1)
     own = usage(rest, config.model_copy(update={"min_prompt_len": rest + 1}))
     stock = max(memory // text.stock_block_bytes - 1, 0) - whole // block_size
     pool = max(memory // text.block_bytes - 1, 0) - text.blocks_after

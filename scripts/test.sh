@@ -35,10 +35,11 @@ cp -r kernels "$tree/vllm_kvcompress/kernels"
 check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
 # Without a path in the arguments pytest takes tests/ (pyproject.toml).
 # Files in the order of tests/order.py: the longest first.
-check pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
+check pytest "${spread[@]}" "$@"
 # The scheduler's side once more over the Python files of that vLLM, which need no compiled parts.
 if [ "$workers" -gt 0 ] && [ "$#" -eq 0 ] && [ -n "${KVCOMPRESS_VLLM_SOURCES:-}" ]; then
-    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest --numprocesses "$workers" --dist loadfile tests/core
+    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest "${spread[@]}" tests/core
 fi
 
 echo

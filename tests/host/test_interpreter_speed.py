@@ -1,7 +1,9 @@
 """Kernels give the same bits in Triton's interpreter and in ours, which spares work."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -48,9 +50,19 @@ def language_of_its_own() -> Iterator[None]:
     vars(tl.core).update(before)
 
 
+@contextlib.contextmanager
+def language_as_it_came() -> Iterator[None]:
+    """Within, the classes of Triton's language are its own, too: all interpreters share them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (tl.core.tensor, tl.core.block_type):
+            patch.setattr(kind, "__init__", inspect.unwrap(kind.__init__))
+        yield
+
+
 @pytest.fixture
-def plain() -> Any:
-    return copy_of_the_interpreter()
+def plain() -> Iterator[Any]:
+    with language_as_it_came():
+        yield copy_of_the_interpreter()
 
 
 @pytest.fixture
@@ -88,10 +100,51 @@ def results(interpreter: Any) -> list[torch.Tensor]:
     return [x, y, z, halves, flags]
 
 
-def test_the_same_bits(plain: Any, fast: Any) -> None:
+def test_the_same_bits(fast: Any) -> None:
+    with language_as_it_came():
+        expected = results(copy_of_the_interpreter())
     # The second launch is the one that finds what the first has remembered.
-    for expected, found in zip(2 * results(plain), results(fast) + results(fast), strict=True):
-        assert torch.equal(expected, found)
+    for one, other in zip(2 * expected, results(fast) + results(fast), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tensors_and_types_are_those_of_triton(fast: Any) -> None:
+    """Attribute by attribute, and in a second one of the same shape no less than in the first."""
+
+    def described() -> list[Any]:
+        found: list[Any] = []
+        for element in (tl.int32, tl.bfloat16, tl.pointer_type(tl.float16)):
+            for shape in ([], [8], [tl.constexpr(4), 16], tl.tuple([8]), [1]):
+                kind = tl.block_type(element, shape) if len(shape) else element
+                tensor = tl.tensor("handle", kind)
+                found.append([str(kind), kind.mangle(), kind.scalar == element])
+                found[-1] += [getattr(kind, "numel", None), [*kind.shape] if len(shape) else []]
+                found[-1] += [tensor.handle, tensor.type is kind, tensor.dtype is kind.scalar]
+                found[-1] += [tensor.numel.value, [each.value for each in tensor.shape]]
+                found[-1] += [[type(each).__name__ for each in tensor.shape], tensor.shape.type]
+        return found
+
+    with language_as_it_came():
+        expected = described()
+    assert described() == described() == expected
+    for wrong in ([3], [], [0]):
+        with pytest.raises((TypeError, ValueError)):
+            tl.block_type(tl.int32, wrong)
+
+
+def test_a_member_that_changed_is_replaced_anew(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    results(fast)
+    seen = []
+    load = tl.load
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args)
+        return load(*args, **kwargs)
+
+    setattr(counted, tl.core.TRITON_BUILTIN, True)
+    monkeypatch.setattr(tl, "load", counted)
+    results(fast)
+    assert seen
 
 
 def test_the_language_is_restored() -> None:
@@ -105,10 +158,10 @@ def test_the_language_is_restored() -> None:
         assert not [name for name, each in members.items() if vars(module).get(name) is not each]
 
 
-def launch_work(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Members looked up and types of numpy tables built in a second launch."""
+def launch_work(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Members looked up, replaced anew and types of numpy built in a second launch."""
     results(interpreter)
-    counts = [0, 0]
+    counts = [0, 0, 0]
     getmembers, table = interpreter.inspect.getmembers, interpreter.np.dtype
 
     def counted(number: int, function: Any) -> Any:
@@ -121,15 +174,16 @@ def launch_work(interpreter: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int,
     with monkeypatch.context() as patch:
         patch.setattr(interpreter.inspect, "getmembers", counted(0, getmembers))
         patch.setattr(interpreter.np, "dtype", counted(1, table))
+        patch.setattr(interpreter, "_patch_attr", counted(2, interpreter._patch_attr))
         results(interpreter)
-    return counts[0], counts[1]
+    return counts
 
 
 def test_a_second_launch_looks_nothing_up(
     plain: Any, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert min(launch_work(plain, monkeypatch)) > 3
-    assert launch_work(fast, monkeypatch) == (0, 0)
+    assert launch_work(fast, monkeypatch) == [0, 0, 0]
 
 
 def test_another_triton_is_left_as_it_is(plain: Any) -> None:

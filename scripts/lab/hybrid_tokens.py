@@ -2,15 +2,19 @@
 
     python scripts/hybrid_tokens.py nemotron_h
 
-Without prefix caching, with which vLLM 0.32 does not run Mamba 2 models on a CPU. LFM2 differs on a
-CPU (see tests/e2e/test_linear_layers.py), and Qwen3-Next by its bfloat16.
+Without prefix caching, with which vLLM 0.32 does not run Mamba 2 models on a CPU, and in float32,
+for which linear attention has lab/delta_rule.py. LFM2 differs on a CPU (see
+tests/e2e/test_linear_layers.py).
 """
 
 import argparse
 import tempfile
+from contextlib import ExitStack
 
+from lab.delta_rule import in_any_precision
 from lab.random_hybrids import HYBRIDS, write_random_hybrid
 from lab.random_models import distinct_tokens
+from lab.text_of_multimodal import served_as_text
 
 SETTING = {"preset": "snapkv", "budget": {"ratio": 0.25, "floor": 1}, "min_prompt_len": 64}
 PROMPT_LEN, NUM_TOKENS = 500, 12
@@ -26,10 +30,14 @@ def main() -> int:
     from vllm_kvcompress.evaluation.replay import Replay
 
     differ, prompt = False, distinct_tokens(PROMPT_LEN)
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if name.startswith("qwen3"):
+            stack.enter_context(served_as_text(name.removesuffix("_moe")))
+            stack.enter_context(in_any_precision())
         model = str(write_random_hybrid(folder, name))
         engine = Engine(
-            model, SETTING, dtype="bfloat16" if name == "qwen3_next" else "float32",
+            model, SETTING, dtype="float32",
             skip_tokenizer_init=True, max_model_len=1024, max_num_batched_tokens=160,
             enable_prefix_caching=False,
         )  # fmt: skip

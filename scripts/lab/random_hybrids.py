@@ -8,6 +8,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS = 4, 8, 2
 CONV_WIDTH = 3
 """Tokens that a short convolution sees."""
 MAMBA_HEADS, MAMBA_HEAD_DIM, STATE_SIZE, MAMBA_CONV = 16, 32, 16, 4
-LINEAR_HEAD_DIM, LINEAR_KEY_HEADS, LINEAR_VALUE_HEADS = 128, 1, 2
+LINEAR_HEAD_DIM, LINEAR_KEY_HEADS, LINEAR_VALUE_HEADS = 128, 1, 2  # vLLM's kernels take these
 _INNER = MAMBA_HEADS * MAMBA_HEAD_DIM
 _CONV_SIZE = _INNER + 2 * STATE_SIZE
 
@@ -83,38 +84,55 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": INTERMEDIATE_SIZE,
     },
 }
-_CONFIGS["qwen3_next"] = {
+_GATED = {
     **_COMMON,
-    "architectures": ["Qwen3NextForCausalLM"],
     "attention_bias": False,
-    "decoder_sparse_step": 1,
-    # vLLM computes linear attention on a CPU in bfloat16 alone, and for heads as large as these.
-    "dtype": "bfloat16",
-    "full_attention_interval": 2,
     "head_dim": HEAD_DIM,
     "hidden_act": "silu",
+    "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_conv_kernel_dim": MAMBA_CONV,
     "linear_key_head_dim": LINEAR_HEAD_DIM,
     "linear_num_key_heads": LINEAR_KEY_HEADS,
     "linear_num_value_heads": LINEAR_VALUE_HEADS,
     "linear_value_head_dim": LINEAR_HEAD_DIM,
-    "mlp_only_layers": [],
-    "model_type": "qwen3_next",
-    "moe_intermediate_size": INTERMEDIATE_SIZE,
-    "norm_topk_prob": True,
-    # All are chosen: which of them would hinge on rounding.
-    "num_experts": 2,
-    "num_experts_per_tok": 2,
     "num_key_value_heads": NUM_HEADS,
-    "partial_rotary_factor": 0.25,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {
         "partial_rotary_factor": 0.25,
         "rope_theta": 10000.0,
         "rope_type": "default",
     },
-    "shared_expert_intermediate_size": INTERMEDIATE_SIZE,
     "tie_word_embeddings": False,
+}
+_EXPERTS = {
+    "moe_intermediate_size": INTERMEDIATE_SIZE,
+    # All are chosen: which of them would hinge on rounding.
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": INTERMEDIATE_SIZE,
+}
+_CONFIGS["qwen3_next"] = {
+    **_GATED,
+    **_EXPERTS,
+    "architectures": ["Qwen3NextForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_next",
+    "norm_topk_prob": True,
+    "partial_rotary_factor": 0.25,
+}
+_M_ROPE = {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}
+_CONFIGS["qwen3_5"] = {
+    **_GATED,
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "rope_parameters": {**_GATED["rope_parameters"], **_M_ROPE},
+}
+_CONFIGS["qwen3_5_moe"] = {
+    **_CONFIGS["qwen3_5"],
+    **_EXPERTS,
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
 }
 _CONFIGS["nemotron_h"] = {
     **_COMMON,
@@ -153,10 +171,12 @@ def write_random_hybrid(folder: str | Path, name: str, seed: int = 0) -> Path:
     ----------
     folder : str or Path
         Where to; made if it is missing.
-    name : {"lfm2", "granite4", "qwen3_next", "nemotron_h"}
+    name : {"lfm2", "granite4", "qwen3_next", "qwen3_5", "qwen3_5_moe", "nemotron_h"}
         "lfm2": LFM2, short convolutions, rotary embeddings. "granite4": Granite 4 without experts,
         Mamba 2, no rotary embeddings. "qwen3_next": Qwen3-Next, gated delta rule, a quarter of
-        each head is rotated. "nemotron_h": Nemotron-H, Mamba 2, feed-forward layers of their own.
+        each head is rotated. "qwen3_5", "qwen3_5_moe": the text part of Qwen3.5, like it,
+        without experts and with them. "nemotron_h": Nemotron-H, Mamba 2, feed-forward layers of
+        their own.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -255,38 +275,62 @@ def _mamba(make: _Maker, layer: str) -> None:
     make.linear(f"{layer}.out_proj", HIDDEN_SIZE, _INNER)
 
 
-def _qwen3_next(make: _Maker) -> None:
+def _gated(make: _Maker, name: str) -> None:
     make.put("model.embed_tokens.weight", VOCAB_SIZE, HIDDEN_SIZE)
     for index in range(NUM_LAYERS):
         layer = f"model.layers.{index}"
-        # Norms of this family are added to one.
         if index % 2:
-            make.attention(f"{layer}.self_attn", "o_proj", NUM_HEADS, is_gated=True)
-            make.put(f"{layer}.self_attn.q_norm.weight", HEAD_DIM, scale=0.4, mean=0.5)
-            make.put(f"{layer}.self_attn.k_norm.weight", HEAD_DIM, scale=0.4, mean=0.5)
+            _gated_attention(make, f"{layer}.self_attn")
         else:
-            _delta_rule(make, f"{layer}.linear_attn")
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            make.put(f"{layer}.{name}.weight", HIDDEN_SIZE, scale=0.3)
-        for expert in ("experts.0", "experts.1", "shared_expert"):
-            for part in ("gate_proj", "up_proj"):
-                make.linear(f"{layer}.mlp.{expert}.{part}", INTERMEDIATE_SIZE, HIDDEN_SIZE)
-            make.linear(f"{layer}.mlp.{expert}.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
+            _delta_rule(make, f"{layer}.linear_attn", is_split=name != "qwen3_next")
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            make.put(f"{layer}.{norm}.weight", HIDDEN_SIZE, scale=0.3)
+        if name == "qwen3_5":
+            _mlp(make, f"{layer}.mlp")
+            continue
         make.linear(f"{layer}.mlp.gate", 2, HIDDEN_SIZE)
         make.linear(f"{layer}.mlp.shared_expert_gate", 1, HIDDEN_SIZE)
+        _mlp(make, f"{layer}.mlp.shared_expert")
+        if name == "qwen3_next":
+            for number in range(2):
+                _mlp(make, f"{layer}.mlp.experts.{number}")
+        else:
+            sizes = 2, 2 * INTERMEDIATE_SIZE, HIDDEN_SIZE
+            make.put(f"{layer}.mlp.experts.gate_up_proj", *sizes, scale=HIDDEN_SIZE**-0.5)
+            sizes = 2, HIDDEN_SIZE, INTERMEDIATE_SIZE
+            make.put(f"{layer}.mlp.experts.down_proj", *sizes, scale=INTERMEDIATE_SIZE**-0.5)
     make.put("model.norm.weight", HIDDEN_SIZE, scale=0.3)
     make.linear("lm_head", VOCAB_SIZE, HIDDEN_SIZE, 8.0)
 
 
-def _delta_rule(make: _Maker, layer: str) -> None:
+def _gated_attention(make: _Maker, layer: str) -> None:
+    # Norms of this family are added to one.
+    make.attention(layer, "o_proj", NUM_HEADS, is_gated=True)
+    make.put(f"{layer}.q_norm.weight", HEAD_DIM, scale=0.4, mean=0.5)
+    make.put(f"{layer}.k_norm.weight", HEAD_DIM, scale=0.4, mean=0.5)
+
+
+def _mlp(make: _Maker, layer: str) -> None:
+    for part in ("gate_proj", "up_proj"):
+        make.linear(f"{layer}.{part}", INTERMEDIATE_SIZE, HIDDEN_SIZE)
+    make.linear(f"{layer}.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
+
+
+def _delta_rule(make: _Maker, layer: str, is_split: bool = False) -> None:
     size = LINEAR_VALUE_HEADS * LINEAR_HEAD_DIM
     inputs = 2 * LINEAR_KEY_HEADS * LINEAR_HEAD_DIM + 2 * size
     rates = np.log(np.linspace(0.01, 0.05, LINEAR_VALUE_HEADS))
     make.weights[f"{layer}.A_log"] = rates.astype(np.float32)
     make.weights[f"{layer}.dt_bias"] = np.zeros(LINEAR_VALUE_HEADS, np.float32)
     make.put(f"{layer}.conv1d.weight", inputs - size, 1, MAMBA_CONV, scale=0.5)
-    make.linear(f"{layer}.in_proj_qkvz", inputs, HIDDEN_SIZE)
-    make.linear(f"{layer}.in_proj_ba", 2 * LINEAR_VALUE_HEADS, HIDDEN_SIZE)
+    if is_split:
+        make.linear(f"{layer}.in_proj_qkv", inputs - size, HIDDEN_SIZE)
+        make.linear(f"{layer}.in_proj_z", size, HIDDEN_SIZE)
+        for name in ("in_proj_b", "in_proj_a"):
+            make.linear(f"{layer}.{name}", LINEAR_VALUE_HEADS, HIDDEN_SIZE)
+    else:
+        make.linear(f"{layer}.in_proj_qkvz", inputs, HIDDEN_SIZE)
+        make.linear(f"{layer}.in_proj_ba", 2 * LINEAR_VALUE_HEADS, HIDDEN_SIZE)
     make.norm(f"{layer}.norm", LINEAR_HEAD_DIM)
     make.linear(f"{layer}.out_proj", HIDDEN_SIZE, size)
 
@@ -310,6 +354,8 @@ def _nemotron_h(make: _Maker) -> None:
 _BUILDERS: dict[str, Callable[[_Maker], None]] = {
     "lfm2": _lfm2,
     "granite4": _granite4,
-    "qwen3_next": _qwen3_next,
+    "qwen3_next": partial(_gated, name="qwen3_next"),
+    "qwen3_5": partial(_gated, name="qwen3_5"),
+    "qwen3_5_moe": partial(_gated, name="qwen3_5_moe"),
     "nemotron_h": _nemotron_h,
 }

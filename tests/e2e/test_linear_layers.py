@@ -3,14 +3,14 @@
 The reference is transformers over the same survivors (`Replay`), whose recurrent layers go on from
 the state that the whole prompt has left. Granite 4 has Mamba layers and runs with prefix caching
 (vLLM's mode "align": states are kept at block boundaries), LFM2 has short convolutions and runs
-without (mode "none": one state per request). Qwen3-Next has linear attention, which vLLM computes
-on a CPU in bfloat16 alone.
+without (mode "none": one state per request). Qwen3-Next and Qwen3.5 have linear attention.
 
-vLLM on a CPU has two faults that would hide what is tested; neither concerns compression:
+vLLM on a CPU has three faults that would hide what is tested; none concerns compression:
 
 - its Mamba kernel cannot export a state from within a chunk of a prompt, although its layer says
   so, and the server ends with an IndexError at the first prompt;
-- its rotary kernel misreads queries of three dimensions, as LFM2's are.
+- its rotary kernel misreads queries of three dimensions, as LFM2's are;
+- its linear attention takes bfloat16 alone, in which rounding decides on these models' tokens.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 
+from lab.delta_rule import in_any_precision
 from lab.random_hybrids import write_random_hybrid
 from lab.random_models import distinct_tokens
+from lab.text_of_multimodal import served_as_text
 from tests.e2e.conftest import assert_idle, held, opened, serving
 from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
@@ -34,7 +35,6 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Replay
-from vllm_kvcompress.worker.layout.base import CacheLayout
 
 pytestmark = pytest.mark.engine
 
@@ -225,29 +225,27 @@ def test_short_convolutions_two_layer_groups_and_decoding(tmp_path: Path) -> Non
         assert_idle(engine)
 
 
-def test_the_delta_rule_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding, not compression, decides on tokens here: what is compared is who survives."""
-    model, prompt = str(write_random_hybrid(tmp_path, "qwen3_next")), distinct_tokens(700)
-    chosen: list[torch.Tensor] = []
-    move = CacheLayout.move
-
-    def spy(self: Any, caches: Any, group: Any, indices: torch.Tensor, rotary: Any) -> None:
-        chosen.append(indices.clone())
-        move(self, caches, group, indices, rotary)
-
-    with opened(model, SETTING, **ENGINE | {"dtype": "bfloat16"}) as engine:
-        (own,) = (each for each in managers(engine) if isinstance(each, CompressedAttentionManager))
-        replay = Replay(model, own.block_size, torch.bfloat16)
-        with monkeypatch.context() as patch:
-            patch.setattr(CacheLayout, "move", spy)
-            found = run(engine, "compressed", prompt).token_ids
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
+def test_the_delta_rule(tmp_path: Path, name: str) -> None:
+    """Attention whose output is gated, and a quarter of whose heads is turned."""
+    model, prompt = str(write_random_hybrid(tmp_path, name)), distinct_tokens(500)
+    with served_as_text(name), in_any_precision(), opened(model, TWO_GROUPS, **ENGINE) as engine:
+        own = [each for each in managers(engine) if isinstance(each, CompressedAttentionManager)]
+        assert len(own) == 2
+        replay = Replay(model, own[0].block_size)
+        whole, wanted = (expected(replay, prompt, each) for each in (None, TWO_GROUPS))
+        assert run(engine, "kept", prompt, xargs=UNCOMPRESSED).token_ids == whole
+        found = [run(engine, f"time {number}", prompt) for number in range(2)]
+        assert [each.token_ids for each in found] == [wanted] * 2 and wanted != whole
+        assert found[1].num_cached_tokens > 0
+        setting = {**TWO_GROUPS, "preset": "expected_attention"}
+        with serving(engine, setting):
+            turned = run(engine, "turned", prompt).token_ids
+        assert turned == expected(replay, prompt, setting)
+        engine.add("preempted", prompt, NUM_TOKENS, ignore_eos=True)
+        while len(engine.results["preempted"].token_ids) < 4:
+            engine.step()
+        preempt(engine, engine.live()["preempted"])
+        engine.drain()
+        assert engine.results["preempted"].token_ids == wanted
         assert_idle(engine)
-    prefilled = replay.prefill(prompt)
-    assert found[0] == prefilled.first_token and len(found) == NUM_TOKENS
-    (indices,) = chosen  # [L, 1, KV, K]
-    survivors = replay.survivors(prefilled, parse_config(SETTING))
-    for number, layer in enumerate(replay.full_layers):
-        for head, kept in enumerate(indices[number, 0]):
-            wanted = survivors[layer][head, : len(kept)]
-            both = len(set(kept.tolist()) & set(wanted.tolist()))
-            assert both >= 0.95 * len(kept), (layer, head, both, len(kept))

@@ -12,6 +12,10 @@ TRIED_HYBRIDS = (
     "Lfm2ForCausalLM",
     "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
 )
 """Architectures with recurrent layers that were held against transformers; others are refused.
 

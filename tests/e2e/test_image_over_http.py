@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from lab.random_models import distinct_tokens
-from tests.e2e.multimodal import TOKENS, MultimodalReplay, Tiny, image, write_paddleocr_vl
+from tests.e2e.multimodal import TOKENS, MultimodalReplay, Tiny, image
 from tests.e2e.serving import Server, serving
+from tests.e2e.tiny_multimodal import write_paddleocr_vl
 from vllm_kvcompress.config.reading import parse_config
 
 pytestmark = pytest.mark.engine

@@ -1,11 +1,12 @@
 """Models that see images: their image tokens are tokens, kept or evicted like all others.
 
 The reference is transformers over the same survivors, given the same images. Processors of
-Qwen-VL, Mistral 3 and Gemma 3 import torchvision, which installations for CPUs lack: their tests
-are skipped there.
+Qwen-VL, Mistral 3, Gemma 3 and Gemma 4 import torchvision, which installations for CPUs lack: their
+tests are skipped there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from lab.delta_rule import in_any_precision
 from lab.random_models import distinct_tokens
 from tests.e2e.conftest import assert_idle, opened, serving
-from tests.e2e.multimodal import (
-    TOKENS,
-    MultimodalReplay,
-    Seen,
-    Tiny,
+from tests.e2e.multimodal import TOKENS, MultimodalReplay, Seen, Tiny
+from tests.e2e.tiny_multimodal import (
     write_gemma3,
+    write_gemma4,
+    write_llava,
     write_mistral3,
     write_paddleocr_vl,
+    write_qwen_of_videos,
     write_qwen_vl,
 )
 from tests.inside import managers, preempt
@@ -190,15 +192,36 @@ def test_without_its_eyes(paddle: Tiny, replay: MultimodalReplay) -> None:
             engine.add("image", paddle.prompt(text, {PLACE: 0}).for_vllm(), 4)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral3"])
+FAMILIES: dict[str, Callable[[Path], Tiny]] = {
+    "qwen2.5": partial(write_qwen_vl, name="qwen2.5"),
+    "qwen2.5, videos": write_qwen_of_videos,
+    "qwen3": partial(write_qwen_vl, name="qwen3"),
+    "qwen3.5": partial(write_qwen_vl, name="qwen3.5"),
+    "mistral3": write_mistral3,
+    "gemma4": write_gemma4,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families_with_torchvision(tmp_path: Path, name: str) -> None:
-    """With the n-gram drafter, whose drafts are verified over what is left."""
     pytest.importorskip("torchvision")
-    model = write_mistral3(tmp_path) if name == "mistral3" else write_qwen_vl(tmp_path, name)
-    replay, config = MultimodalReplay(model, BLOCK), parse_config(TWO_GROUPS)
+    check_family(FAMILIES[name](tmp_path), name)
+
+
+def test_llava(tmp_path: Path) -> None:
+    check_family(write_llava(tmp_path), "llava")
+
+
+def check_family(model: Tiny, name: str) -> None:
+    """With the n-gram drafter, whose drafts are verified over what is left, where it may draft."""
+    config = parse_config(TWO_GROUPS)
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
-    limits = {"limit_mm_per_prompt": {"image": 1} | ({} if name == "mistral3" else {"video": 0})}
-    with opened(model.folder, TWO_GROUPS, **ENGINE, **limits, speculative_config=drafts) as engine:
+    limits = {"image": 0, "video": 0} if name.startswith("qwen") else {}
+    given = {**ENGINE, "limit_mm_per_prompt": limits | {model.kind: 1}}
+    if name not in ("qwen3.5", "gemma4"):
+        given["speculative_config"] = drafts
+    with in_any_precision(), opened(model.folder, TWO_GROUPS, **given) as engine:
+        replay = MultimodalReplay(model, engine.engine.vllm_config.cache_config.block_size)
         prompt, text = model.prompt(words(300), {PLACE: 0}), words(300, seed=1)
         seen = replay.see(prompt)
         whole = replay.generate(seen, None, 40)

@@ -189,3 +189,36 @@ CONFIGS["olmo3"] = {
     "model_type": "olmo3",
     "sliding_window": 96,
 }
+CONFIGS["hunyuan"] = {
+    **COMMON,
+    "architectures": ["HunYuanDenseV1ForCausalLM"],
+    "model_type": "hunyuan_v1_dense",
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+}
+CONFIGS["seed_oss"] = {
+    **COMMON,
+    "architectures": ["SeedOssForCausalLM"],
+    "attention_bias": True,
+    "attention_out_bias": False,
+    "mlp_bias": False,
+    "model_type": "seed_oss",
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "residual_dropout": 0.0,
+}
+CONFIGS["deepseek_v2"] = {
+    **CONFIGS["deepseek_v3"],
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "n_shared_experts": 1,
+    "q_lora_rank": None,  # as in V2 Lite
+    "topk_method": "greedy",
+}
+CONFIGS["glm4_moe_lite"] = {
+    **CONFIGS["deepseek_v3"],
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "mlp_layer_types": ["dense"] * 4,
+    "model_type": "glm4_moe_lite",
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+}

@@ -52,10 +52,12 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         (heads of its full layers differ in number and size), "gemma2" (with a soft cap), "gpt_oss"
         (learned sinks, YaRN, four experts), "exaone4" and "cohere2" (whose full layers have no
         rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers only, latent attention of
-        512 + 64 numbers per token. "smollm3": SmolLM3, every other layer without rotary embedding.
-        "olmo2": OLMo 2, norms behind attention and MLP, and over all heads of queries and keys at
-        once. "olmo3": the same with windows in every other layer. vLLM has no model class for the
-        last three.
+        512 + 64 numbers per token. Likewise "deepseek_v2" (whose queries are not compressed) and
+        "glm4_moe_lite" (GLM-4.7-Flash, no YaRN). "smollm3": SmolLM3, every other layer without
+        rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all heads of
+        queries and keys at once. "olmo3": the same with windows in every other layer. "hunyuan":
+        Hunyuan, which norms queries and keys once they are turned. "seed_oss": Seed-OSS, with
+        biases. vLLM has no model class for the last five.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -169,7 +171,8 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         for name, num_out, num_in in _latent(config) if is_latent else _plain(config, index):
             put(linear, f"{layer}.self_attn.{name}", num_out, num_in)
         if is_latent:
-            put(norm, f"{layer}.self_attn.q_a_layernorm", config["q_lora_rank"])
+            if config["q_lora_rank"]:
+                put(norm, f"{layer}.self_attn.q_a_layernorm", config["q_lora_rank"])
             put(norm, f"{layer}.self_attn.kv_a_layernorm", config["kv_lora_rank"])
         put(linear, f"{layer}.self_attn.o_proj", HIDDEN_SIZE, NUM_HEADS * head_dim)
         if is_gemma:
@@ -182,6 +185,13 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
             scale = head_dim**-0.25 if is_fourth else 1.0
             put(norm, f"{layer}.self_attn.q_norm", head_dim, scale * _GAINS["q_proj"])
             put(norm, f"{layer}.self_attn.k_norm", head_dim, scale * _GAINS["k_proj"])
+        if kind == "hunyuan_v1_dense":  # behind the rotary embedding
+            put(norm, f"{layer}.self_attn.query_layernorm", head_dim, _GAINS["q_proj"])
+            put(norm, f"{layer}.self_attn.key_layernorm", head_dim, _GAINS["k_proj"])
+        if config["attention_bias"]:
+            for name, num_out, _ in _plain(config, index):
+                bias = f"{layer}.self_attn.{name}.bias"
+                weights[bias] = (0.1 * normal(bias, num_out)).astype(np.float32)
         if is_olmo:
             kv_size = config["num_key_value_heads"] * HEAD_DIM
             put(norm, f"{layer}.self_attn.q_norm", NUM_HEADS * HEAD_DIM, _GAINS["q_proj"])
@@ -225,10 +235,13 @@ def _plain(config: dict[str, Any], index: int) -> list[tuple[str, int, int]]:
 
 def _latent(config: dict[str, Any]) -> list[tuple[str, int, int]]:
     """The same of latent attention (MLA)."""
-    nope, rope = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    nope, rope, rank = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["q_lora_rank"]
+    query = NUM_HEADS * (nope + rope)
+    queries = [("q_a_proj", rank, HIDDEN_SIZE), ("q_b_proj", query, rank)]
+    if rank is None:
+        queries = [("q_proj", query, HIDDEN_SIZE)]
     return [
-        ("q_a_proj", config["q_lora_rank"], HIDDEN_SIZE),
-        ("q_b_proj", NUM_HEADS * (nope + rope), config["q_lora_rank"]),
+        *queries,
         ("kv_a_proj_with_mqa", config["kv_lora_rank"] + rope, HIDDEN_SIZE),
         ("kv_b_proj", NUM_HEADS * (nope + config["v_head_dim"]), config["kv_lora_rank"]),
     ]

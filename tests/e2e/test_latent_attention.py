@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.platforms import current_platform
 
 from lab.latent_engine import ENGINE, as_on_a_gpu
 from lab.random_models import distinct_tokens, write_random_model
@@ -232,3 +234,27 @@ def test_the_absorbed_queries_are_those_of_the_heads(engine: Engine) -> None:
         [rows[:, :512].double() @ up.transpose(1, 2), rows[:, 512:].double().expand(8, -1, -1)], -1
     )
     torch.testing.assert_close(found, query.double() @ keys.transpose(1, 2), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "glm4_moe_lite"])
+def test_other_families_with_two_layer_groups(
+    tmp_path: Path, prompt: list[int], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """V2 Lite does not compress queries, GLM-4.7-Flash has no YaRN."""
+    if current_platform.is_cpu():  # its kernel for plain rotary embeddings wants whole heads
+        monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
+    other = str(write_random_model(tmp_path, name))
+    replay = LatentReplay(other, BLOCK)
+    prefilled = replay.prefill(prompt)
+    whole = replay.generate(prefilled, None, NUM_TOKENS)
+    setting = {**TWO_GROUPS, "trigger": "prefill"}
+    expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
+    with as_on_a_gpu(), opened(other, setting, **OPTIONS) as engine:
+        assert [type(each.kv_cache_spec) for each in managers(engine)] == [CompressedMLASpec] * 2
+        for run, xargs in (("kept", {"kv_compression": "none"}), ("cold", None), ("warm", None)):
+            engine.add(run, prompt, NUM_TOKENS, xargs, ignore_eos=True)
+            engine.drain()
+        assert engine.results["kept"].token_ids == whole
+        assert engine.results["cold"].token_ids == expected != whole
+        assert engine.results["warm"].token_ids == expected
+        assert_idle(engine)

@@ -1,7 +1,8 @@
 """Models that vLLM runs with transformers' modules around its own attention.
 
-Both models here have no class in vLLM. SmolLM3 has layers without rotary embedding, OLMo 2 norms
-over all heads at once. The reference is transformers over the same survivors (`Replay`).
+No model here has a class in vLLM. SmolLM3 has layers without rotary embedding, OLMo 2 norms over
+all heads at once, Hunyuan norms keys once they are turned, Seed-OSS has biases. The reference is
+transformers over the same survivors (`Replay`).
 """
 
 from collections.abc import Iterator
@@ -200,6 +201,31 @@ def test_olmo3_whose_other_layers_have_windows(tmp_path: Path, prompt: list[int]
         assert kinds == [HostGroup, CompressedAttentionManager]
         for preset in ("snapkv", "keydiff", "h2o", "criticalkv"):
             setting = {**SETTING, "preset": preset}
+            expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
+            with serving(engine, setting):
+                for run in ("cold", "warm"):
+                    engine.add(f"{preset}-{run}", prompt, NUM_TOKENS, ignore_eos=True)
+                    engine.drain()
+                    found = engine.results[f"{preset}-{run}"].token_ids
+                    assert found == expected != whole, (preset, run)
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "seed_oss"])
+def test_others_with_two_layer_groups(tmp_path: Path, prompt: list[int], name: str) -> None:
+    model = str(write_random_model(tmp_path, name))
+    with opened(model, TWO_GROUPS, **ENGINE) as engine:
+        replay = replay_beside(engine, model)
+        prefilled = replay.prefill(prompt)
+        whole = replay.generate(prefilled, None, NUM_TOKENS)
+        assert on_transformers_backend(engine.scheduler.vllm_config.model_config)
+        assert len(managers(engine)) == 2
+        for preset in ("pyramidkv", "criticalkv", "expected_attention"):
+            if (name, preset) == ("hunyuan", "expected_attention"):
+                with pytest.raises(VLLMValidationError, match="how layers turn them in .* not kno"):
+                    engine.add(preset, prompt, NUM_TOKENS, {"kv_compression": preset})
+                continue
+            setting = {**TWO_GROUPS, "preset": preset}
             expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
             with serving(engine, setting):
                 for run in ("cold", "warm"):

@@ -32,11 +32,13 @@ ALL = model(config("olmo2"))
 GATED = model(config("afmoe", head_dim=32, num_experts=2, num_dense_layers=4,
                      layer_types=["full_attention"] * 4))  # fmt: skip
 STRANGE = model(config("bloom", n_head=4, n_layer=2, rope_parameters={"rope_type": "default"}))
+NORMED = model(config("hunyuan_v1_dense", head_dim=32))  # once keys are turned
 
 
 @pytest.mark.parametrize(
     ("given", "turning", "projects"),
     [
+        (NORMED, Turning.UNKNOWN, True),
         (ALL, Turning.ALIKE, True),
         (SOME_WITHOUT, Turning.PARTLY, True),
         (GATED, Turning.ALIKE, False),  # none turns
@@ -51,6 +53,11 @@ def test_what_is_known_beforehand(given: Any, turning: Turning, projects: bool) 
     assert has_output_projections(given) is projects
 
 
+def test_a_replay_runs_the_classes_that_were_probed() -> None:
+    assert keys_turn(SimpleNamespace(hf_text_config=NORMED.hf_text_config)) is Turning.UNKNOWN
+    assert keys_turn(SimpleNamespace(hf_text_config=ALL.hf_text_config)) is Turning.ALIKE
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_fits_where_all_parts_are(name: str) -> None:
     setting = parse_config(name)
@@ -60,12 +67,14 @@ def test_every_preset_fits_where_all_parts_are(name: str) -> None:
 
 REFUSED = {
     "SOME_WITHOUT": {"streaming_llm_rerotated", "spindlekv"},
+    "NORMED": {"streaming_llm_rerotated", "spindlekv", "expected_attention"},
     "STRANGE": {"streaming_llm_rerotated", "spindlekv", "expected_attention", "criticalkv"},
 }
 
 
 @pytest.mark.parametrize(("given", "refused"), [
     (SOME_WITHOUT, REFUSED["SOME_WITHOUT"]), (STRANGE, REFUSED["STRANGE"]),
+    (NORMED, REFUSED["NORMED"]),
 ])  # fmt: skip
 def test_the_others_are_named(given: Any, refused: set[str]) -> None:
     for name in preset_names():

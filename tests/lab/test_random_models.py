@@ -10,6 +10,7 @@ import pytest
 
 from lab.places import importable
 from lab.random_models import (
+    MODELS,
     VOCAB_SIZE,
     distinct_tokens,
     weights_digest,
@@ -27,7 +28,18 @@ DIGESTS = {
     "gpt_oss": "9ac20db16250f87be7b0be693e666e4b8a851c0f118bfd977645315818ad53ed",
     "exaone4": "ec91b3aa5b4ff886757e72deb5dbcff983b82cb103fd3f93f170668d109fdbf3",
     "cohere2": "142901c16e77fa476c77cc34069352147433c35042548845e222d672e6a56a89",
+    "smollm3": "2b362b015027c1ceb7dc968dc5a9f19a803a291b75f92015cfe411a4a4d5e62d",
+    "olmo2": "10aff28f86257ed48c1dad5a85bdeef7efe90724d4e06888bf6eef7f7519d30f",
+    "olmo3": "10aff28f86257ed48c1dad5a85bdeef7efe90724d4e06888bf6eef7f7519d30f",
+    "hunyuan": "3d0be2841f87e1516905f64d441072dcc0c952d5a0507230a3e435e6b4dc1449",
+    "seed_oss": "01b2c01c5f50c62c0fc476f76feccdfe9f027d2c70f749b200f27f4230b7f1ae",
+    "deepseek_v2": "c8525b20164e115a40c531282bfe954ac06ad7fdde8361cb03a6f365a3bfb067",
+    "glm4_moe_lite": "97ad6215125985b466fde0f824c578bad0f729adebc635dcb5092c54be9523d9",
 }
+
+
+def test_every_model_has_a_digest() -> None:
+    assert set(DIGESTS) == set(MODELS)
 
 
 @pytest.mark.parametrize("name", DIGESTS)
@@ -82,7 +94,18 @@ def test_no_framework_is_imported(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kv_heads"),
-    [("llama", 2), ("qwen3", 4), ("deepseek_v3", 1), ("smollm3", 2), ("olmo2", 4)],
+    [
+        ("llama", 2),
+        ("qwen3", 4),
+        ("deepseek_v3", 1),
+        ("deepseek_v2", 1),
+        ("glm4_moe_lite", 1),
+        ("smollm3", 2),
+        ("olmo2", 4),
+        ("olmo3", 4),
+        ("hunyuan", 4),
+        ("seed_oss", 4),
+    ],
 )
 def test_attention_is_peaked_and_logits_are_clear(name: str, kv_heads: int, tmp_path: Path) -> None:
     import torch

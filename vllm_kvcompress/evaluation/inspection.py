@@ -128,7 +128,8 @@ def _check_fits_model(config: CompressionConfig, token_ids: list[int], replay: R
     if (turns_alike or policy.needs_rotary) and turning is Turning.UNKNOWN:
         raise ConfigError(
             f"--kv-compression: {config.policy.name} turns keys or queries by whole positions, "
-            "and the model scales its rotary embedding; choose another policy."
+            "and the model scales its rotary embedding, or what it has turned; choose another "
+            "policy."
         )
 
 

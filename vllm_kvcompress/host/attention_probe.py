@@ -194,8 +194,10 @@ def _run(module: nn.Module, embeddings: list[nn.Module], seen: _Seen, text: Any)
             projections[name] = _Projection(name, child.out_features)
             setattr(module.get_submodule(parent), own_name, projections[name])
     for each in module.modules():
-        for name, weight in each.named_parameters(recurse=False):  # of norms, for example
-            setattr(each, name, nn.Parameter(torch.ones(weight.shape), requires_grad=False))
+        for name, weight in each.named_parameters(recurse=False):
+            # Of norms, for example: unequal ones, which show where keys are scaled once turned.
+            some = 1 + _noise(name, *weight.shape).abs()
+            setattr(each, name, nn.Parameter(some, requires_grad=False))
     positions = torch.tensor([_POSITIONS])
     hidden = _noise("hidden", text.hidden_size).expand(1, len(_POSITIONS), -1)
     given, inv_freq = _position_embeddings(embeddings, hidden, positions, module, text)

@@ -29,12 +29,14 @@ def keys_turn(model_config: Any) -> Turning:
     """What is known before weights are loaded, by configuration and transformers' classes.
 
     Of a model class of vLLM's own, what the probe does not know is what the configuration says:
-    once it is built, its modules are looked at.
+    once it is built, its modules are looked at. Without vLLM, transformers' classes are what runs.
     """
     if not has_plain_rotary(model_config):
         return Turning.UNKNOWN
     layers = _probed_full_layers(model_config)
-    if on_transformers_backend(model_config) and any(each.rotary is None for each in layers):
+    theirs = not hasattr(model_config, "using_transformers_backend")
+    theirs = theirs or on_transformers_backend(model_config)
+    if theirs and any(each.rotary is None for each in layers):
         return Turning.UNKNOWN
     turning = {each.turns for each in layers if each.rotary is not None}
     return Turning.PARTLY if len(turning) > 1 else Turning.ALIKE

@@ -114,7 +114,7 @@ class LossMeter:
             ):
                 raise ConfigError(
                     f"--policies: {candidate.chain} turns keys or queries by whole positions, and "
-                    "the model scales its rotary embedding; leave it out."
+                    "the model scales its rotary embedding, or what it has turned; leave it out."
                 )
 
     def _ids(self, prompt: OwnPrompt) -> list[int]:

@@ -24,6 +24,10 @@ PIXELS = 224  # height and width
 PATCH = 14
 TOKENS = (PIXELS // PATCH // 2) ** 2
 FRAMES = 4  # of a video
+_METADATA = {
+    "fps": 2.0, "duration": FRAMES / 2, "total_num_frames": FRAMES,
+    "frames_indices": list(range(FRAMES)), "video_backend": "opencv", "do_sample_frames": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,12 @@ class Prompt:
 
     def for_vllm(self) -> dict[str, Any]:
         """The prompt as vLLM takes it."""
+        shown = list(self.images)
+        if self.model.kind == "video":
+            shown = [(frames, _METADATA) for frames in shown]
         return {
             "prompt_token_ids": list(self.token_ids),
-            "multi_modal_data": {self.model.kind: list(self.images)},
+            "multi_modal_data": {self.model.kind: shown},
         }
 
     def expanded(self) -> list[int]:

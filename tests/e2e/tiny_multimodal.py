@@ -219,10 +219,8 @@ def write_gemma4(folder: Path) -> Tiny:
 
 # --- parts --------------------------------------------------------------------------------
 
-# Not Pixtral's, whose names stayed.
-_PUBLISHED = re.compile(
-    r"^((?:model\.)?)vision_tower\.(?!vision_model|transformer|patch_conv|ln_pre)"
-)
+_PUBLISHED = re.compile(r"^((?:model\.)?)vision_tower\.(?!vision_model)")
+_AS_THEY_WERE = ("pixtral", "gemma4_vision")  # towers whose names stayed
 _VISION = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "image_size": PIXELS, "patch_size": PATCH,
@@ -278,7 +276,7 @@ def _write(model: Any, text: dict[str, torch.Tensor], folder: Path, last: str, s
     model.save_pretrained(folder)
     # Transformers have dropped a part of names that published files have, and vLLM asks for.
     path = folder / "model.safetensors"
-    weights = {
-        _PUBLISHED.sub(r"\1vision_tower.vision_model.", k): w for k, w in load_file(path).items()
-    }
-    save_file(weights, path, metadata={"format": "pt"})
+    if model.config.vision_config.model_type not in _AS_THEY_WERE:
+        named = load_file(path).items()
+        weights = {_PUBLISHED.sub(r"\1vision_tower.vision_model.", k): w for k, w in named}
+        save_file(weights, path, metadata={"format": "pt"})

@@ -8,7 +8,10 @@ its key, `qk_rope_head_dim` numbers. Keys and values of the heads are made of c 
 from typing import Any
 
 SERVED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
-"""``model_type`` of families whose every layer is dense MLA, with one attention per layer."""
+"""``model_type`` of families whose every layer is dense MLA, with one attention per layer.
+
+Held against transformers by ``tests/e2e/test_latent_attention.py``; Kimi K2 has DeepSeek V3's class.
+"""
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 """Values of ``--kv-cache-dtype`` with which rows are numbers as the model computes them."""
@@ -40,7 +43,7 @@ def unserved_latent(text: Any) -> str | None:
     kind = getattr(text, "model_type", None)
     if kind not in SERVED:
         return (
-            f"has latent attention (MLA) of the kind {kind}, which has not been tried: tried are "
+            f"has latent attention (MLA) of the kind {kind}, which has not been tried: served are "
             f"{', '.join(SERVED)}"
         )
     return None

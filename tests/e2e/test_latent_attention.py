@@ -247,7 +247,7 @@ def test_other_families_with_two_layer_groups(
     replay = LatentReplay(other, BLOCK)
     prefilled = replay.prefill(prompt)
     whole = replay.generate(prefilled, None, NUM_TOKENS)
-    setting = {**TWO_GROUPS, "trigger": "prefill"}
+    setting = {**TWO_GROUPS, "trigger": "end_of_prompt"}
     expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
     with as_on_a_gpu(), opened(other, setting, **OPTIONS) as engine:
         assert [type(each.kv_cache_spec) for each in managers(engine)] == [CompressedMLASpec] * 2

@@ -193,9 +193,10 @@ def write_gemma4(folder: Path) -> Tiny:
     Its processor needs torchvision.
     """
     base, text = _text_part(folder, "gemma4")
-    words = ("<|image>", "<image|>", "<|image|>", "<|video|>")
-    named = dict(zip(("boi_token", "eoi_token", "image_token"), words, strict=False))
-    start, end, image_id, video = _ids_of(_write_tokenizer(folder, words, **named), words)
+    names = ("boi_token", "eoi_token", "image_token", "boa_token", "eoa_token", "audio_token")
+    words = ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>", "<|video|>")
+    named = dict(zip(names, words, strict=False))
+    start, end, image_id, *_, video = _ids_of(_write_tokenizer(folder, words, **named), words)
     vision = {
         **_VISION, "num_key_value_heads": 2, "head_dim": 32, "patch_size": 16,
         "position_embedding_size": 64, "default_output_length": 70,

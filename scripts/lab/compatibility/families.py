@@ -3,7 +3,7 @@
 Configurations are the lines of published config.json files that the checks look at, without sizes.
 """
 
-from lab.compatibility.rows import SIZES, StandIn, llama, model, options, refused, untried, works
+from lab.compatibility.rows import SIZES, StandIn, llama, model, options, refused, works
 
 HALF_WINDOWED = ["sliding_attention", "full_attention"] * 2
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
@@ -46,9 +46,9 @@ FAMILIES = (
         "the same, where keys are normed once they are turned (Hunyuan), with a policy that turns",
         "policy.name: expected_attention turns keys or queries by whole positions, and how layers "
         "turn them in MODEL on vLLM's Transformers backend is not known; choose one of the presets "
-        "adakv, auto, cake, chunkkv, criticalkv, h2o, keydiff, knorm, lagkv, pyramidkv, random, rkv,"
-        " shared_prefix, snapkv, spindlekv-evict, streaming_llm, tova, windowkv, windowkv_llama3,"
-        " windowkv_qwen2.5.",
+        "adakv, auto, cake, chunkkv, criticalkv, h2o, keydiff, knorm, lagkv, pyramidkv, random, "
+        "rkv, shared_prefix, snapkv, spindlekv-evict, streaming_llm, tova, windowkv, "
+        "windowkv_llama3, windowkv_qwen2.5.",
         StandIn(
             model={
                 **SIZES,

@@ -68,7 +68,7 @@ REFUSALS: list[tuple[str, str | None, dict[str, Any], list[str]]] = [
         "LongCat",
         MODEL,
         {"hf_text_config": SimpleNamespace(**TEXT, model_type="longcat_flash")},
-        ["of the kind longcat_flash", "served are deepseek_v2, deepseek_v3, glm4_moe_lite, kimi_k2"],
+        ["of the kind longcat_flash", "served are deepseek_v2, deepseek_v3, glm4_moe_lite, kim"],
     ),
     (
         "Transformers backend",

@@ -10,7 +10,7 @@ from typing import Any
 SERVED = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2")
 """``model_type`` of families whose every layer is dense MLA, with one attention per layer.
 
-Held against transformers by ``tests/e2e/test_latent_attention.py``; Kimi K2 has DeepSeek V3's class.
+Held against transformers by ``tests/e2e/test_latent_attention.py``; Kimi K2 has the class of V3.
 """
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")

@@ -19,8 +19,8 @@ TRIED_HYBRIDS = (
 )
 """Architectures with recurrent layers that were held against transformers; others are refused.
 
-By ``tests/e2e/test_linear_layers.py`` and, where images are seen, ``test_multimodal.py``; Nemotron-H
-and Qwen3.5 with experts by ``scripts/hybrid_tokens.py``."""
+By ``tests/e2e/test_linear_layers.py`` and, where images are seen, ``test_multimodal.py``;
+Nemotron-H and Qwen3.5 with experts by ``scripts/hybrid_tokens.py``."""
 
 
 def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:

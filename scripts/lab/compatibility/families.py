@@ -212,9 +212,16 @@ FAMILIES = (
         "tests/e2e/test_image_over_http.py::test_a_chat_with_an_image",
     ),
     works(
-        "Images beside windowed layers: Gemma 3 multimodal, where torchvision is installed",
-        "as Gemma 3",
+        "Videos, with M-RoPE: Qwen2.5-VL where torchvision is installed",
+        "tokens of videos are tokens; videos of other models were not run, and no check refuses "
+        "them",
+        "tests/e2e/test_multimodal.py::test_families_with_torchvision",
+    ),
+    works(
+        "Images beside windowed layers: Gemma 3 and 4, multimodal, where torchvision is installed",
+        "as their text models",
         "tests/e2e/test_multimodal.py::TestWithWindowedLayers::test_images",
+        "tests/e2e/test_multimodal.py::test_families_with_torchvision",
     ),
     works(
         "Images of Pixtral's tower: Mistral 3, where torchvision is installed",

@@ -218,7 +218,12 @@ CONFIGS["deepseek_v2"] = {
 CONFIGS["glm4_moe_lite"] = {
     **CONFIGS["deepseek_v3"],
     "architectures": ["Glm4MoeLiteForCausalLM"],
-    "mlp_layer_types": ["dense"] * 4,
+    "first_k_dense_replace": 3,  # vLLM wants a layer with experts
+    "mlp_layer_types": ["dense"] * 3 + ["sparse"],
     "model_type": "glm4_moe_lite",
+    "moe_intermediate_size": INTERMEDIATE_SIZE,
+    "n_routed_experts": 2,  # both are chosen: which of them would hinge on rounding
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
     "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
 }

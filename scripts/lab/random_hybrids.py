@@ -84,7 +84,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": INTERMEDIATE_SIZE,
     },
 }
-_GATED = {
+_GATED: dict[str, Any] = {
     **_COMMON,
     "attention_bias": False,
     "head_dim": HEAD_DIM,
@@ -104,7 +104,7 @@ _GATED = {
     },
     "tie_word_embeddings": False,
 }
-_EXPERTS = {
+_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": INTERMEDIATE_SIZE,
     # All are chosen: which of them would hinge on rounding.
     "num_experts": 2,

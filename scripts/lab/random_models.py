@@ -53,11 +53,11 @@ def write_random_model(folder: str | Path, name: str, seed: int = 0) -> Path:
         (learned sinks, YaRN, four experts), "exaone4" and "cohere2" (whose full layers have no
         rotary embedding). "deepseek_v3": DeepSeek V3 with dense layers only, latent attention of
         512 + 64 numbers per token. Likewise "deepseek_v2" (whose queries are not compressed) and
-        "glm4_moe_lite" (GLM-4.7-Flash, no YaRN). "smollm3": SmolLM3, every other layer without
-        rotary embedding. "olmo2": OLMo 2, norms behind attention and MLP, and over all heads of
-        queries and keys at once. "olmo3": the same with windows in every other layer. "hunyuan":
-        Hunyuan, which norms queries and keys once they are turned. "seed_oss": Seed-OSS, with
-        biases. vLLM has no model class for the last five.
+        "glm4_moe_lite" (GLM-4.7-Flash, no YaRN, two experts in its last layer). "smollm3":
+        SmolLM3, every other layer without rotary embedding. "olmo2": OLMo 2, norms behind attention
+        and MLP, and over all heads of queries and keys at once. "olmo3": the same with windows in
+        every other layer. "hunyuan": Hunyuan, which norms queries and keys once they are turned.
+        "seed_oss": Seed-OSS, with biases. vLLM has no model class for the last five.
     seed : int, default=0
         Another seed gives other weights.
 
@@ -202,9 +202,17 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         if kind == "gpt_oss":
             weights |= _sinks_and_experts(layer, config, normal)
             continue
-        put(linear, f"{layer}.mlp.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
-        put(linear, f"{layer}.mlp.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
-        put(linear, f"{layer}.mlp.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
+        parts = [f"{layer}.mlp"]
+        if config.get("mlp_layer_types", ["dense"] * 4)[index] == "sparse":
+            put(linear, f"{layer}.mlp.gate", config["n_routed_experts"], HIDDEN_SIZE)
+            bias = np.zeros(config["n_routed_experts"], np.float32)
+            weights[f"{layer}.mlp.gate.e_score_correction_bias"] = bias
+            names = [f"experts.{number}" for number in range(config["n_routed_experts"])]
+            parts = [f"{layer}.mlp.{name}" for name in [*names, "shared_experts"]]
+        for part in parts:
+            put(linear, f"{part}.gate_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
+            put(linear, f"{part}.up_proj", INTERMEDIATE_SIZE, HIDDEN_SIZE)
+            put(linear, f"{part}.down_proj", HIDDEN_SIZE, INTERMEDIATE_SIZE)
     if config["tie_word_embeddings"]:
         gain = 4 * _GAINS["lm_head"] / (1.0 if is_gemma else math.sqrt(HIDDEN_SIZE))
         put(norm, "model.norm", HIDDEN_SIZE, gain)  # clear winners

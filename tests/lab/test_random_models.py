@@ -34,7 +34,7 @@ DIGESTS = {
     "hunyuan": "3d0be2841f87e1516905f64d441072dcc0c952d5a0507230a3e435e6b4dc1449",
     "seed_oss": "01b2c01c5f50c62c0fc476f76feccdfe9f027d2c70f749b200f27f4230b7f1ae",
     "deepseek_v2": "c8525b20164e115a40c531282bfe954ac06ad7fdde8361cb03a6f365a3bfb067",
-    "glm4_moe_lite": "97ad6215125985b466fde0f824c578bad0f729adebc635dcb5092c54be9523d9",
+    "glm4_moe_lite": "51080519fe89aacbc3828dc04c2f7dbffbf273ba5eeaf61785ed5aecb757a0bb",
 }
 
 

@@ -205,8 +205,8 @@ def _weights(config: dict[str, Any], seed: int) -> dict[str, np.ndarray]:
         parts = [f"{layer}.mlp"]
         if config.get("mlp_layer_types", ["dense"] * 4)[index] == "sparse":
             put(linear, f"{layer}.mlp.gate", config["n_routed_experts"], HIDDEN_SIZE)
-            bias = np.zeros(config["n_routed_experts"], np.float32)
-            weights[f"{layer}.mlp.gate.e_score_correction_bias"] = bias
+            name = f"{layer}.mlp.gate.e_score_correction_bias"
+            weights[name] = np.zeros(config["n_routed_experts"], np.float32)
             names = [f"experts.{number}" for number in range(config["n_routed_experts"])]
             parts = [f"{layer}.mlp.{name}" for name in [*names, "shared_experts"]]
         for part in parts:

@@ -14,7 +14,14 @@ from vllm_kvcompress.request_options import parse_request, resolve_request
 
 pytestmark = pytest.mark.engine
 
-SETTING = {"preset": "shared_prefix", "layer_groups": {"size": 1}, "trigger": "all", "interval": 16}
+SETTING = {
+    "preset": "shared_prefix",
+    "layer_groups": {"size": 1},
+    "trigger": "all",
+    "interval": 16,
+    "prompt_interval": 200,
+}
+"""A request that names no preset has marks inside its prefix, which are not those of chunks."""
 NUM_TOKENS, BLOCK = 12, 32
 KINDS = {
     "default": {},
@@ -58,6 +65,8 @@ def test_every_answer_is_the_references_alone_and_in_a_crowd(
         shared_len = options.shared_len(BLOCK)
         reference = Conversation(replay, resolve_request(server, options))
         reference.say(texts[kind][:shared_len], 1)
+        has_marks = resolve_request(server, options).compresses_in_prompts
+        assert has_marks == ("kv_compression" not in xargs)
         for number, length in enumerate(LENGTHS):
             name = f"{kind}-{number}"
             asked[name] = [*texts[kind], *distinct_tokens(length, seed=number)]
@@ -76,8 +85,10 @@ def test_every_answer_is_the_references_alone_and_in_a_crowd(
     engine.scheduler.check_integrity()
     assert {n: engine.results[f"{n}.crowd"].token_ids for n in asked} == expected
     assert stats.shared_prefix_requests == {"computed": len(KINDS), "reused": 2 * len(KINDS)}
-    assert stats.compactions.keys() == {"keydiff/prompt", "knorm/prompt", "streaming_llm/prompt",
-                                        "lagkv/prompt"}  # fmt: skip
+    # Once each, and three prefixes at two marks inside as well.
+    once = ("knorm", "streaming_llm", "lagkv")
+    expected_counts = {f"{policy}/prompt": 1 for policy in once} | {"keydiff/prompt": 3 * 3}
+    assert stats.compactions == expected_counts
     for name in asked:  # from what is kept
         ask(name, "later")
         engine.drain()

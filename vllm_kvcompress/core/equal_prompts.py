@@ -1,10 +1,10 @@
 """Equal prompts: compacted once, by whoever comes first; the others read what it has kept.
 
-Several samples of one prompt, or a question that many ask at once, hold the prompt's blocks together
-until its end. What is kept of it there is the same for all of them, for it follows from the tokens
-and the setting. So one request makes the copy, in blocks that are never written again, and each of
-the others takes these where it would have made a copy of its own. It needs no free blocks for that,
-gives its own back, and says what it would say alone.
+Several samples of one prompt, or a question that many ask at once, hold the prompt's blocks
+together until its end. What is kept of it there is the same for all of them, for it follows from
+the tokens and the setting. So one request makes the copy, in blocks that are never written again,
+and each of the others takes these where it would have made a copy of its own. It needs no free
+blocks for that, gives its own back, and says what it would say alone.
 
 Nobody loses by it who is not equal in everything: tokens, setting with its pins, cache salt,
 adapter. What a request reads besides, from the end of its last whole block on, is its own.
@@ -136,7 +136,7 @@ class EqualPrompts:
         if request is None or request.status != RequestStatus.RUNNING:
             return False
         tracked = self._planner.requests[request_id]
-        # One whose blocks others hold, too, so that its compaction would not pay, may wait for long.
+        # One whose compaction would not pay, because others hold its blocks, may wait for long.
         is_declined = tracked.phase is Phase.DUE and tracked.is_shared
         return tracked.phase is not Phase.DONE and not is_declined
 

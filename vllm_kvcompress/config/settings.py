@@ -357,11 +357,6 @@ class CompressionConfig(_Model):
         return self.compresses_while_decoding and not self.waits_for_pressure
 
     @property
-    def compresses_once(self) -> bool:
-        """Whether what the end of a prompt leaves stays as it is, and all that is read."""
-        return not (self.compresses_while_decoding or self.drafts or self.codebook)
-
-    @property
     def extends_codebooks(self) -> bool:
         """Whether generated tokens are coded too."""
         return self.codebook is not None and self.codebook.extend

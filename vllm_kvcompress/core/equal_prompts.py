@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvcompress.config.mode_checks import compresses_once
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
@@ -94,7 +95,7 @@ class EqualPrompts:
 
     def _key(self, request: Request, tracked: TrackedRequest | None) -> _Key | None:
         config = None if tracked is None else tracked.config
-        if tracked is None or config is None or not config.compresses_once:
+        if tracked is None or config is None or not compresses_once(config):
             return None
         if tracked.phase is Phase.SKIPPED or tracked.marks != (tracked.prompt_len,):
             return None

@@ -141,6 +141,9 @@ def readers(llm: LLM, text: str, prompt: str) -> dict[str, list]:
         params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
         outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], params)
         found[name] = [[o.num_cached_tokens, list(o.outputs[0].token_ids)] for o in outputs]
+    name = "vllm:kv_compression_shared_prefix_requests"
+    counted = [each for each in llm.get_metrics() if each.name == name]
+    found["outcomes"] = [[each.labels["outcome"], each.value] for each in counted if each.value]
     return found
 
 

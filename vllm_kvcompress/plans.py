@@ -161,20 +161,27 @@ class GroupPlan:
 class Purpose(Enum):
     """What becomes of a plan's survivors.
 
-    ``EVICT``: the request goes on over them; its own blocks are given back. ``COPIED_VIEW``: they
+    ``EVICT``: the request goes on over them; its own blocks are given back. ``ADOPT``: likewise,
+    and an equal request has written them: nothing is scored or copied. ``COPIED_VIEW``: they
     are copied to blocks beside the request's own, for drafts to read. ``LINKED_VIEW``: drafts read
     some of the request's own blocks; there are no destinations, and the worker chooses
     ``kept_len / block_size`` source blocks.
     """
 
     EVICT = "evict"
+    ADOPT = "adopt"
     COPIED_VIEW = "copied view"
     LINKED_VIEW = "linked view"
 
     @property
     def is_view(self) -> bool:
         """Whether the request keeps what it holds."""
-        return self is not Purpose.EVICT
+        return self in (Purpose.COPIED_VIEW, Purpose.LINKED_VIEW)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether survivors are chosen and written to destination blocks."""
+        return self in (Purpose.EVICT, Purpose.COPIED_VIEW)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`kvcompress plan --shared-prefix`: a text that is held once."""
+"""`kvcompress plan`: a text that is held once, and requests that share blocks."""
 
 import json
 
@@ -27,6 +27,26 @@ def test_requests_behind_a_text(probe_model: str, capsys: pytest.CaptureFixture[
         line for line in capsys.readouterr().out.splitlines() if "5,792 tokens shared" in line
     )
     assert row.split()[-2:] == ["64", "75"]
+
+
+def test_what_is_set_aside_for_requests_that_share_blocks(
+    probe_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A quarter of 2,500 tokens: 4 of them are behind the last whole block of 32."""
+    arguments = ["plan", "--prompt-len=2500", "--block-size=32", "--model", probe_model]
+    arguments.append("--kv-compression=keydiff")
+    always = '{"shared_blocks": "always", "budget": {"ratio": 0.25}}'
+    assert main([*arguments, "--kv-compression-config", always, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks_reserved"] == 20
+    assert main([*arguments, "--kv-compression-config", always]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1.2 MiB are set aside for each but one" in said, said
+    assert "fewer than 640 tokens of each are its own; equal prompts share one copy" in said
+    again = always.replace("{", '{"trigger": "both", ', 1)
+    assert main([*arguments, "--kv-compression-config", again]) == 0
+    assert "equal prompts" not in " ".join(capsys.readouterr().out.split())
+    assert main(arguments) == 0
+    assert "set aside" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from tests.core.test_scheduler_loop import BLOCK, LOOPS, Loop, prompt
 from tests.core.test_sessions import CHAT, Chats
 from tests.core.watched_loop import watch
 from tests.inside import preempt
+from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.tracked_request import SkipReason
-from vllm_kvcompress.lengths.schedule import compactions
+from vllm_kvcompress.lengths.schedule import compactions, first_kept
 from vllm_kvcompress.messages import StepPlan
 
 SHARED = {
@@ -240,7 +241,11 @@ def test_an_outsider_may_not_grow_into_what_is_set_aside(probe_model: str) -> No
     marks = Marks(chats)
     start_together(chats, "a", "outsider", xargs=PLAIN)
     room = chats.scheduler.compactions.room
-    assert room.num_set_aside() == 2 * (6 - 2)
+    config = chats.scheduler.planner.config
+    kept = first_kept(200, 300, config, 2, BLOCK)
+    assert room.num_set_aside() == sum(kept) // BLOCK - 2 * 2 == 2 * (6 - 2)
+    line = savings_line(config, chats.scheduler.kv_cache_config, 512)
+    assert "for each but one up to 12 blocks are set aside" in line
     outsider = chats.scheduler.requests["outsider"]
     while not outsider.num_preemptions:
         chats.step()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vllm_kvcompress.messages import StepPlan
-from vllm_kvcompress.plans import CompactionPlan
+from vllm_kvcompress.plans import CompactionPlan, GroupPlan, Purpose
 
 REJECTED = -1
 
@@ -129,6 +129,9 @@ class ToldWorker:
                 continue
             lengths, size = each.lengths, self.block_size
             assert row.blocks[group] == [*each.source_blocks, *each.tail_blocks], plan.request_id
+            if plan.purpose is Purpose.ADOPT:
+                self._take_row(row, group, each)
+                continue
             forced = {n for a, b in each.forced for n in range(a, min(b, lengths.region_len))}
             others = sorted(set(range(lengths.region_len)) - forced)
             chosen = forced | set(self.rng.sample(others, lengths.kept_len - len(forced)))
@@ -136,6 +139,10 @@ class ToldWorker:
             for slot, content in enumerate(kept):
                 place = group, each.destination_blocks[slot // size], slot % size
                 self.memory[place] = content
-            row.blocks[group] = list(each.block_row)
-            row.evicted[group] += lengths.evicted
-            row.is_exact = False
+            self._take_row(row, group, each)
+
+    @staticmethod
+    def _take_row(row: Row, group: int, plan: GroupPlan) -> None:
+        row.blocks[group] = list(plan.block_row)
+        row.evicted[group] += plan.lengths.evicted
+        row.is_exact = False

@@ -96,8 +96,10 @@ def main() -> None:
             continue
         labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger", "kind")}
         counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
-    turns = two_turns(llm, prompts) if mode == "evict" else {}
-    sys.stdout.write(json.dumps({"tokens": tokens, "counts": counts, "turns": turns}) + "\n")
+    found = {"tokens": tokens, "counts": counts}
+    if mode == "evict":
+        found |= {"turns": two_turns(llm, prompts), "readers": readers(llm, *prompts)}
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 def two_turns(llm: LLM, prompts: list[str]) -> dict[str, list]:
@@ -120,6 +122,28 @@ def two_turns(llm: LLM, prompts: list[str]) -> dict[str, list]:
             more = tokenize(f"And then, in turn {turn}, the grass is green, and the sky is")
             texts = [[*text, *said, *more] for text, said in zip(texts, answers, strict=True)]
         found[policy] = [[o.num_cached_tokens, list(o.outputs[0].token_ids)] for o in outputs]
+    return found
+
+
+def readers(llm: LLM, text: str, prompt: str) -> dict[str, list]:
+    """Questions over one text, and samples of one prompt: tokens that were cached, and answers."""
+    tokenize = llm.get_tokenizer().encode
+    shared, same = tokenize(text), tokenize(prompt)
+    cases: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+        "shared prefix": (
+            [[*shared, *tokenize(f"Question {n}: what is the number?")] for n in range(3)],
+            {"kv_compression": "shared_prefix", "kv_shared_prefix": len(shared)},
+        ),
+        "samples": ([same] * 3, {"kv_compression": "snapkv"}),
+    }
+    found = {}
+    for name, (prompts, extra) in cases.items():
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
+        outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], params)
+        found[name] = [[o.num_cached_tokens, list(o.outputs[0].token_ids)] for o in outputs]
+    name = "vllm:kv_compression_shared_prefix_requests"
+    counted = [each for each in llm.get_metrics() if each.name == name]
+    found["outcomes"] = [[each.labels["outcome"], each.value] for each in counted if each.value]
     return found
 
 

@@ -18,10 +18,12 @@ import pytest
 from lab.random_models import distinct_tokens
 from tests.e2e.conftest import assert_idle, opened
 from tests.e2e.random_heads import write_target_with_eagle, write_target_with_mtp
+from tests.e2e.turns import Conversation
 from tests.inside import managers, preempt
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.request_options import parse_request, resolve_request
 
 pytestmark = pytest.mark.engine
 
@@ -237,6 +239,41 @@ def evicted(worker: Any) -> list[list[int]]:
     return worker.model_runner.model_state.lengths.evicted.np.tolist()
 
 
+def check_readers(engine: Engine, model: str) -> None:
+    """A text that is shared, a chat and samples of one prompt say what transformers say over the
+    same survivors."""
+    replay, server, text = Replay(model, BLOCK), parse_config(SETTING), distinct_tokens(600, 5)
+    stats, preset = engine.scheduler.stats, {"kv_compression": "shared_prefix"}
+
+    def ask(prompts: list[list[int]], **xargs: Any) -> Tokens:
+        return engine.generate(prompts, 12, {**preset, **xargs}, ignore_eos=True)
+
+    def reference(**xargs: Any) -> Conversation:
+        return Conversation(replay, resolve_request(server, parse_request({**preset, **xargs})))
+
+    prefix = reference(kv_shared_prefix=600)
+    prefix.say(text[: 600 // BLOCK * BLOCK], 1)
+    questions = [[*text, *distinct_tokens(20 + n, 30 + n)] for n in range(3)]
+    assert ask(questions, kv_shared_prefix=600) == [prefix.go_on(each, 12) for each in questions]
+    assert stats.shared_prefix_requests == {"computed": 1, "reused": 2}
+
+    chat, turn = reference(kv_session="chat"), text
+    for number in range(2):
+        (said,) = ask([turn], kv_session="chat")
+        assert said == chat.say(turn, 12), number
+        turn = [*turn, *said, *distinct_tokens(40, 50 + number)]
+    assert stats.session_requests == {"nothing_kept": 1, "reused": 1}
+
+    taken = sum(stats.blocks_taken.values())
+    found = ask([text] * 3, kv_compression="snapkv")
+    own = resolve_request(server, parse_request({"kv_compression": "snapkv"}))
+    assert found == [replay.generate(replay.prefill(text), own, 12)] * 3
+    assert found[0] != replay.generate(replay.prefill(text), None, 12)
+    most = 600 // BLOCK  # of one copy, in two groups
+    assert 0 < sum(stats.blocks_taken.values()) - taken < most
+    assert engine.scheduler.reset_prefix_cache()
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two stages need two cores")
 def test_two_pipeline_stages_give_the_same_tokens(
     models: dict[str, str], expected: Tokens, monkeypatch: pytest.MonkeyPatch
@@ -258,4 +295,5 @@ def test_two_pipeline_stages_give_the_same_tokens(
         engine.drain()
         assert engine.scheduler.stats.compactions["snapkv/prompt"] == 5
         assert engine.scheduler.stats.seconds, "the last stage's times arrive"
+        check_readers(engine, models["target"])
     assert_equal(said, expected, HIT)

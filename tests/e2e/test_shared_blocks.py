@@ -9,6 +9,7 @@ from lab.random_models import distinct_tokens
 from tests.e2e.conftest import assert_idle, opened
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.messages import StepPlan
+from vllm_kvcompress.plans import Purpose
 
 pytestmark = pytest.mark.engine
 
@@ -41,6 +42,10 @@ def engine(probe_model: str) -> Iterator[Engine]:
         probe_model, SETTING, num_blocks=1 + POOL, max_model_len=1024, async_scheduling=True
     ) as engine:
         yield engine
+
+
+SAMPLES = {"kv_compression": "snapkv", "kv_budget_tokens": 160}
+"""A preset that compresses when prompts end, and never again."""
 
 
 Found = list[tuple[list[int], list[int]]]
@@ -82,3 +87,33 @@ def test_tokens_do_not_depend_on_who_shares_the_blocks(engine: Engine) -> None:
         assert run(engine, crowd) == [alone[prompt] for prompt in crowd]
     assert engine.scheduler.stats.deferrals == 0
     assert engine.num_preemptions > 0, "the pool was too large; the test shows less"
+
+
+def test_samples_of_one_prompt_read_one_copy(engine: Engine) -> None:
+    """Alone and at once; what they read is where it was written."""
+    assert engine.scheduler.reset_prefix_cache()
+    purposes: list[tuple[Purpose, tuple[Any, ...]]] = []
+    schedule, prompts = engine.scheduler.schedule, [PROMPTS["same"], PROMPTS["question 0"]]
+
+    def watched(*args: Any) -> Any:
+        output = schedule(*args)
+        for plan in StepPlan.of(output).plans:
+            blocks = tuple(group.destination_blocks for group in plan.groups if group)
+            purposes.append((plan.purpose, blocks))
+        return output
+
+    engine.scheduler.schedule = watched
+    try:
+        alone = [engine.generate([each], 40, SAMPLES, ignore_eos=True)[0] for each in prompts]
+        plain = engine.generate(prompts, 40, {"kv_compression": "none"}, ignore_eos=True)
+        assert alone[0] != plain[0] or alone[1] != plain[1], "it shows what was evicted"
+        assert engine.scheduler.reset_prefix_cache()
+        purposes.clear()
+        found = engine.generate(prompts * 3, 40, SAMPLES, ignore_eos=True)
+    finally:
+        engine.scheduler.schedule = schedule
+    assert found == alone * 3
+    written = [blocks for purpose, blocks in purposes if purpose is Purpose.EVICT]
+    read = [blocks for purpose, blocks in purposes if purpose is Purpose.ADOPT]
+    assert len(written) == 2 and len(read) == 4 and set(read) == set(written)
+    assert_idle(engine)

@@ -56,6 +56,11 @@ def test_two_ranks_give_the_tokens_of_one(probe_model: str) -> None:
     # Second turns go on from the compressed caches of both ranks.
     reused = [cached for turns in one["turns"].values() for cached, _ in turns]
     assert len(reused) == 4 and all(cached > 1400 for cached in reused)
+    # So do questions over a text, from what is kept of it; and samples read one copy.
+    (_, *prefix), samples = one["readers"]["shared prefix"], one["readers"]["samples"]
+    assert all(cached > 1400 for cached, _ in prefix), prefix
+    assert dict(one["readers"]["outcomes"]) == {"computed": 1, "reused": 2}
+    assert len({tuple(said) for _, said in samples}) == 1, samples
     # Both heads of the first layer, two prompts of which it keeps a third: of all ranks together.
     assert one["counts"]["kv_compression_codebook_vectors/key"] > 2 * 2 * 400
 

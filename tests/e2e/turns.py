@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.core.turns import window_read
 from vllm_kvcompress.evaluation.replay import Prefilled, Replay
+from vllm_kvcompress.evaluation.replay_marks import computed_under
 from vllm_kvcompress.evaluation.replay_rows import RowsOfPrompt
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
@@ -67,10 +68,15 @@ class Conversation:
         self.num_reused.append(start)
         if start == 0:
             prefilled = self.replay.prefill(prompt)
+            # Anew and part by part, where the setting compacts inside the prompt.
+            prefilled = computed_under(self.replay, prefilled, self.config, seed=0)
             rows = list(zip(prefilled.keys, prefilled.values, strict=True))
             queries = [each[:, -window:] for each in prefilled.queries]
             first, held = prefilled.first_token, GroupCache(0, self._permanent(prompt))
             self._caches = [held] * (max(self._groups) + 1)
+            if prefilled.held is not None:
+                self._caches = list(prefilled.held.caches)
+                self._compacted_at = prefilled.held.position
         else:
             assert start >= self._compacted_at, "the reference goes back behind a compaction"
             cache = self._as_cache(start)

@@ -20,6 +20,7 @@ from vllm_kvcompress.cli.speed import (
     speed_json,
     speed_warnings,
 )
+from vllm_kvcompress.config.mode_checks import compresses_once
 from vllm_kvcompress.config.query_marks import marks_warning
 from vllm_kvcompress.config.reading import parse_config, parse_json, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
@@ -208,6 +209,8 @@ def _print_plan(plan: _Plan) -> None:
                 f"from its end: until it\nis done, {usage.size(usage.blocks_prompt)} are held at "
                 "most."
             )
+    if config.shared_blocks == "always" and usage.blocks_reserved:
+        say(_reserve_text(plan))
     if config.waits_for_pressure:
         say(
             f"Requests stay whole until they hold {config.pressure.when:.0%} of the blocks of the "
@@ -217,6 +220,20 @@ def _print_plan(plan: _Plan) -> None:
     if fit is not None and longest is not None:
         say(f"\nRequests at once in {format_size(args.kv_cache_memory)}{each}")
         _print_capacity(fit, longest, args.output_len, shared)
+
+
+def _reserve_text(plan: _Plan) -> str:
+    """What `shared_blocks: always` costs requests that begin alike."""
+    args, config, usage = plan.args, plan.config, plan.usage
+    num_tables = sum(group.num_tables for group in usage.groups)
+    kept = -(-usage.blocks_reserved * args.block_size // num_tables)
+    text = (
+        f"Requests that share blocks: {usage.size(usage.blocks_reserved)} are set aside for each "
+        "but one, until it is compacted.\nThey hold more than without compression where fewer than "
+        f"{kept:,} tokens of each are its own"
+    )
+    is_once = compresses_once(config) and not config.compresses_in_prompts
+    return text + ("; equal\nprompts share one copy, and need nothing." if is_once else ".")
 
 
 def _print_capacity(

@@ -6,6 +6,11 @@ if TYPE_CHECKING:
     from vllm_kvcompress.config.settings import CompressionConfig
 
 
+def compresses_once(config: "CompressionConfig") -> bool:
+    """Whether what the end of a prompt leaves stays as it is, and is all that is read."""
+    return not (config.compresses_while_decoding or config.drafts or config.codebook)
+
+
 def check_drafts(config: "CompressionConfig") -> None:
     """Refuse fields that do not go with drafting, or do nothing without it.
 

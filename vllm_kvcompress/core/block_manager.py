@@ -33,6 +33,7 @@ class _Pending:
     lengths: GroupLengths
     destination: list[KVCacheBlock]
     num_new: int
+    is_adopted: bool = False
 
     @property
     def new(self) -> list[KVCacheBlock]:
@@ -53,6 +54,8 @@ class CompressedAttentionManager(FullAttentionManager):
         uncompressed request computes, in any layer above, so none of it is hashed.
     views : dict[str, list[KVCacheBlock]]
         Private blocks that drafts read in the place of a request's own, held until it ends.
+    promised : dict[str, list[KVCacheBlock]]
+        Survivors of an equal prompt that a request will read, and holds for that.
     most_held : callable
         Most slots that a request of so many tokens has ever needed. Whoever admits it counts these.
     """
@@ -64,6 +67,7 @@ class CompressedAttentionManager(FullAttentionManager):
         self._pending: dict[str, _Pending] = {}
         self._pending_views: dict[str, list[KVCacheBlock]] = {}
         self.views: dict[str, list[KVCacheBlock]] = {}
+        self.promised: dict[str, list[KVCacheBlock]] = {}
         self.most_held: Callable[[str, int], int] = lambda request_id, num_tokens: num_tokens
 
     # --- compaction -----------------------------------------------------------------------
@@ -87,6 +91,11 @@ class CompressedAttentionManager(FullAttentionManager):
         assert num_source <= len(blocks)
         if purpose is Purpose.EVICT:
             destination = self._take_for_eviction(request_id, lengths, num_own)
+        elif purpose is Purpose.ADOPT:
+            destination = self.promised.pop(request_id)
+            assert request_id not in self._pending
+            assert len(destination) * self.block_size == lengths.kept_len
+            self._pending[request_id] = _Pending(lengths, destination, len(destination), True)
         elif purpose is Purpose.COPIED_VIEW:
             destination = self._take_for_view(request_id, lengths)
         else:
@@ -220,7 +229,8 @@ class CompressedAttentionManager(FullAttentionManager):
         self.lossy.discard(request_id)
         pending = self._pending.pop(request_id, None)
         views = self.views.pop(request_id, []) + self._pending_views.pop(request_id, [])
-        return [*blocks, *views, *(pending.new if pending else ())]
+        promised = self.promised.pop(request_id, [])
+        return [*blocks, *views, *promised, *(pending.new if pending else ())]
 
     # --- tests ----------------------------------------------------------------------------
 
@@ -229,9 +239,14 @@ class CompressedAttentionManager(FullAttentionManager):
         held = [block for blocks in self.req_to_blocks.values() for block in blocks]
         for pending in self._pending.values():
             held += pending.new
-        for view in (*self.views.values(), *self._pending_views.values()):
-            held += view
+        for beside in (self.views, self._pending_views, self.promised):
+            held += [block for blocks in beside.values() for block in blocks]
         return held
+
+    def taken(self, request_id: str) -> list[KVCacheBlock]:
+        """A request's blocks as they will be once what is planned for it is committed."""
+        pending = self._pending.get(request_id)
+        return self.req_to_blocks[request_id] if pending is None else pending.destination
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the books contradict each other."""
@@ -241,13 +256,14 @@ class CompressedAttentionManager(FullAttentionManager):
             own = pending.destination[pending.num_new :]
             assert all(block in self.req_to_blocks[request_id] for block in own), request_id
             assert all(block.ref_cnt == 1 and block.block_hash is None for block in own), request_id
-        private = [b.block_id for p in self._pending.values() for b in p.destination]
+        own = [each for each in self._pending.values() if not each.is_adopted]
+        private = [block.block_id for each in own for block in each.destination]
         for views in (self.views, self._pending_views):
             private += [block.block_id for view in views.values() for block in view]
         assert len(private) == len(set(private)), "a destination block has two owners"
         assert self.evicted.keys() <= self.lossy, "a compacted request may still hash blocks"
         kept = (*self.evicted, *self.lossy, *self._pending, *self._pending_views, *self.views)
-        for request_id in kept:
+        for request_id in (*kept, *self.promised):
             assert request_id in self.req_to_blocks, f"{request_id} left its books behind"
 
 

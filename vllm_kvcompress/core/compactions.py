@@ -12,6 +12,7 @@ from typing import Any
 from vllm.v1.request import Request
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
+from vllm_kvcompress.core.equal_prompts import EqualPrompts
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.reserve import Reserve
@@ -51,6 +52,8 @@ class Compactions:
     ----------
     room : Room
         The pool, and who gives way.
+    equal : EqualPrompts
+        Who reads what another request's compaction has kept.
     """
 
     def __init__(
@@ -64,11 +67,11 @@ class Compactions:
     ) -> None:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
-        self.room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
+        self.room = room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
+        self.equal = EqualPrompts(planner, managers, layer_group_of, pool, room.note_change)
         if planner.config.shared_blocks == "always":
-            self.room.reserve = Reserve(
-                planner, managers, layer_group_of, max_model_len, self.room.waiting_blocks
-            )
+            places = managers, layer_group_of, max_model_len
+            room.reserve = Reserve(planner, *places, room.waiting_blocks, self.equal.will_read)
         for manager, number in zip(managers, layer_group_of, strict=True):
             if number is not None and isinstance(manager, CompressedAttentionManager):
                 manager.most_held = partial(planner.most_held, number)
@@ -83,7 +86,11 @@ class Compactions:
         tracked = {each.request_id: self.planner.requests[each.request_id] for each in due}
         found = {name: each.compaction.lengths for name, each in tracked.items()}
         evictions = {name: lengths for name, lengths in found.items() if any(lengths)}
-        worthwhile = {name for name in evictions if self._is_certain(tracked[name])}
+        worthwhile = {
+            name
+            for name in evictions
+            if self._is_certain(tracked[name]) or self._adopts(name, tracked[name])
+        }
         others = {name: evictions[name] for name in evictions.keys() - worthwhile}
         worthwhile |= self.room.worthwhile(others) if others else set()
         plans: list[CompactionPlan] = []
@@ -100,9 +107,15 @@ class Compactions:
         """Whether what is evicted of a request is evicted at its mark, whether it pays or not."""
         return self.room.reserve is not None or tracked.shared_len is not None
 
+    def _adopts(self, request_id: str, tracked: TrackedRequest) -> bool:
+        """Whether a request takes what an equal one has kept: no blocks, and no work."""
+        return tracked.position == tracked.prompt_len and self.equal.reads(request_id)
+
     def _plan_one(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
         """Take blocks for all of a request's work; nothing where there is no room."""
         work = tracked.work
+        if self._adopts(request.request_id, tracked):
+            return self._adopt(request, tracked)
         needed = sum(self.room.num_needed(lengths) for _, lengths in work)
         aside = self.room.num_set_aside(request.request_id)
         if len(work) > 1 and needed + aside > self.room.num_free:
@@ -126,6 +139,14 @@ class Compactions:
             self.room.reserve.note_change()
         self._planned[request.request_id] = sum(own)
         return [self._make_plan(request, tracked, *each, own) for each in work]
+
+    def _adopt(self, request: Request, tracked: TrackedRequest) -> list[CompactionPlan]:
+        lengths = tracked.compaction.lengths
+        self.planner.note_planned(tracked)
+        self.room.note_change()
+        self._planned[request.request_id] = self.room.num_needed(lengths)  # none is taken
+        none = [0] * len(self.managers)
+        return [self._make_plan(request, tracked, Purpose.ADOPT, lengths, none)]
 
     def _has_room_for_view(self, request: Request, purpose: Purpose, lengths: Lengths) -> bool:
         """Whether there are blocks for a view that is taken alone."""
@@ -189,6 +210,7 @@ class Compactions:
             tracked = self.planner.planned(request_id)
             if tracked is not None:  # else its blocks are free already
                 self._commit_one(request_id, tracked, num_own)
+        self.equal.publish()
         if self.room.reserve is not None:
             self.room.reserve.begin_step()
 

@@ -15,6 +15,7 @@ from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.lengths.budgets import budget_tokens, compaction_lengths
 from vllm_kvcompress.lengths.codebook import coded_groups
 from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
+from vllm_kvcompress.lengths.schedule import first_kept
 from vllm_kvcompress.spec import GroupMap
 
 
@@ -106,6 +107,18 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
             f", back to its budget every {config.prompt_interval} tokens of the prompt, counted "
             f"back from its end: no prompt holds more than {on_its_way} blocks on its way, of the "
             f"pool's {kv_cache.num_blocks - 1}"
+        )
+    if config.shared_blocks == "always":
+        # A compaction while decoding alone is due behind the first interval.
+        prompt_len = max_model_len - (0 if config.compresses_prompts else config.interval)
+        sizes = num_layer_groups, block_size, group_map.codes_per_row
+        kept = first_kept(max(prompt_len, 1), max_model_len, config, *sizes)
+        aside = sum(
+            kept[number] // block_size for number in group_map.layer_groups if number is not None
+        )
+        what += (
+            f", requests that share blocks at their marks as well: for each but one up to {aside} "
+            "blocks are set aside until then"
         )
     if config.waits_for_pressure:
         what += ", or when it is chosen while decoding"

@@ -79,6 +79,8 @@ class Reserve:
         Tokens of the longest sequence.
     waiting : callable
         Blocks of caches that wait for a conversation's next turn.
+    adopts : callable
+        Whether a request will read what an equal one has kept, and needs no blocks for that.
     """
 
     def __init__(
@@ -88,9 +90,10 @@ class Reserve:
         layer_group_of: Sequence[int | None],
         max_model_len: int,
         waiting: Callable[[], Iterable[KVCacheBlock]],
+        adopts: Callable[[str], bool] = lambda request_id: False,
     ) -> None:
         self._planner, self._managers, self._layer_group_of = planner, managers, layer_group_of
-        self._max_model_len, self._waiting = max_model_len, waiting
+        self._max_model_len, self._waiting, self._adopts = max_model_len, waiting, adopts
         self._coming: dict[str, tuple[Start | None, tuple[_Coming, ...]]] = {}
         self._ends: dict[str, int] = {}  # lengths that the step being scheduled leads to
         self._is_sharing = False  # perhaps; else nothing need be counted
@@ -184,7 +187,7 @@ class Reserve:
 
     def _still_to_come(self, name: str) -> Iterator[_Coming]:
         tracked = self._planner.requests.get(name)
-        if tracked is not None and name in self._coming:
+        if tracked is not None and name in self._coming and not self._adopts(name):
             done = tracked.compaction.compacted_at
             yield from (each for each in self._coming[name][1] if each.position > done)
 

@@ -134,6 +134,7 @@ class CompressionMixin(Scheduler):
         setups = self.planner.setups_of([new.req_id for new in output.scheduled_new_reqs])
         for new in output.scheduled_new_reqs:
             self.reuse.note_started(self.requests[new.req_id])
+            self.compactions.equal.note_started(self.requests[new.req_id])
         StepPlan(
             setups=setups,
             plans=self._plan(output),
@@ -188,6 +189,7 @@ class CompressionMixin(Scheduler):
             return  # the next chunk of a streaming session, which is never compressed
         self.admission.admit(request)
         self.reuse.prefixes.add(request)
+        self.compactions.equal.add(request)
         if not self.longest.bound(request):
             self._too_long.append(request.request_id)
 
@@ -198,6 +200,7 @@ class CompressionMixin(Scheduler):
         if tracked is not None and tracked.skip_reason is not None:
             self.stats.record_uncompressed(tracked.skip_reason)
         freed = super()._free_request(request, *args, **kwargs)
+        self.compactions.equal.note_ended(request.request_id)
         self._forget(request.request_id)
         return freed
 
@@ -205,6 +208,7 @@ class CompressionMixin(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
         self.query_slots.release(request.request_id)
         self.planner.restart(request.request_id)
+        self.compactions.equal.note_preempted(request.request_id)
         self._forget(request.request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -215,7 +219,9 @@ class CompressionMixin(Scheduler):
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         is_ready = super()._handle_blocked_waiting_request(request)
-        return is_ready and not self.reuse.prefixes.must_wait(request)
+        if not is_ready or self.reuse.prefixes.must_wait(request):
+            return False
+        return not self.compactions.equal.must_wait(request)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
@@ -266,6 +272,7 @@ class CompressionMixin(Scheduler):
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Give back what is kept for others, too: weights may have changed."""
         self.reuse.kept.clear()
+        self.compactions.equal.forget_copies()
         return super().reset_prefix_cache(*args, **kwargs)
 
     def update_from_output(
@@ -307,6 +314,7 @@ class CompressionMixin(Scheduler):
         assert self.planner.requests.keys() <= self.requests.keys()
         self.query_slots.check_integrity()
         self.reuse.check_integrity()
+        self.compactions.equal.check_integrity()
         room = self.compactions.room
         assert room.num_free >= room.num_set_aside(), "blocks that are set aside are taken"
 

@@ -98,6 +98,29 @@ def compactions(
             yield Compaction(position, before, caches, lengths)
 
 
+def first_kept(
+    prompt_len: int,
+    num_tokens: int,
+    config: CompressionConfig,
+    num_groups: int,
+    block_size: int,
+    codes_per_row: int | None = None,
+) -> list[int]:
+    """Slots of what the first compaction of each layer group keeps of its region; 0 without one.
+
+    So much room it needs where others hold the region, too: what it leaves behind is private.
+    """
+    kept = [0] * num_groups
+    shape = num_groups, block_size, codes_per_row
+    for each in compactions(prompt_len, num_tokens, config, *shape):
+        for group, lengths in enumerate(each.lengths):
+            if lengths is not None and not kept[group]:
+                kept[group] = lengths.kept_len
+        if all(kept):
+            break
+    return kept
+
+
 def grown(caches: Sequence[GroupCache], num_tokens: int) -> list[GroupCache]:
     """The caches with so many tokens more."""
     return [replace(each, num_tokens=each.num_tokens + num_tokens) for each in caches]

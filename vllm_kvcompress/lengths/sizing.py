@@ -16,7 +16,7 @@ from vllm_kvcompress.lengths.budgets import layer_groups
 from vllm_kvcompress.lengths.geometry import ModelGeometry
 from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 from vllm_kvcompress.lengths.peak import peak_tokens
-from vllm_kvcompress.lengths.schedule import compactions
+from vllm_kvcompress.lengths.schedule import compactions, first_kept
 from vllm_kvcompress.plans import GroupCache
 
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
@@ -113,6 +113,9 @@ class RequestUsage:
     blocks_prompt, blocks_decoding : int
         Most that are held until the prompt is done, without the copy of the survivors, and from
         the first compaction to the last token.
+    blocks_reserved : int
+        Free blocks that its first compaction needs where others hold all of its blocks, too: set
+        aside with the setting's `shared_blocks: always` for each that shares blocks, but for one.
     stock_block_bytes, stock_blocks_prompt, stock_blocks_decoding : int
         The same without compression: one block table for all layers.
     """
@@ -127,6 +130,7 @@ class RequestUsage:
     blocks_needed: int
     blocks_prompt: int
     blocks_decoding: int
+    blocks_reserved: int
     stock_block_bytes: int
     stock_blocks_prompt: int
     stock_blocks_decoding: int
@@ -204,6 +208,7 @@ def request_usage(
         blocks_needed=max(held + grown),
         blocks_prompt=blocks(prompt),
         blocks_decoding=max(grown, default=held[0]),
+        blocks_reserved=blocks(first_kept(prompt_len, end, config, *shape)),
         stock_block_bytes=page * geometry.num_layers,
         stock_blocks_prompt=-(-prompt_len // block_size),
         stock_blocks_decoding=-(-end // block_size),

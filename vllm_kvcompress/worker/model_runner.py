@@ -27,7 +27,7 @@ from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
 from vllm_kvcompress.messages import StepPlan, StepReport
-from vllm_kvcompress.plans import CompactionPlan, Purpose
+from vllm_kvcompress.plans import CompactionPlan
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.built_layers import looked_at_once_built
 from vllm_kvcompress.worker.cache_numbers import numbers_of
@@ -281,13 +281,13 @@ class CompressionRunnerMixin(GPUModelRunner):
     def _compact(self, plans: Sequence[CompactionPlan]) -> None:
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
         jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
-        # The blocks of a linked view are there already.
-        self.compactor.run([job for job in jobs if job.plan.purpose is not Purpose.LINKED_VIEW])
+        # The blocks of a linked view are there already, and an equal request's survivors.
+        self.compactor.run([job for job in jobs if job.plan.purpose.is_copied])
         for feature in self.features:
             feature.compact(jobs)
         for job in jobs:
             self.model_state.forget_queries(job.plan.request_id, job.plan.position)
-            if job.plan.purpose is Purpose.EVICT:
+            if not job.plan.purpose.is_view:
                 self._rewrite_row(job)
 
     def _rewrite_row(self, job: CompactionJob) -> None:

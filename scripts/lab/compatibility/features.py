@@ -77,6 +77,13 @@ FEATURES = (
         "tests/config/test_shared_blocks.py::test_settings_that_do_not_go_with_it",
     ),
     works(
+        "Samples of one prompt, and other equal prompts",
+        "the first is compacted, the others read its copy; also with tensor and pipeline "
+        "parallelism; not with triggers that compact while decoding, nor with marks inside prompts",
+        "tests/e2e/test_shared_blocks.py::test_samples_of_one_prompt_read_one_copy",
+        "tests/core/test_equal_prompts.py::test_any_traffic",
+    ),
+    works(
         "Many questions about one text (`kv_shared_prefix`)",
         "compressed once, read by all, layer groups included; refused (HTTP 400) where chats have "
         "no next turns, and with policies that read queries",
@@ -139,7 +146,8 @@ FEATURES = (
     ),
     works(
         "Tensor parallelism",
-        "ranks keep the same tokens",
+        "ranks keep the same tokens, of chats (`kv_session`) and shared texts "
+        "(`kv_shared_prefix`) too",
         "tests/e2e/test_tensor_parallel.py::test_two_ranks_give_the_tokens_of_one",
     ),
     works(
@@ -149,7 +157,8 @@ FEATURES = (
     ),
     works(
         "Pipeline parallelism",
-        "every stage compacts its own layers; no drafts, codebooks, shared rankings across stages",
+        "every stage compacts its own layers, of chats (`kv_session`) and shared texts "
+        "(`kv_shared_prefix`) too; no drafts, codebooks, shared rankings across stages",
         "tests/e2e/test_heads_and_stages.py::test_two_pipeline_stages_give_the_same_tokens",
         given=options("parallel_config", pipeline_parallel_size=2),
     ),

@@ -5,6 +5,7 @@ Dimensions: R requests, P blocks of the longest, Q destination blocks of the lon
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ class GroupBatch:
     forced: torch.Tensor
     permanent: torch.Tensor | None
     addresses: torch.Tensor
+
+    @cached_property
+    def shown_forced(self) -> torch.Tensor:
+        """A copy of `forced` for policies to look at: what they write to it forces nothing."""
+        return self.forced.clone()
 
     @property
     def lengths(self) -> list[int]:

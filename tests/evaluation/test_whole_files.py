@@ -36,7 +36,7 @@ def test_what_is_there_stays(tmp_path: Path, full: None) -> None:
 def test_a_table_that_does_not_fit(tmp_path: Path, full: None) -> None:
     with pytest.raises(OSError, match="too large"):
         write_csv([], tmp_path / "cells.csv", {"versions": "x" * 10 * LIMIT})
-    rows = [codebook_report.SpindleRow(1.0, 0, "keys", *[0.5] * 6)] * 1000
+    rows = [codebook_report.SpindleRow(1.0, 0, "keys", *[0.5] * 7)] * 1000
     with pytest.raises(OSError, match="too large"):
         codebook_report.write_csv(tmp_path / "spindle.csv", rows)
     assert not [*tmp_path.iterdir()]

@@ -127,7 +127,8 @@ class PendingFlags:
     def read(self) -> dict[str, str]:
         """What each request met, by name; only once the step's output is on the host."""
         found: dict[str, str] = {}
-        for kind, row in zip(KINDS, self._copy.tolist(), strict=True):
+        rows = self._copy.tolist()  # waits: for nothing, it is on the host
+        for kind, row in zip(KINDS, rows, strict=True):
             for name, flag in zip(self.request_ids, row, strict=True):
                 if flag > 0:
                     found.setdefault(name, kind)

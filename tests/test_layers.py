@@ -62,7 +62,8 @@ PURE |= {"core.query_slots", "core.draft.history", "core.draft.views", "core.dra
 PURE_COMPACTIONS = {
     "worker.batch", "worker.codebook.slots", "worker.codebook.warm_up",
     "worker.codebook.working_memory", "worker.codebook.writer", "worker.compaction.compactor",
-    "worker.compaction.group_scores", "worker.compaction.timer", "worker.compaction.warm_up",
+    "worker.compaction.faults", "worker.compaction.group_scores", "worker.compaction.timer",
+    "worker.compaction.warm_up",
     "worker.compaction.working_memory", "worker.draft.linked_blocks", "worker.draft.views",
     "worker.features", "worker.host_mirror", "worker.layout.base", "worker.layout.layer_cache",
     "worker.layout.latent", "worker.layout.numbers", "worker.layout.packed",

@@ -22,6 +22,10 @@ class UnsupportedModelError(ValueError):
     """
 
 
+class PolicyError(RuntimeError):
+    """A policy returned what is no scores. The message says which policy, and what it was."""
+
+
 def config_error(source: str, field: str, rule: str, *got: Any) -> ConfigError:
     """Make the error for one wrong setting: "SOURCE: FIELD: RULE, got GOT." on one line.
 

@@ -10,8 +10,8 @@ it, and repeat neither the reading of its options nor the arithmetic. The API se
 what the scheduler could not make sense of.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
@@ -101,14 +101,21 @@ class StepReport:
     codebooks : sequence of sequences of float
         Of keys and of values, four numbers each: `CompressionStats.record_codebooks`. Empty if
         nothing was coded.
+    failed : Mapping[str, str]
+        By request id, why what this step did to its cache went wrong: it must not be read.
     """
 
     seconds: tuple[float, ...] = ()
     codebooks: Sequence[Sequence[float]] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def with_failed(self, failed: Mapping[str, str]) -> "StepReport":
+        """The same, and what went wrong."""
+        return replace(self, failed=failed)
 
     def attach(self, model_runner_output: Any) -> None:
         """Send it with vLLM's ``ModelRunnerOutput``, if there is any news."""
-        if self.seconds or self.codebooks:
+        if self.seconds or self.codebooks or self.failed:
             setattr(model_runner_output, _ATTRIBUTE, self)
 
     @classmethod

@@ -44,6 +44,8 @@ class CompressionStats:
         Blocks that the pool got back when compactions were committed, by policy.
     uncompressed : dict[str, int]
         Requests served without compression, by reason.
+    failures : dict[str, int]
+        Requests whose compression went wrong, by what happened.
     tasks : dict[str, int]
         Requests whose setting depends on their task, by "task/who decided".
     views : dict[str, int]
@@ -86,6 +88,7 @@ class CompressionStats:
     blocks_taken: dict[str, int] = field(default_factory=dict)
     blocks_returned: dict[str, int] = field(default_factory=dict)
     uncompressed: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     views: dict[str, int] = field(default_factory=dict)
     view_tokens: dict[str, int] = field(default_factory=dict)
@@ -166,6 +169,10 @@ class CompressionStats:
     def record_uncompressed(self, reason: str) -> None:
         """Count one request that is served without compression."""
         _add(self.uncompressed, reason, 1)
+
+    def record_failure(self, reason: str) -> None:
+        """Count one request whose compression went wrong."""
+        _add(self.failures, reason, 1)
 
     def record_session(self, outcome: str, num_tokens: int) -> None:
         """Count one request that named a conversation, and the tokens that it took over."""

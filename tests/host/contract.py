@@ -49,7 +49,12 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self", "throttle_prefills"),
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
     "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("self", "request"),
-    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": (
+        "self",
+        "request",
+        "timestamp",
+        "drop_stale_output",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead": (
         "self",
         "request",

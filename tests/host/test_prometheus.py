@@ -15,6 +15,7 @@ from vllm_kvcompress.host.prometheus import (
     SKIP_REASONS,
     PrometheusRecorder,
 )
+from vllm_kvcompress.messages import post_counts
 from vllm_kvcompress.metrics import MAX_SAMPLES, CompressionStats
 
 
@@ -110,3 +111,23 @@ def test_counts_do_not_grow_with_requests() -> None:
     assert max(sizes) == MAX_SAMPLES
     stats.clear()
     assert stats == CompressionStats() and stats.snapshot() is None
+
+
+def test_counts_that_cannot_be_added_end_nothing(monkeypatch) -> None:
+    """The task that ends with whatever is raised here hands out every answer."""
+    from types import SimpleNamespace
+
+    from vllm_kvcompress.host import hooks
+
+    def fails(*_: object) -> None:
+        raise KeyError("another label")
+
+    seen: list[object] = []
+    record = hooks._record(lambda *args: seen.append(args[1]))
+    stats = SimpleNamespace()
+    counted = CompressionStats()
+    counted.record_failure("error")
+    post_counts(stats, counted)
+    manager = SimpleNamespace(**{hooks._RECORDER: SimpleNamespace(record=fails)})
+    record(manager, stats, None)
+    assert seen == [stats] and stats.kv_connector_stats is None

@@ -6,7 +6,7 @@ imports none of them.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,7 +120,6 @@ def run_codebook(args: argparse.Namespace) -> int:
     _check_output(args)
     run = _prepare(args)
     from vllm_kvcompress.evaluation.codebook_choice import recommend
-    from vllm_kvcompress.evaluation.codebook_report import write_csv
 
     _say_what(run)
     profiles: list[LayerProfile] = []
@@ -134,8 +133,7 @@ def run_codebook(args: argparse.Namespace) -> int:
         _print_ratio(run, ratio, profiled, tried)
         _print_choice(run, found[ratio], checked)
     if args.out is not None:
-        _write(run, profiles, found)
-        write_csv(args.out / CHECK_NAME, checks)
+        _write(run, profiles, found, checks)
         say(f"Written to {args.out}.")
     return 0
 
@@ -321,16 +319,17 @@ def _print_choice(run: _Run, found: "Recommendation | None", checks: "list[Check
 
 
 def _write(
-    run: _Run, profiles: "list[LayerProfile]", found: "dict[float, Recommendation | None]"
+    run: _Run,
+    profiles: "list[LayerProfile]",
+    found: "dict[float, Recommendation | None]",
+    checks: Sequence[Any],
 ) -> None:
+    """Write the folder: all of it, or none."""
     from vllm_kvcompress.evaluation import codebook_report as report
+    from vllm_kvcompress.evaluation.whole_files import whole, write_whole
 
     args, spindle = run.args, report.spindle_rows(profiles)
-    args.out.mkdir(parents=True)
-    report.write_csv(args.out / SPINDLE_NAME, spindle)
-    report.write_csv(args.out / FITS_NAME, report.fit_rows(profiles))
     title = f"{args.model.name}: tokens that share a codebook entry, {len(run.prompts)} prompts"
-    report.plot(args.out / PLOT_NAME, spindle, title)
     about = {
         "command": command_line(),
         "versions": versions(),
@@ -342,4 +341,10 @@ def _write(
         "recommended": {f"{ratio:g}": each and asdict(each) for ratio, each in found.items()},
     }
     text = json.dumps(about, indent=1, ensure_ascii=False, default=str) + "\n"
-    (args.out / RUN_NAME).write_text(text, encoding="utf-8")
+    with whole(args.out) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write_csv(folder / SPINDLE_NAME, spindle)
+        report.write_csv(folder / FITS_NAME, report.fit_rows(profiles))
+        report.plot(folder / PLOT_NAME, spindle, title)
+        report.write_csv(folder / CHECK_NAME, checks)
+        write_whole(folder / RUN_NAME, text)

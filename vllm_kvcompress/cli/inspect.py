@@ -177,12 +177,13 @@ def _facts(args: argparse.Namespace, inspection: "Inspection") -> list[tuple[str
 
 def _write_page(args: argparse.Namespace, inspection: "Inspection") -> None:
     from vllm_kvcompress.evaluation.inspection_page import PageTexts, render
+    from vllm_kvcompress.evaluation.whole_files import write_whole
 
     fields = yaml.safe_dump(inspection.setting.config.to_dict(), sort_keys=False)
     title = f"What {args.kv_compression} keeps of a prompt"
     page = render(inspection, PageTexts(title, _facts(args, inspection), fields))
     try:
-        args.html.write_text(page, encoding="utf-8")
+        write_whole(args.html, page)
     except OSError as error:
         raise ConfigError(f"--html: {args.html}: {error.strerror}.") from None
 

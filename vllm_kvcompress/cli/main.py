@@ -187,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, or 1 after an error (argparse exits with 2 on wrong usage)."""
+    """Run one command; return 0, 1 after an error, 130 after Ctrl-C (argparse: 2, wrong usage)."""
     args = make_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -195,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain("error", str(error))
     except ImportError as error:
         complain("error", f"a policy's module cannot be imported: {error}.")
+    except KeyboardInterrupt:
+        complain("error", "interrupted; nothing half-written is left.")
+        return 130
     return 1
 
 

@@ -211,7 +211,6 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 def _conclude(args: argparse.Namespace, candidates: Sequence[Any], table: Any, aim: Any) -> int:
     from vllm_kvcompress.evaluation.tuning.choose import choose, make_chains, repeat, split_prompts
-    from vllm_kvcompress.evaluation.tuning.losses import write_whole
     from vllm_kvcompress.evaluation.tuning.result import (
         Tuning,
         sentences,
@@ -219,6 +218,7 @@ def _conclude(args: argparse.Namespace, candidates: Sequence[Any], table: Any, a
         summary,
         why_none,
     )
+    from vllm_kvcompress.evaluation.whole_files import write_whole
 
     _check_saves(table)
     chains = make_chains(candidates)

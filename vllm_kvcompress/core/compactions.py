@@ -5,10 +5,12 @@ What is due, and how large, is the planner's decision; here is where it meets th
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
@@ -21,6 +23,8 @@ from vllm_kvcompress.core.tracked_request import TrackedRequest
 from vllm_kvcompress.lengths.budgets import forced_ranges
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import CompactionPlan, GroupLengths, GroupPlan, Purpose
+
+logger = init_logger(f"vllm.{__name__}")
 
 Lengths = Sequence[GroupLengths | None]
 
@@ -78,6 +82,7 @@ class Compactions:
         self._planned: dict[str, int] = {}  # and blocks of their own that are overwritten
         self._given_up: list[str] = []
         self._starved: list[str] = []
+        self._misplanned: list[str] = []
 
     # --- plan -----------------------------------------------------------------------------
 
@@ -100,8 +105,21 @@ class Compactions:
                 self.room.free_for(name, evictions[name])
                 self.planner.decline(each)
             else:
-                plans += self._plan_one(request, each)
+                with self.guarded(name):
+                    plans += self._plan_one(request, each)
         return plans
+
+    @contextmanager
+    def guarded(self, request_id: str) -> Iterator[None]:
+        """Plan something for a request: what is raised is noted for it, and goes no further."""
+        try:
+            yield
+        except Exception as error:  # the engine's loop ends with whatever is raised here
+            logger.exception(
+                "KV compression: nothing could be planned for request %s (%s); it starts again "
+                "without compression.", request_id, type(error).__name__,
+            )  # fmt: skip
+            self._misplanned.append(request_id)
 
     def _is_certain(self, tracked: TrackedRequest) -> bool:
         """Whether what is evicted of a request is evicted at its mark, whether it pays or not."""
@@ -188,6 +206,11 @@ class Compactions:
             groups=tuple(groups),
             purpose=purpose,
         )
+
+    def take_misplanned(self) -> list[str]:
+        """Requests whose plans went wrong: some of their blocks may be taken, and never filled."""
+        misplanned, self._misplanned = self._misplanned, []
+        return misplanned
 
     def take_starved(self) -> list[str]:
         """Requests whose compaction found no blocks although it must happen at its mark.

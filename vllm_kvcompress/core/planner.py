@@ -198,6 +198,13 @@ class Planner:
             assert tracked.config is not None
             self._begin(tracked, tracked.config)
 
+    def give_up(self, request_id: str) -> None:
+        """A request starts again from nothing, and is compressed no more: it went wrong."""
+        self.restart(request_id)
+        tracked = self.requests[request_id]
+        tracked.marks, tracked.phase = (), Phase.SKIPPED
+        tracked.skip_reason = SkipReason.FAILED
+
     def set_aside(self, request_id: str) -> TrackedRequest:
         """A request's state as it is, to be put back if need be; a copy takes its place."""
         before = self.requests[request_id]

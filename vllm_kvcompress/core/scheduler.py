@@ -29,7 +29,7 @@ from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.report import savings_line
 from vllm_kvcompress.core.reuse import Reuse
-from vllm_kvcompress.core.tracked_request import Phase
+from vllm_kvcompress.core.tracked_request import Phase, SkipReason
 from vllm_kvcompress.host.part_checks import probed_layers
 from vllm_kvcompress.lengths.decode_queries import ring_shape
 from vllm_kvcompress.messages import ROOM_ATTRIBUTE, StepPlan, StepReport, post_counts
@@ -121,8 +121,10 @@ class CompressionMixin(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Commit, schedule, plan. What the workers need travels with the output."""
+        for name in self.compactions.take_misplanned():
+            self._serve_uncompressed(name, "planning")
         self.compactions.commit()
-        self.reuse.prefixes.publish()
+        self.reuse.publish()
         for name in self.compactions.take_starved():
             self._start_over(name)
         if self.query_slots.owned:
@@ -135,9 +137,11 @@ class CompressionMixin(Scheduler):
         for new in output.scheduled_new_reqs:
             self.reuse.note_started(self.requests[new.req_id])
             self.compactions.equal.note_started(self.requests[new.req_id])
+        plans = self._plan(output)
+        self.reuse.note_planned(plan.request_id for plan in plans)
         StepPlan(
             setups=setups,
-            plans=self._plan(output),
+            plans=plans,
             query_slots=self.query_slots.take_changes(),
             views_given_up=self.compactions.take_given_up(),
         ).attach(output)
@@ -151,6 +155,32 @@ class CompressionMixin(Scheduler):
             self._preempt_request(request, time.monotonic())
             # It may run again in this step, as if it had not been in the last one.
             self.prev_step_scheduled_req_ids.discard(request_id)
+
+    def _serve_uncompressed(self, request_id: str, reason: str) -> None:
+        """What was done to a request's cache went wrong: start again without compression.
+
+        It was planned by lengths alone, and the next step may be on its way to the workers: what
+        that one says of the request is dropped, so nobody hears of a token that was computed from
+        the cache. Where the whole prompt does not fit into the pool, it ends with an error.
+        """
+        self.stats.record_failure(reason)
+        request, tracked = self.requests.get(request_id), self.planner.requests.get(request_id)
+        if request is None or tracked is None or tracked.phase is Phase.SKIPPED:
+            return
+        self.stats.record_uncompressed(SkipReason.FAILED)
+        self.reuse.give_up(request_id)
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request_id)
+        self.planner.give_up(request_id)
+        fits = self.longest.bound(request)
+        if not fits or request.num_output_tokens >= request.max_tokens:
+            logger.error(
+                "KV compression: request %s ends with an error: without compression the pool does "
+                "not hold it.", request_id,
+            )  # fmt: skip
+            self._too_long.append(request_id)
 
     def _plan(self, output: SchedulerOutput) -> list[CompactionPlan]:
         """Hand out slots of the ring, and plan what is due; in most steps that is nothing."""
@@ -177,7 +207,9 @@ class CompressionMixin(Scheduler):
         # The step's own output is among the placeholders by now, with what it verifies.
         unverified = num_ahead + num_unverified(request, 1 + num_ahead)
         num_certain = request.num_computed_tokens - unverified
-        return self.planner.note_progress(request.request_id, num_certain)
+        with self.compactions.guarded(request.request_id):
+            return self.planner.note_progress(request.request_id, num_certain)
+        return False
 
     # --- host overrides -------------------------------------------------------------------
 
@@ -279,7 +311,11 @@ class CompressionMixin(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         """Take the worker's measurements along, and answer requests that never can be served."""
-        StepReport.of(model_runner_output).count_into(self.stats)
+        report = StepReport.of(model_runner_output)
+        report.count_into(self.stats)
+        self.reuse.note_reported(p.request_id for p in StepPlan.of(scheduler_output).plans)
+        for name, reason in report.failed.items():
+            self._serve_uncompressed(name, reason)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._too_long:
             return outputs

@@ -144,12 +144,18 @@ class SharedPrefixes:
 
     # --- whose blocks they are ------------------------------------------------------------
 
-    def publish(self) -> None:
-        """Keep what has been compressed since the last step, for others."""
+    def publish(self, is_reported: Callable[[str], bool]) -> None:
+        """Keep what has been compressed since the last step, for others.
+
+        `is_reported` says whether the workers have reported on a request's last compaction: what
+        went wrong there must not reach others.
+        """
         for place, name in list(self._computing.items()):
             tracked = self.planner.requests[name]
             assert tracked.shared_len is not None and tracked.config is not None
             if tracked.phase is not Phase.DONE or tracked.start is not None:
+                continue
+            if not is_reported(name):
                 continue
             del self._computing[place]
             if tracked.compaction.compacted_at != tracked.shared_len:
@@ -174,10 +180,15 @@ class SharedPrefixes:
             self.stats.shared_prefixes_kept += 1
             self.store.put(place, kept)
 
-    def end(self, request: Request, settle: Callable[[str, int], bool]) -> None:
+    def end(
+        self,
+        request: Request,
+        settle: Callable[[str, int], bool],
+        is_reported: Callable[[str], bool],
+    ) -> None:
         """A request ends, and has its blocks yet.
 
-        `settle` commits what the last step compacted of it.
+        `settle` commits what the last step compacted of it; `is_reported` as for `publish`.
         """
         name = request.request_id
         if name not in self._wanted:
@@ -186,9 +197,15 @@ class SharedPrefixes:
         if self._computing.get(place) == name:
             if request.status is not RequestStatus.FINISHED_ERROR:
                 settle(name, tracked.prompt_len)
-                self.publish()
+                self.publish(is_reported)
             self._computing.pop(place, None)
         del self._wanted[name]
+
+    def give_up(self, request_id: str) -> None:
+        """A request goes on by itself: it begins with nothing of others, and computes for none."""
+        wish = self._wanted.pop(request_id, None)
+        if wish is not None and self._computing.get(wish.place) == request_id:
+            del self._computing[wish.place]
 
     def hand_over(
         self, request_id: str, place: Place, kept: Kept, num_tokens: int

@@ -34,6 +34,7 @@ class SkipReason:
     SHARED_PROMPT = "shared_prompt"
     AMPLE_MEMORY = "ample_memory"
     INVALID_OPTIONS = "invalid_options"
+    FAILED = "failed"
 
 
 @dataclass

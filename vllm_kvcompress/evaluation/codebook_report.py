@@ -11,6 +11,7 @@ from rich.table import Table
 from vllm_kvcompress.cli.common import make_table
 from vllm_kvcompress.evaluation.codebook_choice import Limits, Tried
 from vllm_kvcompress.evaluation.codebook_profile import Comparison, LayerProfile
+from vllm_kvcompress.evaluation.whole_files import whole
 
 KINDS = ("keys", "values")
 NEEDED = "needed"
@@ -285,7 +286,7 @@ def choice_table(found: Sequence[Tried], limits: Limits) -> Table:
 
 def write_csv(path: Path, rows: Sequence[Any]) -> None:
     """Rows of one of the dataclasses above; floats have six digits that count."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(asdict(rows[0]))
         for row in rows:
@@ -318,5 +319,6 @@ def plot(path: Path, rows: Sequence[SpindleRow], title: str) -> None:
         which(LogFormatter(minor_thresholds=(2, 0.5)))
     axes[1].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    with whole(path) as part:
+        figure.savefig(part, dpi=130, format=path.suffix[1:])
     pyplot.close(figure)

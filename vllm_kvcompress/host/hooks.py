@@ -286,7 +286,13 @@ def _record(original: Callable[..., Any]) -> Callable[..., Any]:
             if recorder is None:  # must not end the server for it
                 logger.warning_once("No metrics of KV compression: this process has no setting.")
             else:
-                recorder.record(counts, engine_idx or 0)
+                try:
+                    recorder.record(counts, engine_idx or 0)
+                except Exception as error:  # the task that ends here hands out all answers
+                    logger.exception(
+                        "KV compression: some counts could not be added to /metrics (%s).",
+                        type(error).__name__,
+                    )
         return original(self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx)
 
     return record

@@ -15,9 +15,12 @@ VLLM_LABELS = ("model_name", "engine")
 
 SKIP_REASONS = (
     "opted_out", "short_prompt", "short_output", "under_budget", "streaming_input", "no_room",
-    "shared_prompt", "ample_memory", "invalid_options",
+    "shared_prompt", "ample_memory", "invalid_options", "failed",
 )  # fmt: skip
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
+
+FAILURES = ("error", "nan_scores", "planning")
+"""What went wrong: worker/compaction/faults.py, and on the scheduler core/failures.py."""
 
 SESSION_OUTCOMES = (
     "reused", "nothing_kept", "other_setting", "other_tokens", "shared_block", "prefix_cache",
@@ -77,6 +80,11 @@ COUNTERS: dict[str, Family] = {
         "uncompressed",
         "Requests served without compression, by reason.",
         {"reason": SKIP_REASONS},
+    ),
+    "failures": Family(
+        "failures",
+        "Requests whose compression went wrong, which started again without, by what happened.",
+        {"reason": FAILURES},
     ),
     "tasks": Family(
         "tasks",

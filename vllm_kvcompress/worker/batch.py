@@ -55,6 +55,8 @@ class GroupBatch:
         [R] int32, tokens scored, tokens that may be chosen, tokens chosen.
     forced : torch.Tensor
         [R, n] bool.
+    shown_forced : torch.Tensor
+        The same, for policies to look at: what they write to it forces nothing.
     permanent : torch.Tensor or None
         [R, n] bool, tokens that no compaction evicts; None where they lead the cache already.
     addresses : torch.Tensor
@@ -69,6 +71,7 @@ class GroupBatch:
     region_len: torch.Tensor
     num_survivors: torch.Tensor
     forced: torch.Tensor
+    shown_forced: torch.Tensor
     permanent: torch.Tensor | None
     addresses: torch.Tensor
 
@@ -147,9 +150,9 @@ class _Packing:
         self._arrays.append(np.array(addresses, dtype=np.int64))
         return len(self._arrays) - 1
 
-    def mask(self, rows: Sequence[tuple[Span, ...]], width: int) -> int:
-        """[R, width] bool: True in spans."""
-        key = tuple(rows), width
+    def mask(self, rows: Sequence[tuple[Span, ...]], width: int, copy: int = 0) -> int:
+        """[R, width] bool: True in spans; each `copy` of the same marks has memory of its own."""
+        key = tuple(rows), width, copy
         if key not in self._masks:
             marks = np.zeros((len(rows), width), dtype=bool)
             for row, spans in zip(marks, rows, strict=True):
@@ -176,6 +179,7 @@ def _numbers(
         "region_len": packing.add([plan.lengths.region_len for plan in plans]),
         "num_survivors": packing.add([plan.lengths.num_survivors for plan in plans]),
         "forced": packing.mask([plan.forced for plan in plans], width),
+        "shown_forced": packing.mask([plan.forced for plan in plans], width, copy=1),
         "permanent": packing.mask([p.cache.permanent for p in plans], width) if scattered else None,
         "addresses": packing.addresses(addresses),
     }

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,9 +32,11 @@ from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.built_layers import looked_at_once_built
 from vllm_kvcompress.worker.cache_numbers import numbers_of
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.compaction.faults import StepFaults
 from vllm_kvcompress.worker.compaction.layer_parts import LayerParts, check_parts, softmax_terms
 from vllm_kvcompress.worker.compaction.timer import CompactionTimer
 from vllm_kvcompress.worker.compaction.warm_up import warm_up, warm_up_steps
+from vllm_kvcompress.worker.fault_report import FaultReport
 from vllm_kvcompress.worker.features import Feature, make_features
 from vllm_kvcompress.worker.group_metadata import without_schedule
 from vllm_kvcompress.worker.host_buffers import pools_for_writes_per_step
@@ -86,6 +88,7 @@ class CompressionRunnerMixin(GPUModelRunner):
         for feature in self.features:
             feature.after_load()
         self._timer = CompactionTimer(self.device)
+        self._fault_report = FaultReport(get_pp_group().is_last_rank)
         for name, layer in self.compacted_layers.by_name().items():
             state.ring.add_layer(name, layer.num_heads, query_size(layer), self.dtype)
             watch_queries(state.taps, name, layer)
@@ -259,7 +262,8 @@ class CompressionRunnerMixin(GPUModelRunner):
         self.model_state.prompt_queries.end_batch()
         if step.plans:
             with self._timer:
-                self._compact(step.plans)
+                faults = self._compact(step.plans)
+            output = self._fault_report.begin(faults, self.compactor, output, *args)
             for feature in self.features:
                 feature.after_compaction()
             # At once: left for the next step, the write could race with a new owner of the row.
@@ -278,17 +282,23 @@ class CompressionRunnerMixin(GPUModelRunner):
             layer.cache(), blocks, num_tokens, queries, layer.scale, layer.terms
         )
 
-    def _compact(self, plans: Sequence[CompactionPlan]) -> None:
+    def _compact(self, plans: Sequence[CompactionPlan]) -> StepFaults:
+        """Carry plans out, whatever goes wrong: the scheduler counts on every row's length."""
         configs, rows = self.model_state.request_configs, self.req_states.req_id_to_index
         jobs = [CompactionJob(p, configs[p.request_id], rows[p.request_id]) for p in plans]
+        faults = StepFaults((plan.request_id for plan in plans), self.device)
+        self.compactor.faults = faults
         # The blocks of a linked view are there already, and an equal request's survivors.
         self.compactor.run([job for job in jobs if job.plan.purpose.is_copied])
         for feature in self.features:
-            feature.compact(jobs)
+            with faults.of(jobs):
+                feature.compact(jobs)
+        self.compactor.faults = None
         for job in jobs:
             self.model_state.forget_queries(job.plan.request_id, job.plan.position)
             if not job.plan.purpose.is_view:
                 self._rewrite_row(job)
+        return faults
 
     def _rewrite_row(self, job: CompactionJob) -> None:
         assert self.model_state.lengths is not None
@@ -319,6 +329,7 @@ class CompressionRunnerMixin(GPUModelRunner):
             # Nobody reads other stages', and vLLM may return one object for all.
             if (seconds or measured) and self.is_last_pp_rank:
                 StepReport(seconds=tuple(seconds), **measured).attach(carrier)
+        self._fault_report.end(output)
         return output
 
 

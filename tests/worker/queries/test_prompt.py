@@ -104,14 +104,38 @@ def test_a_restarted_request_starts_from_nothing() -> None:
     assert prompts.take("a", "first") == expected("a", 20)
 
 
-def test_tokens_that_nobody_saw_are_an_error() -> None:
+def test_tokens_that_nobody_saw_leave_that_prompt_without_a_summary() -> None:
     prompts = make_prompts()
-    prompts.add_request("a", Recorder(), 20, 4)
-    with pytest.raises(RuntimeError, match="0 tokens of request a were folded when those from 8"):
-        step(prompts, [("a", 8, 12)])
-    prompts.add_request("a", Recorder(), 20, 4)
+    for name in ("d", "c", "b"):
+        prompts.add_request(name, Recorder(), 20, 4)
+    step(prompts, [("d", 8, 12)])
+    step(prompts, [("c", 0, 20)], layers=LAYERS[:1])
+    step(prompts, [("b", 0, 20)])
+    with pytest.raises(RuntimeError, match="0 tokens of request d were folded when those from"):
+        prompts.take("d", "first")
     with pytest.raises(RuntimeError, match="were folded in 1 of 2 layers"):
-        step(prompts, [("a", 0, 20)], layers=LAYERS[:1])
+        prompts.take("c", "first")
+    assert prompts.take("b", "second") == expected("b", 20)
+    assert not prompts.wants("d", 8), "no graph is avoided for it any more"
+
+
+def test_a_policy_that_fails_on_a_chunk_fails_for_that_prompt_alone() -> None:
+    """In the middle of the forward pass, which goes on."""
+
+    class Picky(Recorder):
+        def accumulate(self, accumulated: Any, chunk: ChunkInputs) -> list[float]:
+            if chunk.prompt_len == 21 and chunk.start:
+                raise ValueError("not this one")
+            return super().accumulate(accumulated, chunk)
+
+    prompts = make_prompts()
+    prompts.add_request("a", Picky(), 20, 4)
+    prompts.add_request("b", Picky(), 21, 4)
+    step(prompts, [("a", 0, 12), ("b", 0, 12)])
+    step(prompts, [("b", 12, 9), ("a", 12, 8)])
+    assert prompts.take("a", "first") == expected("a", 20)
+    with pytest.raises(ValueError, match="not this one"):
+        prompts.take("b", "first")
 
 
 def test_a_batch_is_looked_at_only_while_a_prompt_is_awaited() -> None:

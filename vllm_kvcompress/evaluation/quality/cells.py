@@ -21,6 +21,7 @@ from vllm_kvcompress.evaluation.quality.intervals import (
     paired_interval,
 )
 from vllm_kvcompress.evaluation.quality.records import BASELINE, Record
+from vllm_kvcompress.evaluation.whole_files import whole
 
 RIGHT = 0.5
 """From this score on an answer counts as right where flips are counted."""
@@ -328,7 +329,7 @@ def write_csv(
     measured_with : mapping, optional
         Versions and machine.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         file.write("# " + json.dumps(dict(measured_with or {})) + "\n")
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)

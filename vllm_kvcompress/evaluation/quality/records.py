@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.whole_files import write_whole
 
 RUN, RECORDS, FAILURES = "run.json", "records.jsonl", "failures.jsonl"
 BASELINE = "none"
@@ -119,7 +120,7 @@ class RecordFolder:
                 )
         else:
             text = json.dumps({"asked": asked, "measured_with": measured_with}, indent=1)
-            about.write_text(text + "\n", encoding="utf-8")
+            write_whole(about, text + "\n")
         for name in (RECORDS, FAILURES):
             _drop_half_line(self.path / name)
         return list(read_records(self.path))

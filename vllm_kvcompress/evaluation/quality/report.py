@@ -1,7 +1,6 @@
 """The report of ``kvcompress eval``: report.html and cells.csv, written from a run's folder."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from vllm_kvcompress.evaluation.quality.page import Section, document, paragraph
 from vllm_kvcompress.evaluation.quality.records import FAILURES, RUN, read_records
 from vllm_kvcompress.evaluation.quality.text import escape
 from vllm_kvcompress.evaluation.quality.view import Run
+from vllm_kvcompress.evaluation.whole_files import write_whole
 
 REPORT, CELLS = "report.html", "cells.csv"
 TITLE = "Answers under a compressed KV cache"
@@ -74,9 +74,7 @@ def write_report(folder: Path) -> Path:
     write_csv(run.records, folder / CELLS, run.measured_with)
     path = folder / REPORT
     # A reader that reloads during a run never finds half a page.
-    partial = path.with_suffix(".part")
-    partial.write_text(make_page(run), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, make_page(run))
     return path
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
+from vllm_kvcompress.evaluation.whole_files import write_whole
 
 RUN, LOSSES = "run.json", "losses.jsonl"
 
@@ -137,13 +138,6 @@ def _loss(line: str, place: str) -> Loss:
     if not is_right:
         raise ConfigError(f"{place}: no loss of kvcompress tune; delete the line to measure anew.")
     return loss
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 # --- as a table ---------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from typing import Any
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig, LayerGroupsConfig
 from vllm_kvcompress.errors import ConfigError
-from vllm_kvcompress.evaluation.tuning.losses import write_whole
 from vllm_kvcompress.evaluation.tuning.prompts_file import OwnPrompt
+from vllm_kvcompress.evaluation.whole_files import write_whole
 from vllm_kvcompress.lengths.budgets import layer_groups
 
 PREFERENCES = "preferences"

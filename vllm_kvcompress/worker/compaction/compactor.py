@@ -13,12 +13,14 @@ import torch
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.cache.rows import CacheRows
 from vllm_kvcompress.kernels.dispatch import backend_of
+from vllm_kvcompress.kernels.host_copy import to_device
 from vllm_kvcompress.lengths.budgets import layer_groups, score_leaders
 from vllm_kvcompress.plans import PlanKind
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.inputs import Queries, ScoreInputs
 from vllm_kvcompress.worker.batch import CompactionJob, GroupBatch, group_batches
-from vllm_kvcompress.worker.compaction.group_scores import GroupScores
+from vllm_kvcompress.worker.compaction.faults import StepFaults
+from vllm_kvcompress.worker.compaction.group_scores import GroupScores, check_scored
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.queries.prompt import PromptQueries
 from vllm_kvcompress.worker.queries.ring import QueryRing
@@ -70,8 +72,13 @@ class Compactor:
 
     Attributes
     ----------
+    num_sums : int
+        Sums over ranks that this rank has taken part in.
     writers, extenders : dict[PlanKind, callable]
         How plans of other kinds than ``TOKENS`` are carried out: with scores, and without.
+    faults : StepFaults or None
+        Takes what goes wrong, so that every plan is carried out somehow; None, as while starting:
+        it is raised.
     """
 
     def __init__(
@@ -89,13 +96,20 @@ class Compactor:
         self.num_layers = num_layers
         self.sources = sources
         self.device = device
-        self.all_reduce = all_reduce
+        self._all_reduce = all_reduce
+        self.num_sums = 0
         self.num_ranks = num_ranks
         self.first_kv_head = first_kv_head
         self.shares_head = shares_head
         self.select_tokens = backend_of(device).select_tokens
         self.writers: dict[PlanKind, Writer] = {}
         self.extenders: dict[PlanKind, Extender] = {}
+        self.faults: StepFaults | None = None
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over tensor-parallel ranks: as many calls on all of them, in one order."""
+        self.num_sums += 1
+        return self._all_reduce(tensor)
 
     @torch.inference_mode()
     def run(self, jobs: Sequence[CompactionJob]) -> None:
@@ -104,7 +118,27 @@ class Compactor:
         Requests under the same policy go through every launch together.
         """
         for batch in batches(jobs):
-            self._run_batch(batch)
+            try:
+                self._run_batch(batch)
+            except Exception as error:  # a policy's, a kernel's, no memory: any of them
+                if self.faults is None:
+                    raise
+                self.faults.note((job.plan.request_id for job in batch), error)
+                self._empty_destinations(batch)
+
+    def _empty_destinations(self, jobs: Sequence[CompactionJob]) -> None:
+        """Let what nobody has filled, or in part, read as zeros: the codes among it are in range.
+
+        The step that is under way reads it before the scheduler knows; its answer is thrown away.
+        """
+        for layer in self.layers:
+            for job in jobs:
+                plan = job.plan.groups[layer.group]
+                if plan is None or not plan.destination_blocks:
+                    continue
+                blocks = to_device(plan.destination_blocks, torch.int64, self.device)
+                keys, values = layer.layout.read(layer.cache(), blocks)
+                layer.layout.write(layer.cache(), blocks, keys.zero_(), values.zero_())
 
     def _run_batch(self, jobs: list[CompactionJob]) -> None:
         """Score layers in model order; choose and copy in each KV cache group once it is scored.
@@ -146,6 +180,9 @@ class Compactor:
     ) -> None:
         """Fill the destination blocks of group `number`, by scores [L, R, num_kv_heads, n]."""
         layers = self._layers_of(number)
+        if self.faults is not None:
+            regions = [plan.lengths.region_len for plan in group.plans]
+            self.faults.look_at(group.jobs, regions, scores)
         indices = self._select(group, layers, scores)
         if kind in self.writers:
             self.writers[kind](group, layers, indices)
@@ -186,14 +223,21 @@ class Compactor:
         ]
         if not missing:
             return [shared[place] for place in places]
-        taken = [self._queries(policy, job, layer) for job in group.jobs]
-        rows = layer.layout.rows(
-            layer.cache(), group, [queries for queries, _ in taken], layer.scale, layer.terms
-        )
+        taken = [self._guarded(job, self._queries, policy, job, layer) for job in group.jobs]
+        known = next((each for each in taken if each is not None), None)
         own = {}
+        if known is not None:
+            # Of a request whose queries are not there nobody reads the measurements.
+            queries = [(each or known)[0] for each in taken]
+            rows = layer.layout.rows(layer.cache(), group, queries, layer.scale, layer.terms)
+            for request in missing:
+                what = policy, group, request, layer, rows[request], taken[request]
+                own[request] = self._guarded(group.jobs[request], self._score, *what)
         for request in missing:
-            inputs = self._inputs(policy, group, request, layer, rows[request])
-            scored = policy.score(replace(inputs, accumulated=taken[request][1]))
+            scored = own.get(request)
+            if scored is None:
+                size = layer.cache().shape[1], group.lengths[request]
+                scored = torch.zeros(size, device=self.device)
             own[request] = self._of_all_ranks(scored)
         if policy.shares_scores:
             shared.update((places[request], scores) for request, scores in own.items())
@@ -201,6 +245,29 @@ class Compactor:
             own[request] if request in own else shared[place]
             for request, place in enumerate(places)
         ]
+
+    def _score(
+        self,
+        policy: Policy,
+        group: GroupBatch,
+        request: int,
+        layer: LayerCache,
+        rows: CacheRows,
+        taken: tuple[torch.Tensor | None, Any],
+    ) -> torch.Tensor:
+        inputs = replace(self._inputs(policy, group, request, layer, rows), accumulated=taken[1])
+        scored = policy.score(inputs)
+        check_scored(policy, scored, (rows.num_kv_heads, rows.num_tokens), layer)
+        return scored
+
+    def _guarded(self, job: CompactionJob, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function` returns; None, and noted, if it fails for this request or has before."""
+        if self.faults is None:
+            return function(*args)
+        if job.plan.request_id not in self.faults.errors:
+            with self.faults.of([job]):
+                return function(*args)
+        return None
 
     def _of_all_ranks(self, scores: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, n]: the mean over ranks where these share the head."""
@@ -242,7 +309,7 @@ class Compactor:
             accumulated=None,
             position=job.plan.position,
             num_keep=num_tokens - plan.lengths.tokens_evicted,
-            forced=group.forced[request, :num_tokens],
+            forced=group.shown_forced[request, :num_tokens],
             num_sink_tokens=job.config.num_sink_tokens,
             layer_index=layer.index,
             seed=job.plan.seed,

@@ -1,10 +1,14 @@
 """Scores of a KV cache group's layers side by side, as one launch chooses from them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from vllm_kvcompress.errors import PolicyError
+from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.worker.batch import GroupBatch
+from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 
 
 class GroupScores:
@@ -45,3 +49,26 @@ class GroupScores:
         assert self.is_complete and self._scores is not None
         scores, self._scores = self._scores, None
         return scores
+
+
+def check_scored(policy: Policy, scored: Any, size: tuple[int, int], layer: LayerCache) -> None:
+    """Raise PolicyError unless a policy returned [num_kv_heads, n] float scores.
+
+    What is merely broadcast, or converted, would be another ranking than it meant.
+    """
+    where = layer.cache().device
+    if (
+        isinstance(scored, torch.Tensor)
+        and tuple(scored.shape) == size
+        and scored.is_floating_point()
+        and scored.device.type == where.type
+    ):
+        return
+    if isinstance(scored, torch.Tensor):
+        got = f"{tuple(scored.shape)} of {str(scored.dtype)[6:]} on {scored.device}"
+    else:
+        got = type(scored).__name__
+    raise PolicyError(
+        f"policy {type(policy).__name__}, layer {layer.index}: score() must return a tensor of "
+        f"float numbers [KV heads, tokens] = {size} on {where}, got {got}."
+    )

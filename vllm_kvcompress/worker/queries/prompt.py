@@ -2,7 +2,9 @@
 
 For policies that read all queries (H2O's accumulated attention, Expected Attention's statistics).
 A layer's queries are folded as soon as its attention has run, so that those of one layer at most
-exist at a time and none is copied.
+exist at a time and none is copied. That is in the middle of the forward pass, which goes on for all
+whatever a policy does there: what it raises ends the folding of this one prompt, and is raised
+where the summary is asked for.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,13 +28,17 @@ returns those tokens' rows."""
 
 @dataclass
 class _Summary:
-    """One request: its policy, how far it got, and what `accumulate` made so far, per layer."""
+    """One request: its policy, how far it got, and what `accumulate` made so far, per layer.
+
+    `error` is why there is no summary.
+    """
 
     policy: Policy
     prompt_len: int
     num_sink_tokens: int
     num_folded: int = 0
     layers: dict[str, Any] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -79,15 +85,14 @@ class PromptQueries:
     def wants(self, request_id: str, num_computed: int) -> bool:
         """Whether tokens from `num_computed` on are still to be folded."""
         summary = self._summaries.get(request_id)
-        return summary is not None and num_computed < summary.prompt_len
+        if summary is None or summary.error is not None:
+            return False
+        return num_computed < summary.prompt_len
 
     def begin_batch(self, input_batch: "InputBatch") -> None:
         """Find out which of the batch's tokens to fold the queries of.
 
-        Raises
-        ------
-        RuntimeError
-            If tokens before them were never seen, as after a prefix-cache hit.
+        There is no summary if tokens before them were never seen, as after a prefix-cache hit.
         """
         self._chunks, self._folded = [], set()
         starts = input_batch.query_start_loc_np
@@ -97,11 +102,11 @@ class PromptQueries:
                 continue
             summary = self._summaries[request_id]
             if computed != summary.num_folded:
-                raise RuntimeError(
-                    f"KV compression: {summary.num_folded} tokens of request {request_id} were "
-                    f"folded when those from {computed} on came; please report this. "
-                    "--enforce-eager avoids it."
+                summary.error = RuntimeError(
+                    f"{summary.num_folded} tokens of request {request_id} were folded when those "
+                    f"from {computed} on came; please report this. --enforce-eager avoids it."
                 )
+                continue
             count = min(int(input_batch.num_scheduled_tokens[row]), summary.prompt_len - computed)
             start = int(starts[row])
             req_index = int(input_batch.idx_mapping_np[row])
@@ -118,39 +123,48 @@ class PromptQueries:
         self._folded.add(layer_name)
         for chunk in self._chunks:
             summary = self._summaries[chunk.request_id]
-            queries = query[chunk.start : chunk.end].transpose(0, 1)
-            num_tokens = chunk.position + chunk.end - chunk.start
-            summary.layers[layer_name] = summary.policy.accumulate(
-                summary.layers.get(layer_name),
-                ChunkInputs(
-                    rows=self._read_rows(layer, chunk.req_index, num_tokens, queries),
-                    start=chunk.position,
-                    prompt_len=summary.prompt_len,
-                    num_sink_tokens=summary.num_sink_tokens,
-                    rotary=layer.rotary if summary.policy.needs_rotary else None,
-                ),
-            )
+            if summary.error is None:
+                try:
+                    self._fold(summary, chunk, layer, query[chunk.start : chunk.end])
+                except Exception as error:  # a policy's, or no memory: any of them
+                    summary.error = error
+
+    def _fold(
+        self, summary: _Summary, chunk: _Chunk, layer: LayerCache, query: torch.Tensor
+    ) -> None:
+        """Fold a chunk's queries [tokens, num_heads, head_dim] of one layer."""
+        num_tokens = chunk.position + chunk.end - chunk.start
+        rows = self._read_rows(layer, chunk.req_index, num_tokens, query.transpose(0, 1))
+        inputs = ChunkInputs(
+            rows=rows,
+            start=chunk.position,
+            prompt_len=summary.prompt_len,
+            num_sink_tokens=summary.num_sink_tokens,
+            rotary=layer.rotary if summary.policy.needs_rotary else None,
+        )
+        before = summary.layers.get(layer.name)
+        summary.layers[layer.name] = summary.policy.accumulate(before, inputs)
 
     def end_batch(self) -> None:
         """Count the step's tokens.
 
-        Raises
-        ------
-        RuntimeError
-            If a layer's queries were never seen: a graph ran without Python.
+        There is no summary if a layer's queries were never seen: a graph ran without Python.
         """
         chunks, self._chunks = self._chunks, []
         for chunk in chunks:
-            if self._folded != self._layers.keys():
-                raise RuntimeError(
-                    f"KV compression: tokens from {chunk.position} on of request "
-                    f"{chunk.request_id} were folded in {len(self._folded)} of "
-                    f"{len(self._layers)} layers; please report this. --enforce-eager avoids it."
+            summary = self._summaries[chunk.request_id]
+            if summary.error is None and self._folded != self._layers.keys():
+                summary.error = RuntimeError(
+                    f"tokens from {chunk.position} on of request {chunk.request_id} were folded in "
+                    f"{len(self._folded)} of {len(self._layers)} layers; please report this. "
+                    "--enforce-eager avoids it."
                 )
-            self._summaries[chunk.request_id].num_folded += chunk.end - chunk.start
+            summary.num_folded += chunk.end - chunk.start
 
     def take(self, request_id: str, layer_name: str) -> Any:
-        """A layer's summary of the whole prompt."""
+        """A layer's summary of the whole prompt; raises what there is none for."""
         summary = self._summaries[request_id]
+        if summary.error is not None:
+            raise summary.error
         assert summary.num_folded == summary.prompt_len, (summary.num_folded, summary.prompt_len)
         return summary.layers[layer_name]

@@ -4,7 +4,9 @@ Engine-free: what the API server and the scheduler do with a request's ``vllm_xa
 """
 
 import pickle
+import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,11 @@ from lab.bad_input.audit import watched
 from lab.bad_input.values import CODE, MARK, PATHS, VALUES
 from vllm_kvcompress.config.reading import parse_config, preset, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
+from vllm_kvcompress.core import admission, longest
+from vllm_kvcompress.core.kept_cache import num_common, tokens_of
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.errors import MAX_LENGTH, ConfigError, one_line
+from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.request_options import (
     MAX_PINS,
     REQUEST_KEYS,
@@ -138,3 +143,50 @@ def test_refusing_a_shared_prefix_reads_no_files(servers: list[CompressionConfig
 def test_text_of_a_request_in_the_log(name: str) -> None:
     shown = one_line(name)
     assert shown.isprintable() and len(shown) <= 300
+
+
+def log_lines(log: pytest.MonkeyPatch, module: Any) -> list[str]:
+    """What a module logs from now on, as it would stand in the log."""
+    lines: list[str] = []
+
+    def write(text: str, *args: Any) -> None:
+        lines.append(text % args)
+
+    for level in ("warning", "info"):
+        log.setattr(module.logger, level, write)
+    return lines
+
+
+def test_a_requests_name_cannot_forge_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both lines of the engine that name a request."""
+    name = "r\n(APIServer) ERROR forged\x1b[2J" + "x" * 10_000
+    lines = log_lines(monkeypatch, admission)
+    planner = Planner(parse_config("snapkv"), num_layer_groups=2, block_size=32)
+    config = SimpleNamespace(model_config=None)
+    judge = admission.Admission(planner, config, 4096, CompressionStats())
+    extra = {"kv_compression": f"zip\n\x1b[2J{'x' * 10_000}"}
+    judge.admit(
+        SimpleNamespace(
+            request_id=name,
+            num_prompt_tokens=2000,
+            sampling_params=SimpleNamespace(extra_args=extra),
+        )
+    )
+    lines += log_lines(monkeypatch, longest)
+    pool = SimpleNamespace(num_growth=lambda request_id, num_tokens: num_tokens)
+    too_long = SimpleNamespace(request_id=name, num_prompt_tokens=10, max_tokens=99)
+    second = log_lines(monkeypatch, longest)
+    assert longest.LongestSequence(pool, 50, 500, 0).bound(too_long)
+    for line in [*lines, *second]:
+        assert "forged" in line and line.isprintable() and len(line) < 1200
+    assert len(lines) == len(second) == 1
+
+
+def test_kept_tokens_take_four_bytes() -> None:
+    """A long text whose cache keeps few blocks is kept in the engine's memory, too."""
+    ids = list(range(100_000, 200_000))
+    kept = tokens_of(ids)
+    assert sys.getsizeof(kept) < 4.5 * len(ids)
+    assert num_common(kept, ids) == num_common(kept, [*ids, 1]) == len(ids)
+    assert num_common(kept, [*ids[:7], 1, *ids[8:]]) == 7
+    assert num_common(kept, ids[:9]) == 9 and num_common(kept, []) == 0

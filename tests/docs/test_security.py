@@ -49,7 +49,9 @@ def requirements() -> dict[str, list[tuple[Requirement, str]]]:
     extras = keywords["extras_require"]
     assert isinstance(extras, ast.Dict)
     lists = {"": keywords["install_requires"]}
-    lists |= {ast.literal_eval(key): value for key, value in zip(extras.keys, extras.values)}  # type: ignore[arg-type]
+    for key, value in zip(extras.keys, extras.values, strict=True):
+        assert isinstance(key, ast.Constant)
+        lists[key.value] = value
     found = {}
     for extra, node in lists.items():
         assert isinstance(node, ast.List)

@@ -176,7 +176,11 @@ def test_bad_input_disturbs_nobody(server: Server, samples) -> None:
 
 
 def test_ten_megabytes_are_not_echoed(server: Server) -> None:
-    for xargs in ({"kv_session": "x" * 10**7}, {"kv_pin": [1] * 10**5}, {"kv_pin" + "x" * 10**6: 1}):
+    for xargs in (
+        {"kv_session": "x" * 10**7},
+        {"kv_pin": [1] * 10**5},
+        {"kv_pin" + "x" * 10**6: 1},
+    ):
         response = server.complete("One, two", max_tokens=1, vllm_xargs=xargs)
         assert response.status_code == 400 and len(response.content) < 1000
     assert server.log.stat().st_size < 5 * 2**20

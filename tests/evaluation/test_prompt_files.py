@@ -31,7 +31,10 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
     odd = "a\u2028b\x85c\x1ed"
     lines = [json.dumps(odd, ensure_ascii=False), json.dumps({"prompt": "x"})]
     assert read(tmp_path / "p.jsonl", "\n".join(lines).encode()) == [odd, "x"]
-    assert read(tmp_path / "p.txt", b"\xef\xbb\xbfone\x0ctwo\r\n\r\nthree\n") == ["one\x0ctwo", "three"]
+    assert read(tmp_path / "p.txt", b"\xef\xbb\xbfone\x0ctwo\r\n\r\nthree\n") == [
+        "one\x0ctwo",
+        "three",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def read_prompts(
         Folder with the tokenizer; a file of token ids needs none.
     path : Path or None
         A text per line; in a ``.jsonl`` file a text, a list of token ids, or an object with either
-        as its field ``prompt``. Empty lines are skipped; lines end at line feeds alone. None: needle
-        prompts.
+        as its field ``prompt``. Empty lines are skipped; lines end at line feeds alone. None:
+        needle prompts.
     length : int or None
         A file's prompts are cut behind so many tokens. Needle prompts, which need a number, are
         made to fit.

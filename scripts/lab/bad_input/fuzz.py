@@ -46,6 +46,7 @@ EVERY = 25
 MAX_ANSWER = 20_000
 """Bytes of a refusal: what was sent is not echoed whole."""
 PATIENCE = 120
+INTERNAL = "an internal error in a stream"
 
 
 @dataclass
@@ -82,6 +83,17 @@ class Report:
     checks: int = 0
     findings: list[Finding] = field(default_factory=list)
 
+    def write(self, path: Path, seconds: float) -> None:
+        """As JSON."""
+        fields = {
+            "sent": dict(self.sent),
+            "statuses": dict(self.statuses),
+            "checks": self.checks,
+            "findings": [asdict(each) for each in self.findings],
+            "seconds": round(seconds),
+        }
+        path.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+
 
 def values_of_options(count: int, number: int) -> Iterable[Sent]:
     """`count` completions for each of our options, with anything for its value."""
@@ -105,6 +117,8 @@ def wrong(response: httpx.Response) -> str | None:
     # A stream has begun with 200 before vLLM looks at the options.
     for code in re.findall(r'^data: .*"code": ?(5\d\d)', response.text, re.MULTILINE):
         return f"status {code} in a stream: {_kind(response.text)}"
+    if '"internal_error"' in response.text:
+        return INTERNAL
     if response.status_code >= 400 and len(response.content) > MAX_ANSWER:
         return f"a refusal of {len(response.content)} bytes"
     return None
@@ -157,11 +171,21 @@ def _tokens(client: httpx.Client) -> list[int]:
 def compare(client: httpx.Client, failed: Sequence[Sent], findings: Sequence[Finding]) -> None:
     """Send what went wrong to a server without the plugin; the same answer makes it vLLM's."""
     for sent, finding in zip(track(failed, "Without the plugin"), findings, strict=True):
+        request = sent.request
+        if finding.what == INTERNAL:
+            # It takes our options, whatever they say; so it gets an error of its own in a stream.
+            request = {**request, "content": json.dumps(_failing_stream()).encode()}
         try:
-            found = wrong(client.request(**sent.request))
+            found = wrong(client.request(**request))
         except httpx.HTTPError as error:
             found = f"no answer: {type(error).__name__}"
         finding.alone = found != finding.what
+
+
+def _failing_stream() -> dict[str, Any]:
+    """A body of ``/v1/messages`` that vLLM alone cannot send to its engine."""
+    body = {"model": MODEL, "max_tokens": 1, "stream": True, "vllm_xargs": {"other": "\ud800"}}
+    return {**body, "messages": [{"role": "user", "content": "x"}]}
 
 
 @contextmanager
@@ -203,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"bad_input: {error}", markup=False)
         return 1
     finally:
-        fields = {**asdict(report), "seconds": round(time.monotonic() - start)}
-        (args.out / "report.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
+        report.write(args.out / "report.json", time.monotonic() - start)
     _show(console, report)
     return int(any(each.alone for each in report.findings))
 
@@ -212,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(console: Console, report: Report) -> None:
     total, statuses = sum(report.sent.values()), dict(sorted(report.statuses.items()))
     lines = [f"{total} requests: {statuses}; {report.checks} good ones between them, all alike."]
-    kinds = Counter((each.alone, each.label.partition(" (")[0], each.what) for each in report.findings)
+    kinds = Counter(
+        (each.alone, each.label.partition(" (")[0], each.what) for each in report.findings
+    )
     for (alone, where, what), count in sorted(kinds.items(), reverse=True):
         lines.append(f"{'OURS' if alone else 'vLLM'}  {count} x {where}: {what}")
     console.print("\n".join(lines), markup=False, soft_wrap=True)

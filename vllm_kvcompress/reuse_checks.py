@@ -1,6 +1,6 @@
 """What may be kept of a request for others, as far as settings say."""
 
-from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.reading import preset, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 
@@ -81,6 +81,5 @@ def _reads_no_queries(config: CompressionConfig) -> bool:
 
 
 def _is_shareable(name: str) -> bool:
-    config = parse_config(name)
-    assert config is not None
-    return all(_reads_no_queries(each) and each.codebook is None for each in _variants(config))
+    variants = _variants(preset(name))
+    return all(_reads_no_queries(each) and each.codebook is None for each in variants)

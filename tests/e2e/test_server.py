@@ -7,7 +7,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +18,7 @@ from tests.e2e.serving import VLLM, Server, environment, serving
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.evaluation.tasks.needle import is_right
 from vllm_kvcompress.host.prometheus import COUNTERS
+from vllm_kvcompress.request_options import REQUEST_KEYS
 
 pytestmark = pytest.mark.engine
 
@@ -131,6 +134,56 @@ def test_bad_options_are_http_400_and_disturb_nothing(server, samples, xargs, wo
     for word in words:
         assert word in message
     assert server.complete("One, two", max_tokens=2).status_code == 200
+
+
+def odd_values() -> list[tuple[str, Any]]:
+    """A few values for every option; whichever is right generates two tokens at most."""
+    values = ["../x", "\n\x1b[2J", "\ud800", "", "1", -1, 0, 1.5, 1e300, float("nan"), 2**63, True]
+    values += [None, [], ["x"], [1] * 1000, [0, -1], {"a": 1}, [[1]], "x" * 10**5]
+    return [(key, value) for key in REQUEST_KEYS for value in values]
+
+
+def test_bad_input_disturbs_nobody(server: Server, samples) -> None:
+    """160 odd values, while a good request is served again and again; 1,000 of each are tried
+    without a server in tests/bad_input."""
+    good = {"max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
+    good["vllm_xargs"] = {"kv_task": "localization"}
+
+    def tokens(_: int) -> list[int]:
+        response = server.complete(samples[8].prompt, **good)
+        return response.json()["choices"][0]["token_ids"]
+
+    expected, statuses = tokens(0), Counter()
+    with ThreadPoolExecutor(1) as beside:
+        meanwhile = beside.map(tokens, range(4))
+        for key, value in odd_values():
+            body = {"model": "probe", "prompt": "One, two", "max_tokens": 2, "temperature": 0}
+            body["vllm_xargs"] = {key: value}
+            url, content = f"{server.url}/v1/completions", json.dumps(body)
+            headers = {"content-type": "application/json"}
+            response = httpx.post(url, content=content, headers=headers, timeout=120)
+            statuses[response.status_code] += 1
+            assert response.status_code in (200, 400), (key, value, response.text[:500])
+            assert len(response.content) < 5000, (key, value)
+            if response.status_code == 400:
+                message = response.json()["error"]["message"]
+                assert "\x1b" not in message
+        assert list(meanwhile) == [expected] * 4
+    assert statuses[400] > 120 and statuses[200] > 3, statuses
+    assert tokens(0) == expected
+    log = server.log.read_bytes()
+    assert b"\x1b[2J" not in log and len(log) < 5 * 2**20
+
+
+def test_ten_megabytes_are_not_echoed(server: Server) -> None:
+    for xargs in (
+        {"kv_session": "x" * 10**7},
+        {"kv_pin": [1] * 10**5},
+        {"kv_pin" + "x" * 10**6: 1},
+    ):
+        response = server.complete("One, two", max_tokens=1, vllm_xargs=xargs)
+        assert response.status_code == 400 and len(response.content) < 1000
+    assert server.log.stat().st_size < 5 * 2**20
 
 
 def test_a_disconnecting_client_leaves_no_blocks_behind(server: Server, samples) -> None:

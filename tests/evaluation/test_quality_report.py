@@ -96,6 +96,7 @@ def made(folder: Path, records: list[Record], failures: int = 0, **asked: Any) -
     assert all(link[1:] in page.idents for link in page.links if link.startswith("#"))
     assert [link for link in page.links if not link.startswith("#")] == []
     assert not page.tags & {"script", "link", "iframe", "img", "object"}
+    assert "default-src 'none'; style-src 'unsafe-inline'" in html
     assert not re.search(r"https?://|url\(|@import|//[a-z]", html)
     assert not re.search(r"\b(nan|None|inf)\b", page.text)
     return page
@@ -165,7 +166,8 @@ def test_what_models_and_files_say_stays_text(tmp_path: Path) -> None:
     ]
     page = made(tmp_path, records, failures=2, **{"tasks": [bad], "<u>": {"x": bad}})
     assert not page.tags & {"i", "u"}
-    assert bad.replace("\x00", "␀").replace("\x1b", "␛") in page.text
+    shown = bad.replace("\x00", "␀").replace("\x1b", "␛").replace("\u202e", "\ufffd")
+    assert shown in page.text and "\u202e" not in page.text
     assert "The prompt is <too> long." in page.text
     assert "2 samples could not be measured when tried" in page.text
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import Gemma2Config, LlamaConfig
 from vllm.exceptions import VLLMValidationError
 
@@ -106,3 +107,11 @@ def test_the_server_answers_400() -> None:
     served.additional_config = own
     with pytest.raises(VLLMValidationError, match="runs with windowed layers"):
         check_request(served, incoming({"kv_session": "a"}, [1, 2, 3]))
+
+
+def test_a_prompt_of_embeddings_has_a_length() -> None:
+    """Pins beyond it were let through, and the request served uncompressed."""
+    request = incoming({"kv_pin": [0, 9]}, [])
+    request.prompt_token_ids, request.prompt_embeds = None, torch.zeros(4, 8)
+    with pytest.raises(VLLMValidationError, match=r"kv_pin: \[0, 9\] must .* 4 \(its length\)"):
+        check_request(SimpleNamespace(additional_config={}), request)

@@ -92,7 +92,7 @@ def _read_text(args: argparse.Namespace) -> str:
     if args.prompt == "-":
         return sys.stdin.read()
     try:
-        return Path(args.prompt).read_text(encoding="utf-8")
+        return Path(args.prompt).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"--prompt: {args.prompt} is not UTF-8 text.") from None
     except OSError as error:
@@ -265,7 +265,7 @@ def _runs(inspection: "Inspection") -> Iterator[_Run]:
 
 def _prompt_text(inspection: "Inspection", fold_from: int | None) -> Text:
     """The prompt in colours; runs of evicted tokens are folded from a length on, None: never."""
-    from vllm_kvcompress.evaluation.inspection_page import visible
+    from vllm_kvcompress.evaluation.quality.text import visible
 
     text = Text()
     for run in _runs(inspection):
@@ -350,7 +350,7 @@ def _cells(inspection: "Inspection", row: "LayerSet") -> Iterator[str]:
 
 
 def _print_answers(inspection: "Inspection") -> None:
-    from vllm_kvcompress.evaluation.inspection_page import visible
+    from vllm_kvcompress.evaluation.quality.text import visible
 
     answers = inspection.answers
     if answers is None:

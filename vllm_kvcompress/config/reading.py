@@ -31,8 +31,22 @@ _FLAG, _OVERRIDES = "--kv-compression", "--kv-compression-config"
 
 def preset_names() -> list[str]:
     """Names of the shipped presets, sorted."""
+    return list(_preset_names())
+
+
+@cache
+def _preset_names() -> tuple[str, ...]:
+    # Once: every request asks, and none should reach the file system.
     names = [file.name for file in files("vllm_kvcompress.configs").iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+@cache
+def preset(name: str) -> CompressionConfig:
+    """A shipped preset by one of `preset_names`. Its file is read once in a process."""
+    config = parse_config(name)
+    assert config is not None and name in _preset_names(), name
+    return config
 
 
 def _read_preset(name: str) -> tuple[dict[str, Any], str]:

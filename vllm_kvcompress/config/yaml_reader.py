@@ -169,7 +169,7 @@ class _Loader(yaml.SafeLoader):
         """As the base class, but int() and float() fail with a line."""
         try:
             return super().construct_object(node, deep)
-        except ValueError:
+        except (ValueError, OverflowError):  # the second where 1:59:...:59.5 has too many parts
             rule = "this number cannot be read"
             raise ConstructorError(None, None, rule, node.start_mark) from None
 

@@ -8,6 +8,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.task import RequestClassifier
 from vllm_kvcompress.core.tracked_request import TrackedRequest
+from vllm_kvcompress.errors import one_line
 from vllm_kvcompress.host.checks import check_reuse, check_setting
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import RequestOptions
@@ -80,7 +81,7 @@ class Admission:
         except Exception as error:  # the engine's loop ends with whatever is raised here
             logger.warning(
                 "KV compression: request %s is served uncompressed; its options did not work out "
-                "(%s: %.300s)", name, type(error).__name__, error,
+                "(%s: %s)", one_line(name), type(error).__name__, one_line(str(error)),
             )  # fmt: skip
             return self.planner.add_invalid(name, prompt_len)
         if task is not None and decided_by is not None:

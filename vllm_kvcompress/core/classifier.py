@@ -37,7 +37,8 @@ _CHAR_LENGTHS = (3, 4, 5)
 _REPEAT_WEIGHT = 3.0  # one n-gram says "few-shot" against hundreds that look like a question
 
 _CHAT_TOKEN = re.compile(r"<[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>")
-_LINE_BREAK = re.compile(r"\s*\n\s*")
+# From the first blank on: begun at every one of 2,000 blanks it would take 20 ms.
+_LINE_BREAK = re.compile(r"(?<!\s)\s*\n\s*")
 _DIGITS = re.compile(r"\d+")
 _REPEATED_MARK = re.compile(r"([^\w\s])\1+")
 # A word, one Chinese or Japanese character, a line break, or one mark. These scripts put no

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.request import Request
 
 from vllm_kvcompress.core.room import Room
+from vllm_kvcompress.errors import one_line
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -54,7 +55,7 @@ class LongestSequence:
         logger.info(
             "KV compression: request %s ends after %d output tokens instead of %d: the pool of %d "
             "blocks holds no more of it under its setting.",
-            name, longest - prompt_len, request.max_tokens, self.num_usable,
+            one_line(name), longest - prompt_len, request.max_tokens, self.num_usable,
         )  # fmt: skip
         request.max_tokens = longest - prompt_len
         return True

@@ -28,6 +28,7 @@ from vllm_kvcompress.core.kept_cache import (
     is_served,
     num_common,
     place_of,
+    tokens_of,
 )
 from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
@@ -97,7 +98,7 @@ class Sessions:
             return
         blocks = [manager.pop_blocks_for_free(name) for manager in self._managers]
         kept = Kept(
-            token_ids=list(request.all_token_ids[:num_tokens]),
+            token_ids=tokens_of(request.all_token_ids[:num_tokens]),
             blocks=blocks,
             held=tracked.compaction,
             prompt_len=tracked.prompt_len,

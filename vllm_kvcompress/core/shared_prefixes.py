@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.continuation import Continuation
-from vllm_kvcompress.core.kept_cache import Kept, Kind, Place, is_served, place_of
+from vllm_kvcompress.core.kept_cache import Kept, Kind, Place, is_served, place_of, tokens_of
 from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, TrackedRequest
@@ -171,7 +171,7 @@ class SharedPrefixes:
                 self.store.pool.touch(each)
             assert request.prompt_token_ids is not None
             kept = Kept(
-                token_ids=request.prompt_token_ids[: tracked.shared_len],
+                token_ids=tokens_of(request.prompt_token_ids[: tracked.shared_len]),
                 blocks=blocks,
                 held=replace(tracked.compaction),
                 prompt_len=tracked.shared_len,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_kvcompress.evaluation.inspection import Inspection, Kept, LayerSet, binned, bins_of
+from vllm_kvcompress.evaluation.quality.text import visible
 
 NUM_LEVELS = 10
 NUM_BINS = 80
@@ -51,17 +52,6 @@ def level(share: float) -> int:
     if share <= 0 or share >= 1:
         return NUM_LEVELS * (share >= 1)
     return min(max(round(share * NUM_LEVELS), 1), NUM_LEVELS - 1)
-
-
-def visible(text: str) -> str:
-    """Text whose control characters are pictures of themselves: nothing acts on its reader."""
-    return "".join(_VISIBLE.get(char, char) for char in text)
-
-
-_VISIBLE = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-_VISIBLE |= {chr(code): "\ufffd" for code in range(0x80, 0xA0)} | {"\x7f": "\u2421"}
-# These turn the direction of what follows them.
-_VISIBLE |= {chr(code): "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def cells(inspection: Inspection) -> list[Cell]:

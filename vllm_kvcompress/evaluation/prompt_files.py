@@ -1,13 +1,14 @@
 """Prompts for measurements: of a file, or needle prompts if there is none, as token ids."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.errors import ConfigError, config_error
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
+from vllm_kvcompress.evaluation.text_files import check_text, json_lines, read_text
 
 SEED = 0
 
@@ -25,7 +26,8 @@ def read_prompts(
         Folder with the tokenizer; a file of token ids needs none.
     path : Path or None
         A text per line; in a ``.jsonl`` file a text, a list of token ids, or an object with either
-        as its field ``prompt``. Empty lines are skipped. None: needle prompts.
+        as its field ``prompt``. Empty lines are skipped; lines end at line feeds alone. None:
+        needle prompts.
     length : int or None
         A file's prompts are cut behind so many tokens. Needle prompts, which need a number, are
         made to fit.
@@ -53,23 +55,27 @@ def read_prompts(
 
 
 def _lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    if path.suffix == ".jsonl":
+        for number, found in json_lines(path):
+            yield _prompt_of(found, f"{path}:{number}")
+        return
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            yield _parse(line, f"{path}:{number}") if path.suffix == ".jsonl" else line
+            check_text(line, f"{path}:{number}", "")
+            yield line.removesuffix("\r")
 
 
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"--prompts: {where}: not valid JSON: {error}.") from None
+def _prompt_of(found: Any, where: str) -> Prompt:
     prompt = found.get("prompt") if isinstance(found, dict) else found
-    is_ids = isinstance(prompt, list) and all(type(each) is int for each in prompt)
-    if not prompt or not (is_ids or isinstance(prompt, str)):
-        raise ConfigError(
-            f"--prompts: {where}: holds no prompt; allowed are a text, a list of token ids, or an "
-            "object with either as its field prompt."
+    if isinstance(prompt, list) and prompt and all(type(each) is int for each in prompt):
+        return prompt
+    if not prompt or not isinstance(prompt, str):
+        rule = (
+            "holds no prompt; allowed are a text, a list of token ids, or an object with either as "
+            "its field prompt"
         )
+        raise config_error(where, "", rule)
+    check_text(prompt, where, "prompt" if isinstance(found, dict) else "")
     return prompt
 
 

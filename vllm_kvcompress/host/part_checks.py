@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.config.reading import parse_config, preset_names
+from vllm_kvcompress.config.reading import preset, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.host.model_checks import has_plain_rotary
@@ -119,8 +119,7 @@ def _fitting_presets(model: Any) -> list[str]:
     """Presets whose policies find what they need in every layer."""
     fitting = []
     for name in preset_names():
-        setting = parse_config(name)
-        assert setting is not None
+        setting = preset(name)
         if not any(_lacking_part(each, model) for each in (setting, *setting.by_task.values())):
             fitting.append(name)
     return fitting

@@ -35,17 +35,17 @@ def check_request(vllm_config: Any, request: Any) -> None:
         With the first reason found.
     """
     server = server_setting(vllm_config.additional_config)
+    num_tokens = _prompt_len(request)
     extra = getattr(request.sampling_params, "extra_args", None)
     options = RequestOptions()
     if extra:
         try:
-            options = _read_options(vllm_config, server, extra, request)
+            options = _read_options(vllm_config, server, extra, request.resumable, num_tokens)
         except ConfigError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     if server is None or request.sampling_params is None:
         return
-    prompt = request.prompt_token_ids, request.prompt_embeds
-    num_tokens = length_from_prompt_token_ids_or_embeds(*prompt)
+    assert num_tokens is not None, "a request that samples has a prompt"
     try:
         check_pool(vllm_config, server, options, num_tokens, request.resumable)
     except ConfigError as error:
@@ -53,24 +53,35 @@ def check_request(vllm_config: Any, request: Any) -> None:
         raise VLLMValidationError(str(error), **what) from None
 
 
+def _prompt_len(request: Any) -> int | None:
+    """Tokens of the prompt, which may be embeddings; None where a request has neither."""
+    if request.prompt_token_ids is None and request.prompt_embeds is None:
+        return None
+    prompt = request.prompt_token_ids, request.prompt_embeds
+    return length_from_prompt_token_ids_or_embeds(*prompt)
+
+
 def _read_options(
-    vllm_config: Any, server: CompressionConfig | None, extra: dict[str, Any], request: Any
+    vllm_config: Any,
+    server: CompressionConfig | None,
+    extra: dict[str, Any],
+    is_session: bool,
+    prompt_len: int | None,
 ) -> RequestOptions:
-    prompt = request.prompt_token_ids
     off = "kv_compression", NONE
     ours = [key for key in REQUEST_KEYS if key in extra and (key, extra[key]) != off]
-    options = parse_request(extra, len(prompt) if prompt is not None else None)
-    if options.pins and request.resumable:
+    options = parse_request(extra, prompt_len)
+    if options.pins and is_session:
         raise ConfigError(
             "kv_pin: a streaming session is never compressed, so there is nothing to pin; "
             "leave it out."
         )
-    if options.session is not None and request.resumable:
+    if options.session is not None and is_session:
         raise ConfigError(
             "kv_session: a streaming session is never compressed, so there is nothing to continue; "
             "leave it out."
         )
-    if options.shared_prefix is not None and request.resumable:
+    if options.shared_prefix is not None and is_session:
         raise ConfigError(
             "kv_shared_prefix: a streaming session is never compressed, so there is nothing to "
             "share; leave it out."

@@ -147,7 +147,7 @@ def read_config(folder: Path) -> ConfigFile:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--model: {folder} holds no config.json.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: the file must hold an object of fields.")

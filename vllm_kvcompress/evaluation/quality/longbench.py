@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from vllm_kvcompress.errors import config_error, did_you_mean
 from vllm_kvcompress.evaluation.quality.metrics import METRICS
-from vllm_kvcompress.evaluation.quality.own_text import (
+from vllm_kvcompress.evaluation.quality.sample import Sample
+from vllm_kvcompress.evaluation.text_files import (
     check_text,
     decode_utf8,
     json_lines,
     read_bytes,
 )
-from vllm_kvcompress.evaluation.quality.sample import Sample
 
 V2 = "longbench_v2"
 """Task name of LongBench-v2's samples, and its key in the two configuration files."""

@@ -151,6 +151,9 @@ def document(title: str, head: str, sections: Iterable[Section], num_policies: i
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
+        # Nothing from outside and no scripts, whatever an answer of a model holds.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(title)}</title>\n<style>{_themes()}{CSS}{_hiding(num_policies)}</style>"
         f'</head>\n<body><main>{head}<nav aria-label="Contents">{links}</nav>\n{parts}'
         "</main></body></html>\n"

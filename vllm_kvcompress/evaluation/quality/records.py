@@ -109,7 +109,10 @@ class RecordFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         about = self.path / RUN
         if about.is_file():
-            known = json.loads(about.read_text(encoding="utf-8"))["asked"]
+            try:
+                known = dict(json.loads(about.read_text(encoding="utf-8"))["asked"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ConfigError(f"--out: {about} is no file of kvcompress eval.") from None
             plain = json.loads(json.dumps(asked))
             other = [name for name in {**known, **plain} if known.get(name) != plain.get(name)]
             if other:
@@ -167,8 +170,12 @@ def read_records(folder: Path) -> Iterator[Record]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         try:
             found = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # cut off
         if not isinstance(found, dict) or set(found) - names:
             raise ConfigError(f"{path}:{number}: no record of kvcompress eval.")
-        yield Record(**found)
+        try:
+            record = Record(**found)
+        except TypeError:  # a field is missing
+            raise ConfigError(f"{path}:{number}: no record of kvcompress eval.") from None
+        yield record

@@ -45,7 +45,7 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"{folder} holds no run of kvcompress eval: there is no {RUN}.")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON: {error}.") from None
     if not isinstance(about, dict):
         raise ConfigError(f"{path}: no run of kvcompress eval.")
@@ -99,7 +99,7 @@ def _read_failures(path: Path) -> list[Mapping[str, Any]]:
         for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 found.append(_mapping(json.loads(line)))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     latest = {(str(each.get("task")), str(each.get("sample"))): each for each in found if each}
     return list(latest.values())

@@ -13,11 +13,18 @@ MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
+# These turn the direction of what follows them.
+_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are pictures of themselves: nothing acts on its reader."""
+    return text.translate(_PICTURES)
 
 
 def escape(text: str) -> str:
     """Text for HTML. Control characters, which HTML does not allow, become visible signs."""
-    text = text.replace("\r\n", "\n").translate(_PICTURES)
+    text = visible(text.replace("\r\n", "\n"))
     # Half a surrogate pair cannot be written as UTF-8.
     text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return html.escape(text)

@@ -124,7 +124,7 @@ class LossFolder:
 def _read_asked(about: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(about.read_text(encoding="utf-8"))["asked"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"--out: {about} is no file of kvcompress tune.") from None
 
 
@@ -133,7 +133,7 @@ def _loss(line: str, place: str) -> Loss:
         found = json.loads(line)
         loss = Loss(**found)
         is_right = set(found) == {each.name for each in fields(Loss)} and 0 <= loss.loss <= 1
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         is_right = False
     if not is_right:
         raise ConfigError(f"{place}: no loss of kvcompress tune; delete the line to measure anew.")

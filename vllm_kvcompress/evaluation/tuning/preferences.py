@@ -82,7 +82,7 @@ def known_or_measured(
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["prompts"] == digests:
                 return [float(share) for share in known["layers"]]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"--out: {path} is no file of kvcompress tune.") from None
     shares = [float(f"{share:.6g}") for share in measure()]
     text = json.dumps({"prompts": digests, "layers": shares}, indent=1)

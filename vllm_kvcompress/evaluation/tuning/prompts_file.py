@@ -15,6 +15,7 @@ from typing import Any
 from vllm_kvcompress.errors import ConfigError, config_error, did_you_mean
 from vllm_kvcompress.evaluation.quality.metrics import METRICS, check_packages
 from vllm_kvcompress.evaluation.quality.sample import Sample
+from vllm_kvcompress.evaluation.text_files import check_text, json_lines
 
 _FIELDS = ("prompt", "context", "question", "answer_prefix", "answers", "metric")
 _METRIC = "all_in"
@@ -56,17 +57,9 @@ def read_prompts(path: Path, needs_answers: bool, max_tokens: int) -> list[OwnPr
         If the file cannot be read, holds nothing, or a line is no prompt: one sentence with file
         and line.
     """
-    try:
-        # JSON may hold line separators of Unicode: only line feeds end a line.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise ConfigError(f"--prompts: {path} is not UTF-8 text.") from None
-    except OSError as error:
-        raise ConfigError(f"--prompts: {path}: {error.strerror}.") from None
     found = [
-        _parse(line, f"{path}:{number}", needs_answers, max_tokens)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        _parse(fields, f"{path}:{number}", needs_answers, max_tokens)
+        for number, fields in json_lines(path)
     ]
     if not found:
         raise ConfigError(f"--prompts: {path} holds no prompt.")
@@ -75,11 +68,7 @@ def read_prompts(path: Path, needs_answers: bool, max_tokens: int) -> list[OwnPr
     return found
 
 
-def _parse(line: str, place: str, needs_answers: bool, max_tokens: int) -> OwnPrompt:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise config_error(place, "", f"not valid JSON: {error}") from None
+def _parse(fields: Any, place: str, needs_answers: bool, max_tokens: int) -> OwnPrompt:
     if not isinstance(fields, dict):
         raise config_error(place, "", "expected a JSON object with prompt, or context and question")
     for name in fields:
@@ -125,6 +114,7 @@ def _text(fields: dict[str, Any], place: str) -> tuple[str, str]:
 def _string(fields: dict[str, Any], name: str, place: str) -> str:
     if not isinstance(fields[name], str):
         raise config_error(place, name, "must be text", fields[name])
+    check_text(fields[name], place, name, may_be_empty=True)
     return fields[name]
 
 
@@ -147,4 +137,6 @@ def _answers(fields: dict[str, Any], place: str, needed: bool) -> tuple[str, ...
     right = isinstance(answers, list) and answers
     if not right or not all(isinstance(each, str) and each.strip() for each in answers):
         raise config_error(place, "answers", "must be a list of texts, none empty", answers)
+    for each in answers:
+        check_text(each, place, "answers")
     return tuple(answers)

@@ -1,0 +1,435 @@
+"""The course of a soak: what each question's answer is alone, load, an idle server, SIGTERM."""
+
+import asyncio
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lab.errors import RunError
+from lab.soak import checks, inside
+from lab.soak.checks import Reference
+from lab.soak.client import Answer, Client, total
+from lab.soak.processes import Watch, read
+from lab.soak.questions import Question, Request
+
+SESSIONS = "vllm:kv_compression_session"
+PREFIXES = "vllm:kv_compression_shared_prefix"
+COUNTED = {
+    "preemptions": "vllm:num_preemptions_total",
+    "requests compressed": "vllm:kv_compression_requests_total",
+    "compactions": "vllm:kv_compression_compactions_total",
+    "prefix cache hits, tokens": "vllm:prefix_cache_hits_total",
+    "session tokens": f"{SESSIONS}_tokens_total",
+    "shared prefix tokens": f"{PREFIXES}_tokens_total",
+    "deferrals": "vllm:kv_compression_deferrals_total",
+}
+RESETS = 1 / 250
+"""Chance that the prefix cache is emptied before a request is sent, running requests or not."""
+TAIL = 30
+"""Requests that are under way when the server is told to end."""
+GRACE = 20.0
+"""Seconds that a server may take to end, beside its own --shutdown-timeout."""
+
+
+@dataclass
+class Report:
+    """What came of a soak; see docs/trust.md."""
+
+    about: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    questions: dict[str, int] = field(default_factory=dict)
+    distinct_answers: int = 0
+    lossless_compared: int = 0
+    equal_to_stock: int = 0
+    lossy_compared: int = 0
+    changed_by_compression: int = 0
+    fates: dict[str, int] = field(default_factory=dict)
+    outcomes: dict[str, int] = field(default_factory=dict)
+    answers_compared: int = 0
+    tokens_compared: int = 0
+    second_turns: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, float] = field(default_factory=dict)
+    policies: dict[str, float] = field(default_factory=dict)
+    resets: int = 0
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    kept_left: dict[str, float] = field(default_factory=dict)
+    containers: dict[str, int] = field(default_factory=dict)
+    ending: dict[str, Any] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def fail(self, what: str, detail: str, **more: Any) -> None:
+        """Note what went wrong."""
+        self.failures.append({"what": what, "detail": detail, **more})
+
+
+Show = Callable[[str, int, int], None]
+"""Told what is done now, how many of it are done, and of how many."""
+
+
+@dataclass
+class Soak:
+    """A soak of one running server.
+
+    Parameters
+    ----------
+    client : Client
+        Of the server.
+    watch : Watch
+        Of its processes.
+    folder : pathlib.Path
+        The server was started with ``inside.environment(folder)``.
+    report : Report
+        Is filled.
+    show : callable
+        Told how far it is.
+    concurrency : int
+        Requests under way at once.
+    """
+
+    client: Client
+    watch: Watch
+    folder: Path
+    report: Report
+    show: Show
+    concurrency: int = 20
+    references: dict[str, Reference] = field(default_factory=dict)
+    questions: dict[str, Question] = field(default_factory=dict)
+    second_turns: dict[str, Question] = field(default_factory=dict)
+
+    # --- alone ----------------------------------------------------------------------------
+
+    async def alone(self, questions: Sequence[Question]) -> None:
+        """Ask each question of the idle server, with an empty prefix cache."""
+        start, report = time.monotonic(), self.report
+        for number, question in enumerate(questions):
+            self.show("asking alone", number, len(questions))
+            await self._empty()
+            answer = await self._one(question)
+            reference = Reference(answer.tokens)
+            if question.kind == "conversation":
+                reference = replace(reference, second_turns=await self._turns(question, answer))
+            self.references[question.name] = reference
+            self.questions[question.name] = question
+        report.questions = dict(Counter(each.kind for each in questions))
+        report.distinct_answers = checks.differ(questions, self.references)
+        await self._empty()
+        report.containers = (await self.books("before the load"))["sizes"]
+        report.seconds["alone"] = time.monotonic() - start
+
+    async def _one(self, question: Question, **xargs: Any) -> Answer:
+        request = Request(0, question.name, max_tokens=question.max_tokens)
+        asked = replace(question, xargs=question.xargs | xargs)
+        answer = await self.client.ask(asked, request)
+        if answer.outcome != "finished":
+            raise RunError(f"{question.name}, asked alone: {answer.outcome}: {answer.error}")
+        return answer
+
+    async def _turns(self, question: Question, first: Answer) -> list[list[int]]:
+        """Answers to the second turn: continued, and anew."""
+        second = question.second_turn(first.tokens[0])
+        self.second_turns[question.name] = second
+        await self._empty()
+        anew = await self._one(second)
+        await self._empty()
+        await self._one(question, kv_session=question.name)
+        before = await self.client.metric(f"{SESSIONS}_requests_total", outcome="reused")
+        continued = await self._one(second, kv_session=question.name)
+        after = await self.client.metric(f"{SESSIONS}_requests_total", outcome="reused")
+        if after != before + 1:
+            self.report.fail(
+                "session", "alone, the second turn did not go on", question=question.name
+            )
+        return [continued.tokens[0], anew.tokens[0]]
+
+    async def _empty(self) -> None:
+        for _ in range(120):
+            if await self.client.reset():
+                return
+            await asyncio.sleep(0.25)
+        raise RunError("/reset_prefix_cache kept failing: blocks are held by nobody's requests.")
+
+    async def books(self, when: str) -> Mapping[str, Any]:
+        """What `lab.load_checks` says inside of the idle engine."""
+        (self.folder / inside.ASK).touch()
+        emptied = await self.client.reset()
+        if not emptied:
+            self.report.fail(
+                "pool", f"{when}: the prefix cache of the idle server cannot be emptied"
+            )
+        found = inside.books_of(self.folder)
+        if found is None:
+            raise RunError("The engine did not show its books.")
+        if found["wrong"]:
+            self.report.fail("books", f"{when}: {found['wrong']}")
+        return found
+
+    # --- load -----------------------------------------------------------------------------
+
+    async def load(self, requests: Sequence[Request]) -> None:
+        """Send all requests, so many at once, and hold what comes back against the references."""
+        start, report = time.monotonic(), self.report
+        rng = random.Random(f"resets {report.seed}")
+        before = await self.client.metrics()
+        report.fates = dict(Counter(each.fate for each in requests))
+        waiting = iter(requests)
+        done = 0
+
+        async def send() -> None:
+            nonlocal done
+            for request in waiting:
+                if rng.random() < RESETS:
+                    report.resets += await self.client.reset(running=True)
+                await self._check(request)
+                done += 1
+
+        clients = [asyncio.create_task(send()) for _ in range(self.concurrency)]
+        marks = [len(requests) * n // 20 for n in range(1, 20)]
+        while not all(each.done() for each in clients):
+            self.show("under load", done, len(requests))
+            self.watch.look()
+            while marks and done >= marks[0]:
+                self._remember(marks.pop(0), len(requests))
+            await asyncio.wait(clients, timeout=1)
+        for each in clients:
+            each.result()
+        report.seconds["load"] = time.monotonic() - start
+        after = await self._settle(len(requests))
+        report.counted = {
+            name: total(after, metric) - total(before, metric) for name, metric in COUNTED.items()
+        }
+        report.policies = by_label(after, "vllm:kv_compression_requests_total", "policy")
+
+    def _remember(self, done: int, count: int) -> None:
+        readings = [each.as_json() for each in read(self.watch.pid)]
+        self.report.memory.append({"requests": done, "of": count, "processes": readings})
+
+    async def _check(self, request: Request) -> None:
+        question, reference = self.questions[request.question], self.references[request.question]
+        if request.fate == "conversation":
+            await self._converse(request, question, reference)
+            return
+        answer = await self.client.ask(question, request, checks.stop_token(request, reference))
+        self._judge(request, question, answer, checks.wrong_answer(request, reference, answer))
+
+    async def _converse(self, request: Request, question: Question, reference: Reference) -> None:
+        """Both turns; the second before all others, so that it is not preempted half-way."""
+        name = {"kv_session": f"chat {request.number}"}
+        first = replace(question, xargs=question.xargs | name)
+        answer = await self.client.ask(first, request)
+        wrong = checks.wrong_answer(request, reference, answer)
+        self._judge(request, first, answer, wrong)
+        if wrong:
+            return
+        turn = self.second_turns[question.name]
+        second = replace(turn, xargs=turn.xargs | name)
+        ask = replace(request, priority=-9)
+        answer = await self.client.ask(second, ask)
+        self._judge(ask, second, answer, checks.wrong_second_turn(reference, answer))
+        if answer.outcome == "finished" and answer.tokens[0] in reference.second_turns:
+            same = reference.second_turns[0] == reference.second_turns[1]
+            kind = ("went on", "anew")[reference.second_turns.index(answer.tokens[0])]
+            kind = "either: both are the same" if same else kind
+            self.report.second_turns[kind] = self.report.second_turns.get(kind, 0) + 1
+
+    def _judge(self, request: Request, question: Question, answer: Answer, wrong: str) -> None:
+        report = self.report
+        report.outcomes[answer.outcome] = report.outcomes.get(answer.outcome, 0) + 1
+        compared = checks.num_compared(request, answer)
+        report.answers_compared += compared > 0
+        report.tokens_compared += compared
+        if wrong:
+            report.fail(
+                "answer", wrong, request=request.as_json(), question=question.name,
+                body=question.body("MODEL", request.max_tokens) | request.extra,
+                found=answer.tokens, expected=self.references[request.question].tokens,
+            )  # fmt: skip
+
+    async def _settle(self, count: int) -> str:
+        """After the load: an idle server, a whole pool, nothing remembered; its /metrics."""
+        report = self.report
+        self.show("under load", count, count)
+        if not await self.client.idle(60):
+            report.fail(
+                "idle", "requests are still running or waiting a minute after the last answer"
+            )
+        after = await self.client.metrics()
+        found = await self.books("after the load")
+        report.containers = self._grown(found)
+        await asyncio.sleep(2)
+        self._remember(count, count)
+        for wrong in self.grown(count):
+            report.fail("memory", wrong)
+        # A step renews the gauges.
+        await self.client.ask(
+            Question("last", "server", [5, 6, 7], 2), Request(0, "last", max_tokens=2)
+        )
+        await self.client.idle(60)
+        await self._empty()
+        text = await self.client.metrics()
+        self._kept_left(text)
+        return after
+
+    def _grown(self, found: Mapping[str, Any]) -> dict[str, int]:
+        """Containers that are longer than before the load, by how much."""
+        before, after = self.report.containers, found["sizes"]
+        for wrong in checks.grown_containers(before, after):
+            self.report.fail("books", wrong)
+        more = {path: size - before.get(path, 0) for path, size in after.items()}
+        return {path: size for path, size in more.items() if size > 0}
+
+    def grown(self, count: int) -> list[str]:
+        """Processes that grew too much from a quarter of the requests on."""
+        marks = {each["requests"]: each["processes"] for each in self.report.memory}
+        quarter = min((each for each in marks if each >= count / 4), default=count)
+        readings = [[checks.Reading(**each) for each in marks[mark]] for mark in (quarter, count)]
+        return checks.growth(readings[0], readings[1])
+
+    def _kept_left(self, text: str) -> None:
+        """Caches that are kept for later, by the server's own counters: none, after a reset."""
+        reused = total(text, f"{SESSIONS}_requests_total", outcome="reused")
+        left = {
+            "conversations kept": total(text, f"{SESSIONS}s_kept_total")
+            - total(text, f"{SESSIONS}s_given_back_total") - reused,
+            "prefixes kept": total(text, f"{PREFIXES}es_kept_total")
+            - total(text, f"{PREFIXES}es_given_back_total"),
+            "requests running": total(text, "vllm:num_requests_running"),
+            "requests waiting": total(text, "vllm:num_requests_waiting"),
+        }  # fmt: skip
+        self.report.kept_left = left
+        for name, count in left.items():
+            if count:
+                self.report.fail("metrics", f"after a reset, {name}: {count:g}")
+
+    # --- the end --------------------------------------------------------------------------
+
+    async def terminate(
+        self, process: subprocess.Popen[bytes], requests: Sequence[Request], timeout: float
+    ) -> None:
+        """SIGTERM under load.
+
+        Parameters
+        ----------
+        process : subprocess.Popen
+            The server.
+        requests : sequence of Request
+            That are under way when it is told to end.
+        timeout : float
+            The server's --shutdown-timeout.
+        """
+        report = self.report
+        whole = [
+            replace(each, fate="finish", extra={}, stop_at=None, leave_after=0)
+            for each in requests
+            if each.fate != "refused"
+        ]
+        clients = [
+            asyncio.create_task(
+                self.client.ask(
+                    replace(self.questions[each.question], max_tokens=200),
+                    replace(each, max_tokens=90),
+                )
+            )
+            for each in whole
+        ]
+        for _ in range(100):
+            self.watch.look()
+            if await self.client.metric("vllm:num_requests_running") >= 2:
+                break
+            await asyncio.sleep(0.1)
+        self.watch.look()
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        limit = timeout + GRACE
+        while process.poll() is None and time.monotonic() - start < limit:
+            self.watch.look()
+            await asyncio.sleep(0.2)
+        seconds = time.monotonic() - start
+        if process.poll() is None:
+            report.fail("ending", f"the server still runs {seconds:.0f} s after SIGTERM")
+        elif process.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+            report.fail("ending", f"the server ended with exit code {process.returncode}")
+        _, hanging = await asyncio.wait(clients, timeout=10)
+        for each in hanging:
+            each.cancel()
+        if hanging:
+            report.fail("ending", f"{len(hanging)} clients wait for a server that is gone")
+        answers = [each.result() for each in clients if each not in hanging]
+        for request, answer in zip(whole, answers, strict=False):
+            self._judge_end(request, answer)
+        orphans = self.watch.orphans()
+        for orphan in orphans:
+            report.fail("orphan", f"{self.watch.names[orphan.pid]} ({orphan.pid}) lives on")
+        files = self.watch.files_left()
+        if files:
+            report.fail("shared memory", f"left behind: {', '.join(files)}")
+        report.ending = {
+            "seconds": round(seconds, 1), "limit": limit, "exit code": process.poll(),
+            "processes before": sorted(self.watch.names.values()), "orphans": len(orphans),
+            "shared files seen": len(self.watch.files), "shared files left": len(files),
+            "clients": dict(Counter(each.outcome for each in answers)),
+        }  # fmt: skip
+        for orphan in orphans:
+            orphan.kill()
+
+    def _judge_end(self, request: Request, answer: Answer) -> None:
+        """An end or an error is fine; a wrong token before it is not."""
+        reference = self.references[request.question]
+        for found, tokens in zip(answer.tokens, reference.tokens, strict=False):
+            common = min(len(found), len(tokens))
+            if found[:common] != tokens[:common]:
+                self.report.fail("answer", "wrong tokens before the end", request=request.as_json())
+        if answer.outcome == "hung":
+            self.report.fail("ending", f"request {request.number} hung")
+
+
+def by_label(text: str, name: str, label: str) -> dict[str, float]:
+    """A metric's samples by the values of one label, those above 0."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        head, _, value = line.rpartition(" ")
+        if head.split("{")[0] == name and f'{label}="' in head and float(value):
+            key = head.split(f'{label}="')[1].split('"')[0]
+            found[key] = found.get(key, 0) + float(value)
+    return found
+
+
+def hold_against_stock(
+    report: Report,
+    questions: Sequence[Question],
+    references: Mapping[str, Reference],
+    stock: Mapping[str, list[list[int]]],
+) -> None:
+    """Lossless answers are those of stock vLLM; how many of the others are not is counted.
+
+    Parameters
+    ----------
+    report : Report
+        Is filled.
+    questions, references
+        Of a soak.
+    stock : mapping
+        Tokens by choice, by the names of questions.
+    """
+    for question in questions:
+        if question.name not in stock:
+            continue
+        found, wanted = references[question.name].tokens, Reference(stock[question.name])
+        equal = found == wanted.tokens
+        if question.kind != "lossless":
+            report.changed_by_compression += not equal
+            report.lossy_compared += 1
+            continue
+        report.equal_to_stock += equal
+        report.lossless_compared += 1
+        if not equal:
+            answer = Answer(tokens=found, reasons=["length"] * len(found))
+            request = Request(0, question.name, max_tokens=question.max_tokens)
+            detail = checks.wrong_answer(request, wanted, answer)
+            report.fail("not stock's", detail, question=question.name, body=question.body("MODEL"))

@@ -71,6 +71,8 @@ def _name(process: psutil.Process) -> str:
     for word in words:
         if word.startswith("VLLM::"):
             return word
+    if any("resource_tracker" in word for word in words):
+        return "resource tracker"
     is_server = any(word == "serve" for word in words)
     return (
         "API server" if is_server else " ".join(Path(words[0]).name.split()[:1] + words[1:3])[:60]

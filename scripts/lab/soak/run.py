@@ -374,6 +374,7 @@ class Soak:
             "processes before": sorted(self.watch.names.values()), "orphans": len(orphans),
             "shared files seen": len(self.watch.files), "shared files left": len(files),
             "clients": dict(Counter(each.outcome for each in answers)),
+            "clients were told": dict(Counter(each.error[:100] for each in answers if each.error)),
         }  # fmt: skip
         for orphan in orphans:
             orphan.kill()

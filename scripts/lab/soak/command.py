@@ -244,7 +244,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "break the server on purpose; the soak must fail: " + "; ".join(
         f"{name}: {what}" for name, what in inside.FAULTS.items()
     )
-    parser.add_argument("--fault", choices=inside.FAULTS, metavar="NAME", help=text)
+    parser.add_argument(
+        "--fault", choices=inside.FAULTS, default=[], action="append", metavar="NAME", help=text
+    )
     args = parser.parse_args(words[:end])
     if args.requests < 8 or args.questions < 8 or args.concurrency < 1:
         parser.error("--requests and --questions: 8 or more; --concurrency: 1 or more")

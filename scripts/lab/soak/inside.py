@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -34,22 +34,22 @@ FAULTS = {
 """What can be broken on purpose, by name."""
 
 
-def environment(folder: Path, fault: str | None = None) -> dict[str, str]:
+def environment(folder: Path, faults: Sequence[str] = ()) -> dict[str, str]:
     """Environment of a server that can be looked into.
 
     Parameters
     ----------
     folder : pathlib.Path
         Of this run; it must exist.
-    fault : str or None
-        One of `FAULTS`.
+    faults : sequence of str
+        Of `FAULTS`.
     """
     info = folder / "kvcompress_soak-1.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-soak\nVersion: 1\n")
     target = f"{__name__}:register"
     (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_soak = {target}\n")
-    more = {FOLDER: str(folder), FAULT: fault or "", "VLLM_SERVER_DEV_MODE": "1"}
+    more = {FOLDER: str(folder), FAULT: ",".join(faults), "VLLM_SERVER_DEV_MODE": "1"}
     dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING"}  # keeps engines in the process of tests
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return {**kept, **importable(folder), **more}
@@ -63,8 +63,7 @@ def register() -> None:
         return
     EngineCore._kvcompress_soak = True
     EngineCore.reset_prefix_cache = _with_books(EngineCore.reset_prefix_cache)
-    fault = os.environ.get(FAULT)
-    if fault:
+    for fault in filter(None, os.environ.get(FAULT, "").split(",")):
         _break(EngineCore, fault)
 
 
@@ -137,8 +136,8 @@ def is_request(text: str) -> bool:
 
 # --- faults -------------------------------------------------------------------------------
 
-_held: list[Any] = []
-"""What faults hold on to."""
+_held: dict[str, list[Any]] = {name: [] for name in FAULTS}
+"""What each holds on to."""
 
 
 def _break(core_class: Any, fault: str) -> None:
@@ -176,8 +175,8 @@ def _choose_the_worst() -> None:
     choose = Compactor._choose_and_copy
 
     def wrapped(self: Any, policy: Any, group: Any, number: int, kind: Any, scores: Any) -> None:
-        _held.append(None)
-        worst = len(_held) % 3 == 0
+        _held["token"].append(None)
+        worst = len(_held["token"]) % 3 == 0
         choose(self, policy, group, number, kind, -scores if worst else scores)
 
     Compactor._choose_and_copy = wrapped  # type: ignore[method-assign]
@@ -199,23 +198,23 @@ def _wait(core: Any, *_: Any) -> None:
 
 
 def _hold(core: Any, *_: Any) -> None:
-    _held.append(os.urandom(256 << 10))
+    _held["memory"].append(os.urandom(256 << 10))
 
 
 def _start_a_process(core: Any, *_: Any) -> None:
-    if not _held:
-        _held.append(subprocess.Popen(["sleep", "300"], start_new_session=True))
+    if not _held["orphan"]:
+        _held["orphan"].append(subprocess.Popen(["sleep", "300"], start_new_session=True))
 
 
 def _leave_a_file(core: Any, *_: Any) -> None:
-    if not _held:
+    if not _held["shared_memory"]:
         path = Path(f"/dev/shm/kvcompress-soak-{os.getpid()}")
-        _held.append(path.open("w"))
+        _held["shared_memory"].append(path.open("w"))
 
 
 def _die(core: Any, *_: Any) -> None:
-    _held.append(None)
-    if len(_held) > 200:
+    _held["death"].append(None)
+    if len(_held["death"]) > 200:
         raise SystemError("a fault of the soak's own")
 
 

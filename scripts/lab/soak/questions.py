@@ -151,10 +151,13 @@ class Questions:
         Of all draws.
     presets : sequence of str
         That requests to this server may name.
+    max_output : int
+        Tokens of the longest answers.
     """
 
-    def __init__(self, seed: int, presets: Sequence[str]) -> None:
+    def __init__(self, seed: int, presets: Sequence[str], max_output: int = MAX_OUTPUT) -> None:
         self.rng, self.seed, self.presets = random.Random(f"questions {seed}"), seed, presets
+        self.max_output = max_output
         self.prefixes = [
             distinct_tokens(MAX_PROMPT, seed=seed * 1000 + n) for n in range(NUM_PREFIXES)
         ]
@@ -173,7 +176,8 @@ class Questions:
     def _question(self, kind: str) -> Question:
         rng, self.count = self.rng, self.count + 1
         name = f"{kind} {self.count}"
-        output = rng.choice([MAX_OUTPUT, MAX_OUTPUT, 24, 16])
+        most = self.max_output
+        output = rng.choice([most, most, 2 * most // 3, most // 2])
         if kind == "server" and rng.random() < 0.4:
             words = [rng.choice(_WORDS) for _ in range(rng.randint(8, ROOM_FOR_CHAT))]
             return Question(name, kind, f"{name}: {' '.join(words)}.", output)

@@ -22,6 +22,8 @@ from vllm_kvcompress.evaluation.replay import Replay
 pytestmark = pytest.mark.engine
 
 SEED, NUM_QUESTIONS, MAX_OUTPUT = 3, 9, 18
+SHUTDOWN_TIMEOUT = 100
+DRAIN = [command.SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT)]
 NUM_REQUESTS, NUM_AT_THE_END, NUM_AT_ONCE = 48, 10, 12
 PRESETS = ["keydiff", "windowkv"]
 
@@ -40,7 +42,7 @@ class Running:
 def running(probe_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder, port = tmp_path_factory.mktemp("soak"), free_port()
     url = f"http://127.0.0.1:{port}"
-    words = command.server_command(probe_model, port, [], command.COMPRESSION)
+    words = command.server_command(probe_model, port, DRAIN, command.COMPRESSION)
     log, console = folder / "server.log", Console()
     environment = inside.environment(folder)
     with (
@@ -101,14 +103,15 @@ def test_a_wrong_token_would_be_noticed(running: Running) -> None:
 
 
 def test_sigterm_under_load(running: Running) -> None:
-    """The server ends, all clients hear of it, and nothing of it lives on. Runs last."""
+    """Answers that are under way are given, the server ends, nothing lives on. Runs last."""
     report = running.soak.report = Report()
     rest = running.requests[NUM_REQUESTS:]
-    running.runner.run(running.soak.terminate(running.process, rest, timeout=0))
+    running.runner.run(running.soak.terminate(running.process, rest, SHUTDOWN_TIMEOUT))
     assert not report.failures, report.failures
     assert running.process.returncode == 0
     assert {"API server", "VLLM::EngineCore", "VLLM::Worker"} <= set(
         report.ending["processes before"]
     )
     assert report.ending["shared files seen"] > 0 == report.ending["shared files left"]
-    assert sum(report.ending["clients"].values()) >= NUM_AT_THE_END - 1
+    # Whoever came too late is told so.
+    assert report.ending["clients"]["finished"] >= NUM_AT_THE_END // 2 - 1

@@ -5,10 +5,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lab.load_checks import named_in, sizes
 from lab.soak import checks, inside
 from lab.soak.checks import Reference
 from lab.soak.client import Answer, total
@@ -179,6 +181,60 @@ def test_processes_that_live_on_are_found(tmp_path: Path) -> None:
     assert watch.files_left() == []
 
 
+def test_names_that_are_left_are_found() -> None:
+    roots = {
+        "rows": {"cmpl-1-0": 3},
+        "waiting": [("a", {"chatcmpl-2"})],
+        "known": {"snapkv": [1, 2]},
+    }
+    assert named_in(roots, inside.is_request) == ["rows (key)", "waiting"]
+    assert sizes(roots) == {"rows": 1, "waiting": 4, "known": 3}
+
+
+class Core:
+    """An engine whose pool has lost a block, and whose worker remembers a request."""
+
+    def __init__(self, references: int, rows: dict[str, int], emptied: bool = True) -> None:
+        block = SimpleNamespace(block_id=1, is_null=False, ref_cnt=references)
+        pool = SimpleNamespace(
+            blocks=[block], num_gpu_blocks=2, get_num_free_blocks=lambda: 1 - references
+        )
+        self.scheduler = SimpleNamespace(
+            _managers=[], requests={}, check_integrity=lambda: None,
+            reset_prefix_cache=lambda: emptied, kv_cache_manager=SimpleNamespace(block_pool=pool),
+        )  # fmt: skip
+        state = SimpleNamespace(req_id_to_index=rows)
+        runner = SimpleNamespace(model_state=None, compactor=None, req_states=state)
+        worker = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+        self.model_executor = SimpleNamespace(collective_rpc=lambda do: [do(worker)])
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.reset_prefix_cache()
+
+
+@pytest.mark.parametrize(
+    ("core", "words"),
+    [
+        (Core(0, {}), ""),
+        (Core(1, {}), "block 1 has 1 references and 0 holders"),
+        (Core(0, {}, emptied=False), "the prefix cache cannot be emptied"),
+        (Core(0, {"cmpl-1-0": 4}), "worker 0: requests that are gone are still named in ['rows"),
+    ],
+)
+def test_books_are_shown_where_they_are_asked_for(
+    core: Core, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(inside.FOLDER, str(tmp_path))
+    reset = inside._with_books(Core.reset_prefix_cache)
+    reset(core)
+    assert inside.books_of(tmp_path) is None
+    (tmp_path / inside.ASK).touch()
+    reset(core)
+    found = inside.books_of(tmp_path)
+    assert found is not None and words in found["wrong"] and bool(words) == bool(found["wrong"])
+    assert found["sizes"]["worker 0: rows"] == ("rows" in words)
+
+
 def test_ids_of_requests_over_http() -> None:
     assert inside.is_request("cmpl-8d1f-0-93ab") and inside.is_request("chatcmpl-8d1f-93ab")
     assert not inside.is_request("snapkv")
@@ -202,12 +258,12 @@ def test_metrics() -> None:
 
 def test_the_table_has_failures_and_memory() -> None:
     reading = Reading(1, "VLLM::EngineCore", 1000.0, 40, 10).as_json()
-    memory = [{"requests": n, "of": 8, "processes": [reading]} for n in (2, 8)]
-    report = Report(memory=memory, fates={"finish": 8})
+    memory = [{"requests": n, "processes": [reading]} for n in (2, 8)]
+    report = Report(memory=memory, asked=9, fates={"finish": 8})
     report.fail("answer", "differs")
     lines = dict(rows(report))
     assert lines["VLLM::EngineCore"].startswith("1000 MiB at 2 requests, 1000 at the end")
-    assert lines["failures"] == "answer 1" and lines["requests"].startswith("8: finish 8")
+    assert lines["failures"] == "answer 1" and lines["requests"].startswith("8 of 9: finish 8")
     assert as_json(report)["passed"] is False
 
 

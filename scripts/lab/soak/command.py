@@ -59,11 +59,11 @@ SETTING = (
 """Under which answers do not depend on the load."""
 COMPRESSION = ["--kv-compression", "snapkv", "--kv-compression-config", SETTING]
 OPTIONS = [
-    *["--max-model-len", "1024", "--max-num-seqs", "12", "--max-num-batched-tokens", "512"],
-    *["--block-size", "32", "--dtype", "float32", "--num-gpu-blocks-override", "46"],
+    *["--max-model-len", "1024", "--max-num-seqs", "12", "--max-num-batched-tokens", "384"],
+    *["--block-size", "32", "--dtype", "float32", "--num-gpu-blocks-override", "36"],
     *["--kv-cache-memory-bytes", "256M", "--scheduling-policy", "priority"],
 ]
-"""Of 46 blocks the longest sequence needs 32: there are preemptions."""
+"""Of 35 usable blocks the longest sequence needs 32: there are preemptions."""
 START_LIMIT = 900
 SHUTDOWN_TIMEOUT = "--shutdown-timeout"
 
@@ -149,7 +149,7 @@ async def soak(
         requests = draw_requests(args.seed, questions, args.requests + TAIL)
         run_of.run = run = Soak(client, watch, folder, run_of.report, run_of.show, args.concurrency)
         await run.alone(questions)
-        await run.load(requests[: args.requests])
+        await run.load(requests[: args.requests], 60 * args.minutes)
         await run.terminate(process, requests[args.requests :], args.shutdown_timeout)
     finally:
         await client.close()
@@ -234,11 +234,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=str(PROBE_MODEL), help="default: the probe model")
     parser.add_argument("--requests", type=int, default=2000, help="under load (default: 2000)")
+    text = "send no more after so long; what was sent is checked (default: no limit)"
+    parser.add_argument("--minutes", type=float, default=float("inf"), help=text)
     parser.add_argument("--questions", type=int, default=100, help="asked alone (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other requests")
     parser.add_argument("--concurrency", type=int, default=20, help="requests at once (20)")
-    text = "vLLM's: seconds in which requests may still end after SIGTERM (0: none)"
-    parser.add_argument(SHUTDOWN_TIMEOUT, type=int, default=0, help=text)
+    text = "vLLM's: seconds in which requests may still end after SIGTERM (120)"
+    parser.add_argument(SHUTDOWN_TIMEOUT, type=int, default=120, help=text)
     parser.add_argument("--no-stock", dest="stock", action="store_false", help="no stock server")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write soak.json here")
     text = "break the server on purpose; the soak must fail: " + "; ".join(

@@ -108,7 +108,7 @@ def _books(core: Any) -> dict[str, Any]:
     except (LoadError, AssertionError) as error:
         wrong.append(f"{type(error).__name__}: {error}")
     roots = scheduler_roots(core.scheduler)
-    parts = {"core": {"named": named_in(roots, is_request), "sizes": sizes(roots)}}
+    parts: dict[str, Any] = {"core": {"named": named_in(roots, is_request), "sizes": sizes(roots)}}
     for rank, part in enumerate(core.model_executor.collective_rpc(_worker_books)):
         parts[f"worker {rank}"] = part
     for name, part in parts.items():
@@ -157,7 +157,7 @@ def _break(core_class: Any, fault: str) -> None:
     _before(core_class, "add_request", deed)
 
 
-def _before(owner: Any, name: str, deed: Callable[..., None]) -> None:
+def _before(owner: Any, name: str, deed: Any) -> None:
     """Do this before each call."""
     original = getattr(owner, name)
 

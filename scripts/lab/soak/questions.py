@@ -15,15 +15,17 @@ from lab.random_models import distinct_tokens
 MAX_OUTPUT = 40
 """Tokens of the longest answers: two marks of the trigger `interval` lie in them."""
 NUM_PREFIXES = 3
-PREFIX_LEN = 320
+PREFIX_LEN = 160
 """Tokens that the longest prompts of one family have in common."""
-MAX_PROMPT = 880
-ROOM_FOR_CHAT = 300
+MAX_PROMPT, MOST = 700, 400
+"""Tokens of prompts; most are no longer than `MOST`: many small ones fill a pool to the last block,
+and whoever grows then preempts. Presets compress from 512 tokens on."""
+ROOM_FOR_CHAT = 120
 """Words of the longest chat."""
 _WORDS = ("grass", "sky", "sun", "green", "blue", "yellow", "here", "there", "back", "again", "go")
 
 KINDS = {
-    "server": 22, "preset": 30, "budget": 14, "lossless": 14, "sampled": 6, "batch": 4,
+    "server": 22, "preset": 26, "budget": 14, "lossless": 20, "sampled": 4, "batch": 4,
     "shared_prefix": 6, "conversation": 4,
 }  # fmt: skip
 """Kinds of questions, and how many of a hundred are of each."""
@@ -186,27 +188,27 @@ class Questions:
             xargs: dict[str, Any] = {"kv_compression": self.presets[self.named % len(self.presets)]}
             if rng.random() < 0.5:
                 xargs |= {"kv_budget_tokens": rng.choice([64, 128, 256])}
-            return Question(name, kind, self._prompt(600), output, xargs)
+            return Question(name, kind, self._prompt(520, 620), output, xargs)
         if kind == "budget":
             prompt = self._prompt(130)
             return Question(name, kind, prompt, output, self._budget(len(prompt)))
         if kind == "lossless":
             xargs = rng.choice([{"kv_compression": "none"}, {"kv_budget_tokens": 4096}])
-            return Question(name, kind, self._prompt(), output, dict(xargs))
+            return Question(name, kind, self._prompt(), most, dict(xargs))
         if kind == "sampled":
             # On a CPU a drawn token costs as much as ten greedy ones.
             sampling = {"temperature": 1.0, "seed": rng.randrange(2**31), "n": rng.randint(1, 3)}
-            return Question(name, kind, self._prompt(130), 12, sampling=sampling)
+            return Question(name, kind, self._prompt(130), 8, sampling=sampling)
         if kind == "batch":
-            return Question(name, kind, [self._prompt(130) for _ in range(2)], 16)
+            return Question(name, kind, [self._prompt(130, 200) for _ in range(2)], 16)
         if kind == "shared_prefix":
-            shared = 32 * rng.randint(17, 22)
+            shared = 32 * rng.randint(17, 19)
             text = rng.choice(self.prefixes)[:shared]
-            prompt = [*text, *self._tokens(rng.randint(20, 120), text)]
+            prompt = [*text, *self._tokens(rng.randint(20, 60), text)]
             xargs = {"kv_compression": "shared_prefix", "kv_shared_prefix": shared}
             return Question(name, kind, prompt, 16, xargs)
         if kind == "conversation":
-            prompt = self._prompt(200, 600)
+            prompt = self._prompt(200, 350)
             more = self._tokens(rng.randint(40, 90), prompt)
             return Question(name, kind, prompt, 16, more=more)
         return Question(name, kind, self._prompt(), output)
@@ -217,7 +219,7 @@ class Questions:
         drawn = distinct_tokens(length + len(known), seed=seed)
         return [token for token in drawn if token not in known][:length]
 
-    def _prompt(self, least: int = 8, most: int = MAX_PROMPT) -> list[int]:
+    def _prompt(self, least: int = 8, most: int = MOST) -> list[int]:
         """Fresh, or with another's beginning; of any length, whole blocks among them."""
         rng = self.rng
         length = rng.randint(least, most)
@@ -225,8 +227,8 @@ class Questions:
             length = max(least, length // 32 * 32 + rng.choice([0, 1]))
         shared: list[int] = []
         if rng.random() < 0.5:
-            most = rng.choice([length - 1, rng.randint(1, PREFIX_LEN), PREFIX_LEN])
-            shared = rng.choice(self.prefixes)[: min(most, length)]
+            common = rng.choice([length - 1, rng.randint(1, PREFIX_LEN), PREFIX_LEN])
+            shared = rng.choice(self.prefixes)[: min(common, length)]
         return [*shared, *self._tokens(length - len(shared), shared)]
 
     def _budget(self, prompt_len: int) -> dict[str, Any]:
@@ -266,7 +268,8 @@ def _request(
     most = question.max_tokens
     stream = rng.random() < 0.5
     few = min(most, 8)
-    max_tokens = rng.choice([most, rng.randint(1, most), *(rng.randint(1, few) for _ in range(3))])
+    lengths = [most, rng.randint(1, most), *(rng.randint(1, few) for _ in range(3))]
+    max_tokens = most if kind == "lossless" else rng.choice(lengths)
     leave_after, stop_at = 0.0, None
     extra: dict[str, Any] = {}
     if fate == "disconnect":

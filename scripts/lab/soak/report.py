@@ -27,7 +27,7 @@ MOST_SHOWN = 12
 
 @contextlib.contextmanager
 def shown(console: Console) -> Iterator[Show]:
-    """A bar with the time left on a terminal; elsewhere a line for every twentieth."""
+    """A bar with the time left on a terminal; elsewhere a line every fifteen seconds."""
     if not console.is_terminal:
         yield _Lines()
         return
@@ -50,15 +50,15 @@ class _Lines:
     """Lines for a log."""
 
     def __init__(self) -> None:
-        self.what, self.start, self.next = "", 0.0, 0
+        self.what, self.start, self.next = "", 0.0, 0.0
 
     def __call__(self, what: str, done: int, count: int) -> None:
         if what != self.what:
-            self.what, self.start, self.next = what, time.monotonic(), 0
-        if done < self.next:
-            return
-        self.next = min(done + max(count // 20, 1), count) if done < count else count + 1
+            self.what, self.start, self.next = what, time.monotonic(), 0.0
         elapsed = time.monotonic() - self.start
+        if elapsed < self.next and done < count:
+            return
+        self.next = elapsed + 15
         left = f", about {elapsed / done * (count - done):.0f} s left" if done else ""
         print(f"{what}: {done:,} of {count:,} after {elapsed:.0f} s{left}", flush=True)
 
@@ -79,7 +79,10 @@ def rows(report: Report) -> list[tuple[str, str]]:
     """Lines of the table: what, and how much."""
     counted = report.counted
     lines = [
-        ("requests", f"{sum(report.fates.values()):,}: {_listed(report.fates)}"),
+        (
+            "requests",
+            f"{sum(report.fates.values()):,} of {report.asked:,}: {_listed(report.fates)}",
+        ),
         ("came to", _listed(report.outcomes)),
         ("questions", f"{sum(report.questions.values())}: {_listed(report.questions)}; "
          f"{report.distinct_answers} with an answer of their own"),
@@ -105,7 +108,7 @@ def _memory(report: Report) -> Iterator[tuple[str, str]]:
     """Each process at a quarter of the requests and at the end."""
     if not report.memory:
         return
-    count = report.memory[-1]["of"]
+    count = report.memory[-1]["requests"]
     quarter = next((each for each in report.memory if each["requests"] >= count / 4), None)
     if quarter is None:
         return

@@ -31,7 +31,7 @@ COUNTED = {
 }
 RESETS = 1 / 250
 """Chance that the prefix cache is emptied before a request is sent, running requests or not."""
-TAIL = 30
+TAIL = 20
 """Requests that are under way when the server is told to end."""
 GRACE = 20.0
 """Seconds that a server may take to end, beside its own --shutdown-timeout."""
@@ -43,6 +43,7 @@ class Report:
 
     about: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    asked: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     questions: dict[str, int] = field(default_factory=dict)
     distinct_answers: int = 0
@@ -172,43 +173,57 @@ class Soak:
 
     # --- load -----------------------------------------------------------------------------
 
-    async def load(self, requests: Sequence[Request]) -> None:
-        """Send all requests, so many at once, and hold what comes back against the references."""
+    async def load(self, requests: Sequence[Request], limit: float = float("inf")) -> None:
+        """Send all requests, so many at once, and hold what comes back against the references.
+
+        Parameters
+        ----------
+        requests : sequence of Request
+            In order.
+        limit : float
+            Seconds after which no more are sent.
+        """
         start, report = time.monotonic(), self.report
         rng = random.Random(f"resets {report.seed}")
         before = await self.client.metrics()
-        report.fates = dict(Counter(each.fate for each in requests))
         waiting = iter(requests)
+        sent: list[Request] = []
         done = 0
 
         async def send() -> None:
             nonlocal done
             for request in waiting:
+                if time.monotonic() - start > limit:
+                    return
+                sent.append(request)
                 if rng.random() < RESETS:
                     report.resets += await self.client.reset(running=True)
                 await self._check(request)
                 done += 1
 
         clients = [asyncio.create_task(send()) for _ in range(self.concurrency)]
-        marks = [len(requests) * n // 20 for n in range(1, 20)]
+        share = 0.0
         while not all(each.done() for each in clients):
             self.show("under load", done, len(requests))
             self.watch.look()
-            while marks and done >= marks[0]:
-                self._remember(marks.pop(0), len(requests))
+            now = max(done / len(requests), (time.monotonic() - start) / limit)
+            if now >= share + 0.05:
+                share = now
+                self._remember(done)
             await asyncio.wait(clients, timeout=1)
         for each in clients:
             each.result()
         report.seconds["load"] = time.monotonic() - start
-        after = await self._settle(len(requests))
+        report.asked, report.fates = len(requests), dict(Counter(each.fate for each in sent))
+        after = await self._settle(done)
         report.counted = {
             name: total(after, metric) - total(before, metric) for name, metric in COUNTED.items()
         }
         report.policies = by_label(after, "vllm:kv_compression_requests_total", "policy")
 
-    def _remember(self, done: int, count: int) -> None:
+    def _remember(self, done: int) -> None:
         readings = [each.as_json() for each in read(self.watch.pid)]
-        self.report.memory.append({"requests": done, "of": count, "processes": readings})
+        self.report.memory.append({"requests": done, "processes": readings})
 
     async def _check(self, request: Request) -> None:
         question, reference = self.questions[request.question], self.references[request.question]
@@ -245,6 +260,7 @@ class Soak:
         report.answers_compared += compared > 0
         report.tokens_compared += compared
         if wrong:
+            print(f"request {request.number}, {question.name}: {wrong}", flush=True)
             report.fail(
                 "answer", wrong, request=request.as_json(), question=question.name,
                 body=question.body("MODEL", request.max_tokens) | request.extra,
@@ -263,7 +279,7 @@ class Soak:
         found = await self.books("after the load")
         report.containers = self._grown(found)
         await asyncio.sleep(2)
-        self._remember(count, count)
+        self._remember(count)
         for wrong in self.grown(count):
             report.fail("memory", wrong)
         # A step renews the gauges.
@@ -325,22 +341,22 @@ class Soak:
         """
         report = self.report
         whole = [
-            replace(each, fate="finish", extra={}, stop_at=None, leave_after=0)
-            for each in requests
-            if each.fate != "refused"
-        ]
-        clients = [
-            asyncio.create_task(
-                self.client.ask(
-                    replace(self.questions[each.question], max_tokens=200),
-                    replace(each, max_tokens=90),
-                )
+            replace(
+                each, fate="finish", extra={}, stop_at=None, leave_after=0,
+                max_tokens=self.questions[each.question].max_tokens,
             )
+            for each in requests
+            if each.fate not in ("refused", "conversation")
+        ]  # fmt: skip
+        clients = [
+            asyncio.create_task(self.client.ask(self.questions[each.question], each))
             for each in whole
         ]
         for _ in range(100):
             self.watch.look()
-            if await self.client.metric("vllm:num_requests_running") >= 2:
+            text = await self.client.metrics()
+            running = total(text, "vllm:num_requests_running")
+            if running + total(text, "vllm:num_requests_waiting") >= len(whole) / 2:
                 break
             await asyncio.sleep(0.1)
         self.watch.look()
@@ -380,14 +396,20 @@ class Soak:
             orphan.kill()
 
     def _judge_end(self, request: Request, answer: Answer) -> None:
-        """An end or an error is fine; a wrong token before it is not."""
-        reference = self.references[request.question]
-        for found, tokens in zip(answer.tokens, reference.tokens, strict=False):
-            common = min(len(found), len(tokens))
-            if found[:common] != tokens[:common]:
-                self.report.fail("answer", "wrong tokens before the end", request=request.as_json())
+        """The whole answer, or its beginning and a word that it ends here."""
         if answer.outcome == "hung":
             self.report.fail("ending", f"request {request.number} hung")
+            return
+        aborted = "abort" in answer.reasons
+        if answer.outcome == "finished" and not aborted:
+            wrong = checks.wrong_answer(request, self.references[request.question], answer)
+        else:
+            told = Answer("left", answer.tokens, answer.reasons)
+            wrong = checks.wrong_answer(request, self.references[request.question], told)
+            if not answer.error and not aborted:
+                wrong = wrong or "ended without an error"
+        if wrong:
+            self.report.fail("answer", f"at the end: {wrong}", request=request.as_json())
 
 
 def by_label(text: str, name: str, label: str) -> dict[str, float]:

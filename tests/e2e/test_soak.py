@@ -14,9 +14,11 @@ from rich.console import Console
 from lab.servers import free_port
 from lab.soak import command, inside
 from lab.soak.client import Client
+from lab.soak.ending import terminate
+from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
 from lab.soak.questions import Questions, Request, draw_requests
-from lab.soak.run import Report, Soak, hold_against_stock
+from lab.soak.run import Soak
 from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
@@ -106,7 +108,7 @@ def test_sigterm_under_load(running: Running) -> None:
     """Answers that are under way are given, the server ends, nothing lives on. Runs last."""
     report = running.soak.report = Report()
     rest = running.requests[NUM_REQUESTS:]
-    running.runner.run(running.soak.terminate(running.process, rest, SHUTDOWN_TIMEOUT))
+    running.runner.run(terminate(running.soak, running.process, rest, SHUTDOWN_TIMEOUT))
     assert not report.failures, report.failures
     assert running.process.returncode == 0
     assert {"API server", "VLLM::EngineCore", "VLLM::Worker"} <= set(

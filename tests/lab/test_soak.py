@@ -13,12 +13,12 @@ import pytest
 from lab.load_checks import named_in, sizes
 from lab.soak import checks, inside
 from lab.soak.checks import Reference
-from lab.soak.client import Answer, total
+from lab.soak.client import Answer, by_label, total
 from lab.soak.command import parse_args
+from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Reading, Watch, shared_memory, tree
 from lab.soak.questions import FATES, KINDS, MAX_PROMPT, Question, Questions, Request, draw_requests
 from lab.soak.report import as_json, rows
-from lab.soak.run import Report, by_label, hold_against_stock
 
 PRESETS = ["keydiff", "snapkv", "tova"]
 REFERENCE = Reference([[7, 8, 9, 7, 6]])

@@ -196,3 +196,14 @@ def total(text: str, name: str, **labels: str) -> float:
         ):
             found += float(value)
     return found
+
+
+def by_label(text: str, name: str, label: str) -> dict[str, float]:
+    """A metric's samples by the values of one label, those above 0."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        head, _, value = line.rpartition(" ")
+        if head.split("{")[0] == name and f'{label}="' in head and float(value):
+            key = head.split(f'{label}="')[1].split('"')[0]
+            found[key] = found.get(key, 0) + float(value)
+    return found

@@ -43,10 +43,12 @@ from lab.servers import (
 )
 from lab.soak import inside
 from lab.soak.client import Client
+from lab.soak.ending import TAIL, terminate
+from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
 from lab.soak.questions import Question, Questions, Request, draw_requests
 from lab.soak.report import as_json, shown, table
-from lab.soak.run import TAIL, Report, Show, Soak, hold_against_stock
+from lab.soak.run import Show, Soak
 from vllm_kvcompress.config.reading import preset_names
 from vllm_kvcompress.evaluation.provenance import provenance, public_words
 
@@ -150,7 +152,7 @@ async def soak(
         run_of.run = run = Soak(client, watch, folder, run_of.report, run_of.show, args.concurrency)
         await run.alone(questions)
         await run.load(requests[: args.requests], 60 * args.minutes)
-        await run.terminate(process, requests[args.requests :], args.shutdown_timeout)
+        await terminate(run, process, requests[args.requests :], args.shutdown_timeout)
     finally:
         await client.close()
 

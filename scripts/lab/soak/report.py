@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lab.soak.run import Report, Show
+from lab.soak.findings import Report
+from lab.soak.run import Show
 
 MOST_SHOWN = 12
 """Failures in the table; the JSON has all."""

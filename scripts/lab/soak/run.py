@@ -1,9 +1,7 @@
-"""The course of a soak: what each question's answer is alone, load, an idle server, SIGTERM."""
+"""The course of a soak: what each question's answer is alone, load, an idle server."""
 
 import asyncio
 import random
-import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +12,8 @@ from typing import Any
 from lab.errors import RunError
 from lab.soak import checks, inside
 from lab.soak.checks import Reference
-from lab.soak.client import Answer, Client, total
+from lab.soak.client import Answer, Client, by_label, total
+from lab.soak.findings import Report
 from lab.soak.processes import Watch, read
 from lab.soak.questions import Question, Request
 
@@ -31,44 +30,6 @@ COUNTED = {
 }
 RESETS = 1 / 250
 """Chance that the prefix cache is emptied before a request is sent, running requests or not."""
-TAIL = 20
-"""Requests that are under way when the server is told to end."""
-GRACE = 20.0
-"""Seconds that a server may take to end, beside its own --shutdown-timeout."""
-
-
-@dataclass
-class Report:
-    """What came of a soak; see docs/trust.md."""
-
-    about: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    asked: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    questions: dict[str, int] = field(default_factory=dict)
-    distinct_answers: int = 0
-    lossless_compared: int = 0
-    equal_to_stock: int = 0
-    lossy_compared: int = 0
-    changed_by_compression: int = 0
-    fates: dict[str, int] = field(default_factory=dict)
-    outcomes: dict[str, int] = field(default_factory=dict)
-    answers_compared: int = 0
-    tokens_compared: int = 0
-    second_turns: dict[str, int] = field(default_factory=dict)
-    counted: dict[str, float] = field(default_factory=dict)
-    policies: dict[str, float] = field(default_factory=dict)
-    resets: int = 0
-    memory: list[dict[str, Any]] = field(default_factory=list)
-    kept_left: dict[str, float] = field(default_factory=dict)
-    containers: dict[str, int] = field(default_factory=dict)
-    ending: dict[str, Any] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
-
-    def fail(self, what: str, detail: str, **more: Any) -> None:
-        """Note what went wrong."""
-        self.failures.append({"what": what, "detail": detail, **more})
-
 
 Show = Callable[[str, int, int], None]
 """Told what is done now, how many of it are done, and of how many."""
@@ -103,6 +64,7 @@ class Soak:
     references: dict[str, Reference] = field(default_factory=dict)
     questions: dict[str, Question] = field(default_factory=dict)
     second_turns: dict[str, Question] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     # --- alone ----------------------------------------------------------------------------
 
@@ -121,7 +83,7 @@ class Soak:
         report.questions = dict(Counter(each.kind for each in questions))
         report.distinct_answers = checks.differ(questions, self.references)
         await self._empty()
-        report.containers = (await self.books("before the load"))["sizes"]
+        self.sizes = (await self.books("before the load"))["sizes"]
         report.seconds["alone"] = time.monotonic() - start
 
     async def _one(self, question: Question, **xargs: Any) -> Answer:
@@ -203,14 +165,18 @@ class Soak:
 
         clients = [asyncio.create_task(send()) for _ in range(self.concurrency)]
         share = 0.0
-        while not all(each.done() for each in clients):
-            self.show("under load", done, len(requests))
-            self.watch.look()
-            now = max(done / len(requests), (time.monotonic() - start) / limit)
-            if now >= share + 0.05:
-                share = now
-                self._remember(done)
-            await asyncio.wait(clients, timeout=1)
+        try:
+            while not all(each.done() for each in clients):
+                self.show("under load", done, len(requests))
+                self.watch.look()
+                now = max(done / len(requests), (time.monotonic() - start) / limit)
+                if now >= share + 0.05:
+                    share = now
+                    self._remember(done)
+                await asyncio.wait(clients, timeout=1)
+        finally:  # interrupted: nobody asks a client that is closed
+            for each in clients:
+                each.cancel()
         for each in clients:
             each.result()
         report.seconds["load"] = time.monotonic() - start
@@ -294,7 +260,7 @@ class Soak:
 
     def _grown(self, found: Mapping[str, Any]) -> dict[str, int]:
         """Containers that are longer than before the load, by how much."""
-        before, after = self.report.containers, found["sizes"]
+        before, after = self.sizes, found["sizes"]
         for wrong in checks.grown_containers(before, after):
             self.report.fail("books", wrong)
         more = {path: size - before.get(path, 0) for path, size in after.items()}
@@ -322,137 +288,3 @@ class Soak:
         for name, count in left.items():
             if count:
                 self.report.fail("metrics", f"after a reset, {name}: {count:g}")
-
-    # --- the end --------------------------------------------------------------------------
-
-    async def terminate(
-        self, process: subprocess.Popen[bytes], requests: Sequence[Request], timeout: float
-    ) -> None:
-        """SIGTERM under load.
-
-        Parameters
-        ----------
-        process : subprocess.Popen
-            The server.
-        requests : sequence of Request
-            That are under way when it is told to end.
-        timeout : float
-            The server's --shutdown-timeout.
-        """
-        report = self.report
-        whole = [
-            replace(
-                each, fate="finish", extra={}, stop_at=None, leave_after=0,
-                max_tokens=self.questions[each.question].max_tokens,
-            )
-            for each in requests
-            if each.fate not in ("refused", "conversation")
-        ]  # fmt: skip
-        clients = [
-            asyncio.create_task(self.client.ask(self.questions[each.question], each))
-            for each in whole
-        ]
-        for _ in range(100):
-            self.watch.look()
-            text = await self.client.metrics()
-            running = total(text, "vllm:num_requests_running")
-            if running + total(text, "vllm:num_requests_waiting") >= len(whole) / 2:
-                break
-            await asyncio.sleep(0.1)
-        self.watch.look()
-        start = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        limit = timeout + GRACE
-        while process.poll() is None and time.monotonic() - start < limit:
-            self.watch.look()
-            await asyncio.sleep(0.2)
-        seconds = time.monotonic() - start
-        if process.poll() is None:
-            report.fail("ending", f"the server still runs {seconds:.0f} s after SIGTERM")
-        elif process.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            report.fail("ending", f"the server ended with exit code {process.returncode}")
-        _, hanging = await asyncio.wait(clients, timeout=10)
-        for each in hanging:
-            each.cancel()
-        if hanging:
-            report.fail("ending", f"{len(hanging)} clients wait for a server that is gone")
-        answers = [each.result() for each in clients if each not in hanging]
-        for request, answer in zip(whole, answers, strict=False):
-            self._judge_end(request, answer)
-        orphans = self.watch.orphans()
-        for orphan in orphans:
-            report.fail("orphan", f"{self.watch.names[orphan.pid]} ({orphan.pid}) lives on")
-        files = self.watch.files_left()
-        if files:
-            report.fail("shared memory", f"left behind: {', '.join(files)}")
-        report.ending = {
-            "seconds": round(seconds, 1), "limit": limit, "exit code": process.poll(),
-            "processes before": sorted(self.watch.names.values()), "orphans": len(orphans),
-            "shared files seen": len(self.watch.files), "shared files left": len(files),
-            "clients": dict(Counter(each.outcome for each in answers)),
-            "clients were told": dict(Counter(each.error[:100] for each in answers if each.error)),
-        }  # fmt: skip
-        for orphan in orphans:
-            orphan.kill()
-
-    def _judge_end(self, request: Request, answer: Answer) -> None:
-        """The whole answer, or its beginning and a word that it ends here."""
-        if answer.outcome == "hung":
-            self.report.fail("ending", f"request {request.number} hung")
-            return
-        aborted = "abort" in answer.reasons
-        if answer.outcome == "finished" and not aborted:
-            wrong = checks.wrong_answer(request, self.references[request.question], answer)
-        else:
-            told = Answer("left", answer.tokens, answer.reasons)
-            wrong = checks.wrong_answer(request, self.references[request.question], told)
-            if not answer.error and not aborted:
-                wrong = wrong or "ended without an error"
-        if wrong:
-            self.report.fail("answer", f"at the end: {wrong}", request=request.as_json())
-
-
-def by_label(text: str, name: str, label: str) -> dict[str, float]:
-    """A metric's samples by the values of one label, those above 0."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        head, _, value = line.rpartition(" ")
-        if head.split("{")[0] == name and f'{label}="' in head and float(value):
-            key = head.split(f'{label}="')[1].split('"')[0]
-            found[key] = found.get(key, 0) + float(value)
-    return found
-
-
-def hold_against_stock(
-    report: Report,
-    questions: Sequence[Question],
-    references: Mapping[str, Reference],
-    stock: Mapping[str, list[list[int]]],
-) -> None:
-    """Lossless answers are those of stock vLLM; how many of the others are not is counted.
-
-    Parameters
-    ----------
-    report : Report
-        Is filled.
-    questions, references
-        Of a soak.
-    stock : mapping
-        Tokens by choice, by the names of questions.
-    """
-    for question in questions:
-        if question.name not in stock:
-            continue
-        found, wanted = references[question.name].tokens, Reference(stock[question.name])
-        equal = found == wanted.tokens
-        if question.kind != "lossless":
-            report.changed_by_compression += not equal
-            report.lossy_compared += 1
-            continue
-        report.equal_to_stock += equal
-        report.lossless_compared += 1
-        if not equal:
-            answer = Answer(tokens=found, reasons=["length"] * len(found))
-            request = Request(0, question.name, max_tokens=question.max_tokens)
-            detail = checks.wrong_answer(request, wanted, answer)
-            report.fail("not stock's", detail, question=question.name, body=question.body("MODEL"))

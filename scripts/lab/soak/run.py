@@ -253,7 +253,7 @@ class Soak:
             Question("last", "server", [5, 6, 7], 2), Request(0, "last", max_tokens=2)
         )
         await self.client.idle(60)
-        await self._empty()
+        await self.client.reset()
         text = await self.client.metrics()
         self._kept_left(text)
         return after

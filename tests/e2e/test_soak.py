@@ -17,16 +17,16 @@ from lab.soak.client import Client
 from lab.soak.ending import terminate
 from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
-from lab.soak.questions import Questions, Request, draw_requests
+from lab.soak.questions import FATES, KINDS, Questions, Request, draw_requests
 from lab.soak.run import Soak
 from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
 
-SEED, NUM_QUESTIONS, MAX_OUTPUT = 3, 9, 18
+SEED, NUM_QUESTIONS, MAX_OUTPUT = 41, 9, 18
 SHUTDOWN_TIMEOUT = 100
 DRAIN = [command.SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT)]
-NUM_REQUESTS, NUM_AT_THE_END, NUM_AT_ONCE = 48, 10, 12
+NUM_REQUESTS, NUM_AT_THE_END, NUM_AT_ONCE = 40, 8, 12
 PRESETS = ["keydiff", "windowkv"]
 
 
@@ -66,12 +66,13 @@ def test_under_load_everything_is_as_alone(running: Running) -> None:
     soak, report = running.soak, running.soak.report
     running.runner.run(soak.load(running.requests[:NUM_REQUESTS]))
     assert not report.failures, report.failures
-    assert report.outcomes["left"] >= 4 and report.outcomes["refused"] >= 1
+    assert report.fates.keys() == FATES.keys() and report.questions.keys() == KINDS.keys()
+    assert report.outcomes.keys() == {"finished", "left", "refused"}
     assert sum(report.outcomes.values()) == NUM_REQUESTS + report.fates["conversation"]
-    assert report.answers_compared >= 40 and report.distinct_answers >= NUM_QUESTIONS - 1
+    assert report.answers_compared >= 30 and report.distinct_answers >= NUM_QUESTIONS - 1
     counted = report.counted
-    assert counted["requests compressed"] >= 20 and counted["shared prefix tokens"] > 0
-    assert report.policies.keys() >= {"snapkv", "keydiff"}
+    assert counted["requests compressed"] >= 15 and counted["shared prefix tokens"] > 0
+    assert report.policies.keys() >= {"snapkv", *PRESETS}
     assert [each["requests"] for each in report.memory][-1] == NUM_REQUESTS
 
 

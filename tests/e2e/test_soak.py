@@ -17,13 +17,13 @@ from lab.soak.client import Client
 from lab.soak.ending import terminate
 from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
-from lab.soak.questions import FATES, KINDS, Questions, Request, draw_requests
+from lab.soak.questions import FATES, KINDS, LOSSLESS, Questions, Request, draw_requests
 from lab.soak.run import Soak
 from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
 
-SEED, NUM_QUESTIONS, MAX_OUTPUT = 41, 9, 18
+SEED, NUM_QUESTIONS, MAX_OUTPUT = 75, 10, 18
 SHUTDOWN_TIMEOUT = 100
 DRAIN = [command.SHUTDOWN_TIMEOUT, str(SHUTDOWN_TIMEOUT)]
 NUM_REQUESTS, NUM_AT_THE_END, NUM_AT_ONCE = 40, 8, 12
@@ -71,6 +71,7 @@ def test_under_load_everything_is_as_alone(running: Running) -> None:
     assert sum(report.outcomes.values()) == NUM_REQUESTS + report.fates["conversation"]
     assert report.answers_compared >= 30 and report.distinct_answers >= NUM_QUESTIONS - 1
     counted = report.counted
+    assert counted["preemptions"] >= 3, "the pool was too large; the test shows less"
     assert counted["requests compressed"] >= 15 and counted["shared prefix tokens"] > 0
     assert report.policies.keys() >= {"snapkv", *PRESETS}
     assert [each["requests"] for each in report.memory][-1] == NUM_REQUESTS
@@ -82,11 +83,11 @@ def test_what_is_lossless_is_what_transformers_says(running: Running, probe_mode
     stock = {
         each.name: [replay.generate(replay.prefill(each.prompt), None, each.max_tokens)]
         for each in questions
-        if each.kind in ("lossless", "budget")
+        if each.kind in (*LOSSLESS, "budget")
     }
     report = Report()
     hold_against_stock(report, questions, soak.references, stock)
-    assert not report.failures and report.equal_to_stock == report.lossless_compared >= 1
+    assert not report.failures and report.equal_to_stock == report.lossless_compared >= 2
     assert report.changed_by_compression == report.lossy_compared >= 1, "equality shows little"
 
 

@@ -17,7 +17,16 @@ from lab.soak.client import Answer, by_label, total
 from lab.soak.command import parse_args
 from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Reading, Watch, shared_memory, tree
-from lab.soak.questions import FATES, KINDS, MAX_PROMPT, Question, Questions, Request, draw_requests
+from lab.soak.questions import (
+    CROWD,
+    FATES,
+    KINDS,
+    MAX_PROMPT,
+    Question,
+    Questions,
+    Request,
+    draw_requests,
+)
 from lab.soak.report import as_json, rows
 
 PRESETS = ["keydiff", "snapkv", "tova"]
@@ -43,7 +52,7 @@ def test_a_seed_stands_for_one_course(questions: list[Question]) -> None:
 
 def test_everything_is_drawn(questions: list[Question]) -> None:
     assert {each.kind for each in questions} == KINDS.keys()
-    assert {each.kind for each in Questions(0, PRESETS).draw(8)} == KINDS.keys()
+    assert {each.kind for each in Questions(0, PRESETS).draw(9)} == KINDS.keys()
     assert {each.xargs.get("kv_compression") for each in questions} >= {*PRESETS, "none"}
     requests = draw_requests(0, questions, 2000)
     assert {each.fate for each in requests} == FATES.keys()
@@ -53,6 +62,10 @@ def test_everything_is_drawn(questions: list[Question]) -> None:
     assert any(each.stop_at is not None for each in requests)
     most = {each.name: each.max_tokens for each in questions}
     assert all(1 <= each.max_tokens <= most[each.question] for each in requests)
+    kinds = {each.name: each.kind for each in questions}
+    crowd = [each for each in requests if each.number % 100 in CROWD]
+    assert {kinds[each.question] for each in crowd} == {"crowd"} and len(crowd) == 240
+    assert len({each.extra["cache_salt"] for each in crowd}) == 240
 
 
 def test_prompts_fit_and_have_no_token_twice(questions: list[Question]) -> None:

@@ -13,7 +13,9 @@ from lab.soak.questions import Question, Request
 
 PATIENCE = 600.0
 """Seconds after which a client takes it that the server hangs."""
-NOT_OPENAI = ("ignore_eos", "return_token_ids", "vllm_xargs", "priority", "stop_token_ids")
+NOT_OPENAI = (
+    "ignore_eos", "return_token_ids", "vllm_xargs", "priority", "stop_token_ids", "cache_salt",
+)  # fmt: skip
 
 
 @dataclass

@@ -46,7 +46,7 @@ from lab.soak.client import Client
 from lab.soak.ending import TAIL, terminate
 from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
-from lab.soak.questions import Question, Questions, Request, draw_requests
+from lab.soak.questions import LOSSLESS, Question, Questions, Request, draw_requests
 from lab.soak.report import as_json, shown, table
 from lab.soak.run import Show, Soak
 from vllm_kvcompress.config.reading import preset_names
@@ -126,7 +126,7 @@ async def stock_answers(
 
 def compared_with_stock(questions: Sequence[Question]) -> list[Question]:
     """The lossless ones, which must be equal, and as many of which many must not be."""
-    lossless = [each for each in questions if each.kind == "lossless"]
+    lossless = [each for each in questions if each.kind in LOSSLESS]
     others = [each for each in questions if each.kind in ("server", "preset", "budget")]
     return lossless + others[: len(lossless)]
 

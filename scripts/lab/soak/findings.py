@@ -7,7 +7,7 @@ from typing import Any
 from lab.soak import checks
 from lab.soak.checks import Reference
 from lab.soak.client import Answer
-from lab.soak.questions import Question, Request
+from lab.soak.questions import LOSSLESS, Question, Request
 
 
 @dataclass
@@ -65,7 +65,7 @@ def hold_against_stock(
             continue
         found, wanted = references[question.name].tokens, Reference(stock[question.name])
         equal = found == wanted.tokens
-        if question.kind != "lossless":
+        if question.kind not in LOSSLESS:
             report.changed_by_compression += not equal
             report.lossy_compared += 1
             continue

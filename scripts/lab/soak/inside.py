@@ -25,7 +25,7 @@ FAULTS = {
     "token": "every third compaction keeps the worst tokens in the place of the best",
     "block": "an aborted request leaves a reference to a block",
     "name": "requests stay in a container of the scheduler",
-    "memory": "each request costs a MiB for good",
+    "memory": "each request costs four MiB for good",
     "orphan": "the engine starts a process that outlives it",
     "shared_memory": "the engine leaves a file in /dev/shm",
     "deaf": "the engine takes a minute to end",
@@ -198,12 +198,12 @@ def _wait(core: Any, *_: Any) -> None:
 
 
 def _hold(core: Any, *_: Any) -> None:
-    _held["memory"].append(os.urandom(1 << 20))
+    _held["memory"].append(os.urandom(4 << 20))
 
 
 def _start_a_process(core: Any, *_: Any) -> None:
     if not _held["orphan"]:
-        _held["orphan"].append(subprocess.Popen(["sleep", "300"], start_new_session=True))
+        _held["orphan"].append(subprocess.Popen(["sleep", "3600"], start_new_session=True))
 
 
 def _leave_a_file(core: Any, *_: Any) -> None:

@@ -25,10 +25,16 @@ ROOM_FOR_CHAT = 120
 _WORDS = ("grass", "sky", "sun", "green", "blue", "yellow", "here", "there", "back", "again", "go")
 
 KINDS = {
-    "server": 22, "preset": 26, "budget": 14, "lossless": 20, "sampled": 4, "batch": 4,
+    "server": 20, "crowd": 2, "preset": 26, "budget": 14, "lossless": 20, "sampled": 4, "batch": 4,
     "shared_prefix": 6, "conversation": 4,
 }  # fmt: skip
-"""Kinds of questions, and how many of a hundred are of each."""
+"""Kinds of questions, and how many of a hundred are of each. `crowd`: a prompt of three whole
+blocks, uncompressed, that is asked by many at once; each grows into a fourth one at once."""
+LOSSLESS = ("lossless", "crowd")
+"""Those that nothing is evicted for."""
+CROWD = range(20, 32)
+"""Of a hundred requests those that are a crowd: more blocks than a small pool has."""
+CROWD_PROMPT = 96
 
 FATES = {"finish": 74, "disconnect": 12, "cancel": 8, "conversation": 3, "refused": 3}
 """What becomes of requests, in hundredths. `disconnect`: the client closes its stream after some
@@ -177,15 +183,19 @@ class Questions:
 
     def _question(self, kind: str) -> Question:
         rng, self.count = self.rng, self.count + 1
+        xargs: dict[str, Any]
         name = f"{kind} {self.count}"
         most = self.max_output
         output = rng.choice([most, most, 2 * most // 3, most // 2])
         if kind == "server" and rng.random() < 0.4:
             words = [rng.choice(_WORDS) for _ in range(rng.randint(8, ROOM_FOR_CHAT))]
             return Question(name, kind, f"{name}: {' '.join(words)}.", output)
+        if kind == "crowd":
+            xargs = {"kv_compression": "none"}
+            return Question(name, kind, self._tokens(CROWD_PROMPT), self.max_output, xargs)
         if kind == "preset":
             self.named += 1
-            xargs: dict[str, Any] = {"kv_compression": self.presets[self.named % len(self.presets)]}
+            xargs = {"kv_compression": self.presets[self.named % len(self.presets)]}
             if rng.random() < 0.5:
                 xargs |= {"kv_budget_tokens": rng.choice([64, 128, 256])}
             return Question(name, kind, self._prompt(520, 620), output, xargs)
@@ -262,6 +272,12 @@ def _request(
     shares: dict[str, int],
     fates: dict[str, int],
 ) -> Request:
+    if number % 100 in CROWD and "crowd" in of_kind:
+        question = rng.choice(of_kind["crowd"])
+        # Of another salt: they share no blocks.
+        extra = {"cache_salt": str(number)}
+        stream = rng.random() < 0.5
+        return Request(number, question.name, "finish", stream, question.max_tokens, extra=extra)
     fate = weighted(rng, fates)
     kind = "conversation" if fate == "conversation" else weighted(rng, shares)
     question = rng.choice(of_kind[kind])
@@ -271,7 +287,7 @@ def _request(
     lengths = [most, rng.randint(1, most), *(rng.randint(1, few) for _ in range(3))]
     max_tokens = most if kind == "lossless" else rng.choice(lengths)
     leave_after, stop_at = 0.0, None
-    extra: dict[str, Any] = {}
+    extra = {}
     if fate == "disconnect":
         stream, max_tokens, leave_after = True, most, rng.randint(1, most - 1)
     elif fate == "cancel":

@@ -223,8 +223,9 @@ def hold_against(args: argparse.Namespace, run: Soak, console: Console) -> None:
 
 def public_command(command: Sequence[str], port: int) -> str:
     """Without this machine's paths and port."""
-    words = [word for word in public_words(command[1:], ROOT) if word != str(port)]
-    return shlex.join(word for word in words if word not in ("--port", "--host", "127.0.0.1"))
+    words = public_words(command[command.index("serve") :], ROOT)
+    dropped = ("--port", str(port), "--host", "127.0.0.1")
+    return shlex.join(["vllm", *(word for word in words if word not in dropped)])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

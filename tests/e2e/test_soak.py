@@ -71,7 +71,6 @@ def test_under_load_everything_is_as_alone(running: Running) -> None:
     assert sum(report.outcomes.values()) == NUM_REQUESTS + report.fates["conversation"]
     assert report.answers_compared >= 30 and report.distinct_answers >= NUM_QUESTIONS - 1
     counted = report.counted
-    assert counted["preemptions"] >= 1, "the pool was too large; the test shows less"
     assert counted["requests compressed"] >= 10
     assert report.policies.keys() >= {"snapkv", *PRESETS}
     assert [each["requests"] for each in report.memory][-1] == NUM_REQUESTS

@@ -275,7 +275,7 @@ def _request(
     if number % 100 in CROWD and "crowd" in of_kind:
         question = rng.choice(of_kind["crowd"])
         # Of another salt: they share no blocks.
-        extra = {"cache_salt": str(number)}
+        extra: dict[str, Any] = {"cache_salt": str(number)}
         stream = rng.random() < 0.5
         return Request(number, question.name, "finish", stream, question.max_tokens, extra=extra)
     fate = weighted(rng, fates)

@@ -49,7 +49,7 @@ setup(
         "cuda": ["vllm==0.32.0"],  # the host, whose insides we subclass
         "eval": [
             "matplotlib>=3.8",  # plots of measurements
-            "psutil>=5.9",  # ends what a stage of scripts/gpu_check.py has started
+            "psutil>=5.9",  # processes that scripts/gpu_check.py and scripts/soak.py start
             "httpx>=0.27",  # client of the demo and of the HTTP tests
             "rouge>=1.0",  # ROUGE-L as LongBench computes it
             "rapidfuzz>=3",  # edit similarity of LongBench's code completion

@@ -1,12 +1,13 @@
 """What must hold of an engine after every step, and when all its requests are gone."""
 
 import signal
-from collections import Counter
-from collections.abc import Iterator, Set
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm_kvcompress.evaluation.engine import Engine
+if TYPE_CHECKING:  # whoever imports it keeps engines in this process
+    from vllm_kvcompress.evaluation.engine import Engine
 
 MAX_STEP_SECONDS = 60
 MAX_STALLED_STEPS = 60
@@ -21,6 +22,22 @@ _OURS = "vllm_kvcompress"
 
 class LoadError(AssertionError):
     """A promise that the engine broke under load."""
+
+
+class Books(Protocol):
+    """An engine's scheduler: of `vllm_kvcompress.evaluation.engine.Engine`, or of a server."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler."""
+
+    @property
+    def pool(self) -> Any:
+        """The block pool."""
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks of the pool without the null block."""
 
 
 @contextmanager
@@ -39,7 +56,7 @@ def step_limit(seconds: float = MAX_STEP_SECONDS) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def check_blocks(engine: Engine) -> None:
+def check_blocks(engine: Books) -> None:
     """Every block of the pool is free, or has as many holders as references."""
     scheduler, pool = engine.scheduler, engine.pool
     holders = Counter(
@@ -105,42 +122,74 @@ class Progress:
             raise LoadError(f"stalled: no request gets further in {MAX_STALLED_STEPS} steps")
 
 
-def check_empty(engine: Engine, names: Set[str]) -> None:
-    """Nothing of the requests called `names` is left in scheduler or worker."""
-    scheduler, runner = engine.scheduler, engine.runner
-    if not scheduler.reset_prefix_cache():
+def check_empty(engine: "Engine", is_name: Callable[[str], bool]) -> None:
+    """Nothing of requests is left in scheduler or worker; `is_name` knows their ids."""
+    check_pool(engine)
+    left = named_in(scheduler_roots(engine.scheduler) | worker_roots(engine.runner), is_name)
+    if left:
+        raise LoadError(f"left: requests that are gone are still named in {left[:8]}")
+
+
+def check_pool(engine: Books) -> None:
+    """Every block is free, or only in the prefix cache, which is emptied."""
+    if not engine.scheduler.reset_prefix_cache():
         raise LoadError("left: the prefix cache cannot be emptied, blocks are still held")
     check_blocks(engine)
     missing = num_missing(engine)
     if missing:
         raise LoadError(f"left: {missing} blocks are missing")
-    # The speculator names the requests of its last step, until the next one.
-    roots = {"scheduler": scheduler, "model state": runner.model_state}
-    roots |= {"compactor": runner.compactor, "rows": runner.req_states.req_id_to_index}
-    roots |= {f"manager {i}": manager for i, manager in enumerate(scheduler._managers)}
-    left = [path for name, root in roots.items() for path in _mentions(root, names, name, set())]
-    if left:
-        raise LoadError(f"left: requests that are gone are still named in {left[:8]}")
 
 
-def num_missing(engine: Engine) -> int:
+def scheduler_roots(scheduler: Any) -> dict[str, Any]:
+    """Where the engine's core names requests, by a name of the place."""
+    managers = {f"manager {i}": manager for i, manager in enumerate(scheduler._managers)}
+    return {"scheduler": scheduler} | managers
+
+
+def worker_roots(runner: Any) -> dict[str, Any]:
+    """Where a worker does. Its speculator names those of its last step, until the next one."""
+    roots = {"model state": runner.model_state, "compactor": runner.compactor}
+    return roots | {"rows": runner.req_states.req_id_to_index}
+
+
+def named_in(roots: Mapping[str, Any], is_name: Callable[[str], bool]) -> list[str]:
+    """Places below that name a request."""
+    return [
+        path
+        for name, root in roots.items()
+        for path, part in _walk(root, name, set())
+        if isinstance(part, str) and is_name(part)
+    ]
+
+
+def sizes(roots: Mapping[str, Any]) -> dict[str, int]:
+    """Length of every container below, by its path; what lies in a dictionary as a whole."""
+    found: Counter[str] = Counter()
+    for name, root in roots.items():
+        for path, part in _walk(root, name, set()):
+            if isinstance(part, _CONTAINERS):
+                found[path.split("[")[0]] += len(part)
+    return dict(found)
+
+
+def num_missing(engine: Books) -> int:
     """Blocks that are not free."""
     return engine.num_usable_blocks - engine.pool.get_num_free_blocks()
 
 
-def _mentions(value: Any, names: Set[str], path: str, seen: set[int]) -> Iterator[str]:
-    """Where a name occurs in containers and in objects of this package, private ones included."""
-    if isinstance(value, str):
-        if value in names:
-            yield path
-        return
-    if id(value) in seen:
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+
+
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """What is in containers and in objects of this package, private attributes included."""
+    yield path, value
+    if id(value) in seen or isinstance(value, str):
         return
     seen.add(id(value))
     if isinstance(value, dict):
         parts = [(f"{path} (key)", key) for key in list(value)]
         parts += [(f"{path}[{key!r:.20}]", each) for key, each in list(value.items())]
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, _CONTAINERS):
         parts = [(path, each) for each in list(value)]
     elif type(value).__module__.startswith(_OURS):
         parts = [
@@ -149,4 +198,4 @@ def _mentions(value: Any, names: Set[str], path: str, seen: set[int]) -> Iterato
     else:
         return
     for name, part in parts:
-        yield from _mentions(part, names, name, seen)
+        yield from _walk(part, name, seen)

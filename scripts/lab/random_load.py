@@ -155,7 +155,7 @@ class Run:
                 self._step()
                 self._abort()
             self._step()  # the worker hears of the last requests
-            check_empty(self.engine, self.names)
+            check_empty(self.engine, self.names.__contains__)
         except Exception as error:  # whatever ends the engine is what this looks for
             kind = "" if isinstance(error, LoadError) else f"{type(error).__name__}: "
             report.failures.append(f"step {report.steps}: {kind}{error}")

@@ -1,0 +1,1 @@
+"""Thousands of OpenAI requests at a server: what it answers, holds and leaves behind."""

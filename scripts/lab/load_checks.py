@@ -118,7 +118,7 @@ def check_empty(engine: Engine, names: Set[str]) -> None:
     roots = {"scheduler": scheduler, "model state": runner.model_state}
     roots |= {"compactor": runner.compactor, "rows": runner.req_states.req_id_to_index}
     roots |= {f"manager {i}": manager for i, manager in enumerate(scheduler._managers)}
-    left = [path for name, root in roots.items() for path in _mentions(root, names, name, set())]
+    left = [path for name, root in roots.items() for path in mentions(root, names, name, set())]
     if left:
         raise LoadError(f"left: requests that are gone are still named in {left[:8]}")
 
@@ -128,7 +128,7 @@ def num_missing(engine: Engine) -> int:
     return engine.num_usable_blocks - engine.pool.get_num_free_blocks()
 
 
-def _mentions(value: Any, names: Set[str], path: str, seen: set[int]) -> Iterator[str]:
+def mentions(value: Any, names: Set[str], path: str, seen: set[int]) -> Iterator[str]:
     """Where a name occurs in containers and in objects of this package, private ones included."""
     if isinstance(value, str):
         if value in names:
@@ -149,4 +149,4 @@ def _mentions(value: Any, names: Set[str], path: str, seen: set[int]) -> Iterato
     else:
         return
     for name, part in parts:
-        yield from _mentions(part, names, name, seen)
+        yield from mentions(part, names, name, seen)

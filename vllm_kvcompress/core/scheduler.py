@@ -236,6 +236,8 @@ class CompressionMixin(Scheduler):
                 num_unverified(request),
             )
             clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+            if tracked.lacks_blocks_of_its_own and clipped > 1:
+                clipped = self.compactions.room.clip(request, num_computed_tokens, clipped)
         reserve = self.compactions.room.reserve
         if reserve is None:
             return clipped

@@ -32,7 +32,6 @@ from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.core.scheduler import CompressedAsyncScheduler, CompressedScheduler
 from vllm_kvcompress.host.checks import check_setting
 from vllm_kvcompress.host.hooks import install_hooks
-from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
 BLOCK, MAX_LEN, CHUNK, SEQS = 4, 128, 24, 4
@@ -200,26 +199,28 @@ def _specs(world: World) -> list[KVCacheSpec]:
     return specs
 
 
-def _longest(world: World) -> int:
-    """Blocks that the longest request needs: the least that vLLM starts with."""
-    config = parse_config(world.setting)
-    assert config is not None
-    peaks = longest_prompt_peak(MAX_LEN, config, world.groups, BLOCK)
-    count = sum(-(-peak // BLOCK) for peak in peaks)
+def _longest(world: World, config: Any) -> int:
+    """Blocks that the longest request needs: the least that vLLM starts with, and a little.
+
+    Of its own groups vLLM counts what one step needs. Steps under way hold more, of windowed and
+    recurrent layers, and in a pool without room for that a request preempts itself for ever.
+    """
+    specs = _specs(world)
+    count = sum(
+        -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
+        for spec in specs[: world.groups]
+    )
     if world.beside == "window":
-        count += -(-(WINDOW - 1 + CHUNK) // BLOCK) + 1
+        count += -(-(WINDOW - 1 + CHUNK * (1 + world.num_ahead)) // BLOCK) + 1
     if world.beside == "states":
-        count += blocks_per_state(_specs(world)[-1])  # type: ignore[arg-type]
-        # vLLM counts two. A step under way holds one more, and with the pool exactly as large as
-        # the longest request needs, that one preempts itself for ever.
-        count += world.num_ahead
+        count += blocks_per_state(specs[-1]) + world.num_ahead  # type: ignore[arg-type]
     return count
 
 
 def scheduler_of(world: World) -> Any:
     """vLLM's scheduler with our classes on top, and nothing under it."""
     config = vllm_config(world)
-    num_blocks = 1 + int(_longest(world) * world.room)
+    num_blocks = 1 + int(_longest(world, config) * world.room)
     groups = [KVCacheGroupSpec([f"layer.{n}"], spec) for n, spec in enumerate(_specs(world))]
     config.cache_config.num_gpu_blocks = num_blocks
     made = KVCacheConfig(num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)

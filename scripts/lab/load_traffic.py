@@ -87,7 +87,7 @@ MODES = {
     ),
     "reuse": Mode(
         {
-            "preset": "snapkv", **_QUARTER, "trigger": "both", "interval": 64,
+            "preset": "keydiff", **_QUARTER, "trigger": "both", "interval": 64,
             "layer_groups": {"count": 4}, "layer_budget": {"shape": "pyramid"},
         },
         4, has_reuse=True,

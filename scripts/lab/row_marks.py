@@ -278,7 +278,9 @@ class RowMarks:
             if not torch.equal(positions, wanted) or marks["lossy"].any():
                 raise LoadError(f"{place}: a prefix-cache hit is not the prefix, or not exact")
         ordered = positions.sort(dim=1).values
-        if (ordered[:, 1:] == ordered[:, :-1]).any() or (ordered[:, -1] != each.num_begun - 1).any():
+        if (ordered[:, 1:] == ordered[:, :-1]).any() or (
+            ordered[:, -1] != each.num_begun - 1
+        ).any():
             raise LoadError(f"{place}: a continued cache holds a row twice, or lacks the last one")
         own = each.request
         for number in numbers.unique().tolist():
@@ -293,7 +295,7 @@ class RowMarks:
     def _check_draft(self, layer: Any, blocks: torch.Tensor, length: int) -> None:
         """What a draft step reads is one request's, each row once, and kept by its last choice."""
         marks = self._marks(layer, blocks, length)
-        numbers, positions = marks["number"], marks["position"]
+        numbers = marks["number"]
         is_real = numbers != DRAFTED
         if not is_real[:, 0].all():
             return  # a row of padding
@@ -302,15 +304,15 @@ class RowMarks:
         if each is None or not (marks["layer"] == layer.index)[is_real].all():
             raise LoadError(f"layer {layer.index}: a draft reads rows of nobody")
         self.num_drafts += 1
-        own, codes = each.rows[layer.index], _codes(marks)
+        own, codes, chosen = each.rows[layer.index], _codes(marks), each.views.get(layer.index)
+        if chosen is not None:
+            if not torch.equal(codes[:, : chosen.shape[1]], chosen):
+                raise LoadError(f"{each.name}, layer {layer.index}: a draft reads another view")
+            own = torch.cat([own, chosen], dim=1)  # an eviction beside it keeps other tokens
         for head in range(len(codes)):
             seen = codes[head][is_real[head]]
             if len(seen.unique()) < len(seen) or not torch.isin(seen, own[head]).all():
                 raise LoadError(f"{each.name}, layer {layer.index}: a draft reads others' rows")
-        chosen = each.views.get(layer.index)
-        if chosen is not None and not torch.equal(codes[:, : chosen.shape[1]], chosen):
-            raise LoadError(f"{each.name}, layer {layer.index}: a draft reads another view")
-        del positions
 
     # --- compactions ----------------------------------------------------------------------
 
@@ -318,7 +320,10 @@ class RowMarks:
         """Note what the policy keeps, in the order in which it is to be written."""
         indices = own(group, layers, scores)
         for place, layer in enumerate(layers):
-            for request, (job, plan) in enumerate(zip(group.jobs, group.plans, strict=True)):
+            work = list(enumerate(zip(group.jobs, group.plans, strict=True)))
+            # A view beside an eviction is of the same region.
+            work.sort(key=lambda one: one[1][0].plan.purpose is Purpose.EVICT)
+            for request, (job, plan) in work:
                 each = self.starts.get(job.plan.request_id)
                 if each is None or layer.index not in each.rows:
                     continue

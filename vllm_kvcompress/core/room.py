@@ -135,7 +135,7 @@ class Room:
         return missing
 
     def clip(self, request: Request, num_computed: int, num_new: int) -> int:
-        """Tokens of a step, of `num_new`, for which there are blocks without a preemption; 1 at least.
+        """Tokens of a step, of `num_new`, that fit without a preemption; at least 1.
 
         For a request whose compaction waits for others to give its blocks up. A longer step might
         preempt all of these, find that there are too few blocks even so, and preempt the request

@@ -5,6 +5,7 @@
 shrinks what it finds for each, and says how many rules are left (minutes).
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -185,4 +186,4 @@ if __name__ == "__main__":
     from tests.core.allocator.search import shrunk
 
     for each in FAULTS:
-        print(shrunk(each))
+        sys.stdout.write(shrunk(each) + "\n")

@@ -135,7 +135,9 @@ class Ledger:
         holders = self.holders()
         # Those that left the prefix cache meanwhile are written, and may be hashed anew.
         blocks = self.pool.blocks
-        hashed = {number for number, key in self._hashed.items() if blocks[number].block_hash is key}
+        hashed = {
+            number for number, key in self._hashed.items() if blocks[number].block_hash is key
+        }
         # What is computed in this step may be joined in this step.
         shared = {number for number, n in holders.items() if n > 1 and self._holders[number] > 1}
         self.frozen = frozenset(hashed | shared)

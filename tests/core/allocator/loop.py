@@ -110,9 +110,7 @@ class AllocatorLoop(Loop):
         if mode == "abort":
             self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
         is_kept = mode == "keep"
-        self.scheduler.set_pause_state(
-            PauseState.PAUSED_ALL if is_kept else PauseState.PAUSED_NEW
-        )
+        self.scheduler.set_pause_state(PauseState.PAUSED_ALL if is_kept else PauseState.PAUSED_NEW)
         if is_deep:
             self.reset(is_forced=True)
             self.slots.wipe()

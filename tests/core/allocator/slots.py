@@ -138,9 +138,7 @@ class Slots:
         self.sequences[name] = made
 
     @staticmethod
-    def _continued(
-        name: str, group: int, found: list[Slot | None], made: Sequence
-    ) -> list[Slot]:
+    def _continued(name: str, group: int, found: list[Slot | None], made: Sequence) -> list[Slot]:
         held = [each for each in found if each is not None]
         places = [each.position for each in held]
         assert len(held) == len(found) and places == sorted(set(places)), (name, places)

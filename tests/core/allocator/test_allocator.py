@@ -4,6 +4,7 @@ KVCOMPRESS_ALLOCATOR_STEPS=1000000 makes as many steps of the scheduler.
 """
 
 import os
+import sys
 
 from tests.core.allocator.machine import Allocator
 from tests.core.allocator.search import run
@@ -20,6 +21,6 @@ def test_any_sequence_of_events() -> None:
     while counts["steps"] < STEPS:
         number += 1
         run(number, RUNS)
-    print(f"{number} seeds: {dict(counts)}")
+    sys.stdout.write(f"{number} seeds: {dict(counts)}\n")
     wanted = ("finished", "hits", "continued", "of prompts", "while decoding", "in place", "views")
     assert all(counts[each] > 0 for each in wanted), counts

@@ -1,4 +1,4 @@
-"""What a run of the allocator's model is about: layer groups, setting, scheduling, size of the pool.
+"""What a run of the allocator's model is about: layer groups, setting, scheduling, pool.
 
 Blocks have 4 tokens and the longest sequence 128, so that a few steps fill, compact and exhaust
 them.

@@ -59,8 +59,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
             return whole
         max_len = vllm_config.model_config.max_model_len
         peaks = longest_prompt_peak(max_len, setting, self.num_layer_groups, self.block_size)
-        drafts = vllm_config.speculative_config
-        num_ahead = 0 if drafts is None else drafts.num_speculative_tokens
+        num_ahead = vllm_config.num_speculative_tokens
         num_blocks = -(-(peaks[self.layer_group] + num_ahead) // self.block_size)
         return min(whole, num_blocks * self.page_size_bytes)
 

@@ -80,8 +80,8 @@ class CompressionMixin(Scheduler):
         group_map = GroupMap.of(manager.kv_cache_spec for manager in self._managers)
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
         assert config is not None, "the scheduler is installed only when compression is on"
-        # Drafts over views write there, too; DraftMixin tells vLLM so later.
-        ahead = max(self.num_lookahead_tokens, config.num_draft_tokens)
+        # Not every method's slots are in vLLM's number, or yet.
+        ahead = max(self.num_lookahead_tokens, self.num_spec_tokens)
         self.planner = Planner(
             config=config,
             num_layer_groups=group_map.num_layer_groups,

@@ -33,7 +33,7 @@ def test_the_longest_prompt_and_its_drafts_fit_the_pool_that_vllm_starts_with() 
     """Drafts take slots behind a chunk, and its mark's peak was counted without them."""
     for groups in (1, 3):
         world = World(groups=groups, drafts="beside", trigger="prompt", room=1.0)
-        answered(world, [(document(0, length), 6, None) for length in (117, 120)])
+        answered(world, [(document(0, length), 6, None) for length in (117, 119, 120)])
 
 
 def test_where_no_cache_can_be_kept_no_prefix_is() -> None:

@@ -1,7 +1,7 @@
 """Every row that attention reads under random load is one that the policy kept, once, and its own.
 
 The traffic names chats and shared prefixes, is aborted and preempted, and runs with asynchronous
-scheduling over four layer groups. Then compactions and slots are spoilt, and the marks must tell.
+scheduling over four layer groups. Then compactions are spoilt, and the marks must tell.
 """
 
 from collections.abc import Iterator
@@ -76,14 +76,6 @@ def test_a_row_in_anothers_place_is_found(
             monkeypatch.setattr(layer.layout, name, move)
     with pytest.raises(LoadError, match="head 0, row 4: token"):
         ask(run, engine, "rows change places")
-
-
-def test_a_token_in_a_slot_by_its_logical_place_is_found(
-    run: random_load.Run, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine.runner, "_physical_slots", lambda **_: None)
-    with pytest.raises(LoadError, match="rows:"):
-        ask(run, engine, "a slot of nobody")
 
 
 @pytest.mark.gpu

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from tests.core.allocator.worlds import World, worlds
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager as Manager
-from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.shared_prefixes import SharedPrefixes
@@ -111,14 +110,6 @@ def _restarts_where_it_was(own: Any) -> Any:
     return method
 
 
-def _unsettled(own: Any) -> Any:
-    def method(self: Any, request_id: str, num_tokens: int) -> bool:
-        self._planned.pop(request_id, None)
-        return True
-
-    return method
-
-
 def _remembers_the_dead(own: Any) -> Any:
     def method(self: Any, request_id: str) -> None:
         pass
@@ -165,9 +156,6 @@ FAULTS: dict[str, tuple[Callable[[], Any], st.SearchStrategy[World]]] = {
     ),
     "the planner forgets a preemption": (
         lambda: _instead(Planner, "restart", _restarts_where_it_was), _of()
-    ),
-    "a turn ends before its compaction is settled": (
-        lambda: _instead(Compactions, "settle", _unsettled), _of(trigger="end_of_prompt")
     ),
     "spare slots outlive a preemption": (
         lambda: _instead(SpareSlots, "forget", _remembers_the_dead), _of()

@@ -59,7 +59,8 @@ class CompressedAttentionSpec(FullAttentionSpec):
             return whole
         max_len = vllm_config.model_config.max_model_len
         peaks = longest_prompt_peak(max_len, setting, self.num_layer_groups, self.block_size)
-        num_blocks = -(-peaks[self.layer_group] // self.block_size)
+        num_ahead = vllm_config.num_speculative_tokens
+        num_blocks = -(-(peaks[self.layer_group] + num_ahead) // self.block_size)
         return min(whole, num_blocks * self.page_size_bytes)
 
     @classmethod

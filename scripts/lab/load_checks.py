@@ -65,6 +65,8 @@ def check_blocks(engine: Books) -> None:
         for block in manager.held_blocks()
         if not block.is_null
     )
+    # Chats that wait for their next turn, and shared prefixes.
+    holders.update(block.block_id for block in scheduler.reuse.kept.held_blocks())
     for block in pool.blocks:
         if not block.is_null and block.ref_cnt != holders[block.block_id]:
             raise LoadError(

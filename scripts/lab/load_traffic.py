@@ -46,11 +46,14 @@ class Mode:
         KV cache groups of the probe model under this setting.
     engine_args : dict
         Further arguments of ``vllm.LLM``.
+    has_reuse : bool
+        Whether requests name chats and shared prefixes.
     """
 
     setting: dict[str, Any]
     num_groups: int = 1
     engine_args: Mapping[str, Any] | None = None
+    has_reuse: bool = False
 
 
 _QUARTER = {"budget": {"ratio": 0.25}, "min_prompt_len": 128}
@@ -81,6 +84,13 @@ MODES = {
             "preset": "snapkv", "budget": {"ratio": 0.5}, "min_prompt_len": 128,
             "draft": {"tokens": 3, "budget": {"ratio": 0.25}}, "shared_blocks": "always",
         }
+    ),
+    "reuse": Mode(
+        {
+            "preset": "keydiff", **_QUARTER, "trigger": "both", "interval": 64,
+            "layer_groups": {"count": 4}, "layer_budget": {"shape": "pyramid"},
+        },
+        4, has_reuse=True,
     ),
     "codebook": Mode({"preset": "spindlekv", "min_prompt_len": 128, "interval": 64}, 4),
 }  # fmt: skip
@@ -124,6 +134,8 @@ class Traffic:
         The server's setting.
     max_output : int
         Most tokens a request generates.
+    has_reuse : bool
+        Whether some belong to chats, or name what they have in common with others.
     """
 
     def __init__(
@@ -132,6 +144,7 @@ class Traffic:
         vllm_config: Any,
         setting: Mapping[str, Any],
         max_output: int = MAX_OUTPUT,
+        has_reuse: bool = False,
     ) -> None:
         server = parse_config(setting)
         assert server is not None
@@ -139,6 +152,7 @@ class Traffic:
         self.presets = accepted_presets(server, vllm_config)
         self.prefixes = [self._tokens(MAX_MODEL_LEN) for _ in range(NUM_PREFIXES)]
         self.earlier: list[list[int]] = []
+        self.has_reuse, self.turns = has_reuse, dict[str, list[int]]()
         self.count = 0
 
     def arrival(self) -> Arrival:
@@ -146,6 +160,8 @@ class Traffic:
         rng = self.rng
         prompt = self._prompt()
         xargs = self._xargs(len(prompt))
+        if self.has_reuse and rng.random() < 0.6:
+            prompt, xargs = self._reused()
         few, many = min(40, self.max_output), self.max_output
         num_output = rng.choice([1, rng.randint(2, few), *[rng.randint(few, many)] * 3])
         sampling: dict[str, Any] = {"max_tokens": num_output, "temperature": 0.0, "n": 1}
@@ -183,6 +199,21 @@ class Traffic:
             prompt[:shared] = rng.choice(self.prefixes)[:shared]
         self.earlier = [*self.earlier[1 - NUM_REMEMBERED :], prompt]
         return prompt
+
+    def _reused(self) -> tuple[list[int], dict[str, Any]]:
+        """The next turn of a chat, or a question about a text that others ask about, too."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            which = rng.randrange(2)
+            text = self.prefixes[which][: 330 + 100 * which]
+            return [*text, *self._tokens(rng.randint(1, 60))], {"kv_shared_prefix": len(text)}
+        name = rng.choice("abc")
+        # What was answered is not known here: the next turn goes on from the question.
+        text = [*self.turns.get(name, []), *self._tokens(rng.choice([5, 100, 300]))]
+        if len(text) > MAX_MODEL_LEN // 2:
+            text = self._tokens(200)
+        self.turns[name] = text
+        return text, {"kv_session": name}
 
     # --- options --------------------------------------------------------------------------
 

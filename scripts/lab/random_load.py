@@ -33,6 +33,7 @@ from lab.load_checks import (
 )
 from lab.load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, Traffic
 from lab.places import PROBE_MODEL
+from lab.row_marks import RowMarks
 from vllm_kvcompress.evaluation.engine import Engine, Result
 
 MAX_IN_FLIGHT = 16
@@ -58,6 +59,8 @@ class Load:
         Schedule one step ahead.
     max_output : int
         Most tokens a request generates.
+    marks : bool
+        Mark every row of the cache and look at all that attention reads (row_marks.py).
     """
 
     mode: str
@@ -66,6 +69,7 @@ class Load:
     max_num_seqs: int | None = None
     async_scheduling: bool = False
     max_output: int = MAX_OUTPUT
+    marks: bool = False
 
     @property
     def command(self) -> str:
@@ -76,6 +80,7 @@ class Load:
             words += ["--max-num-seqs", str(self.max_num_seqs)]
         if self.max_output != MAX_OUTPUT:
             words += ["--max-output", str(self.max_output)]
+        words += ["--marks"] * self.marks
         return " ".join(words + ["--async-scheduling"] * self.async_scheduling)
 
 
@@ -96,6 +101,7 @@ class Report:
     views: int = 0
     deferrals: int = 0
     blocks_missing: int = 0
+    rows_read: int = 0
     failures: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     uncompressed: dict[str, int] = field(default_factory=dict)
@@ -108,6 +114,7 @@ class Report:
             f"{self.preemptions} preemptions, {self.compactions} compactions, {self.views} views, "
             f"{self.deferrals} deferrals, {len(self.failures)} failures, "
             f"{self.blocks_missing} blocks missing"
+            + (f", {self.rows_read} rows looked at" if self.rows_read else "")
         )
 
 
@@ -127,7 +134,8 @@ class Run:
         self.rng = random.Random(load.seed)
         mode = MODES[load.mode]
         config = engine.engine.vllm_config
-        self.traffic = Traffic(self.rng, config, mode.setting, load.max_output)
+        self.traffic = Traffic(self.rng, config, mode.setting, load.max_output, mode.has_reuse)
+        self.marks = RowMarks(engine) if load.marks else None
         self.progress = Progress()
         self.arrivals: dict[str, Arrival] = {}
         self.names: set[str] = set()
@@ -174,6 +182,7 @@ class Run:
         report.views, report.deferrals = sum(stats.views.values()), stats.deferrals
         report.uncompressed = dict(stats.uncompressed)
         report.blocks_missing = num_missing(self.engine)
+        report.rows_read = 0 if self.marks is None else self.marks.num_rows
 
     # --- what happens ---------------------------------------------------------------------
 
@@ -210,6 +219,8 @@ class Run:
         with step_limit():
             self.engine.step()
         self.report.steps += 1
+        if self.marks is not None:
+            self.marks.check()
         self.engine.scheduler.check_integrity()
         check_blocks(self.engine)
         self.progress.check(self.engine.scheduler.requests)
@@ -274,11 +285,13 @@ def main() -> int:
     parser.add_argument("--max-num-seqs", type=int, help="default: the seed chooses")
     parser.add_argument("--max-output", type=int, default=MAX_OUTPUT, help="tokens per request")
     parser.add_argument("--async-scheduling", action="store_true")
+    parser.add_argument("--marks", action="store_true", help="mark and check rows of the cache")
     parser.add_argument("--json", type=Path, help="file for the report")
     args = parser.parse_args()
     seconds = args.seconds if args.seconds or args.steps else 600.0
     load = Load(
-        args.mode, args.seed, args.pool, args.max_num_seqs, args.async_scheduling, args.max_output
+        args.mode, args.seed, args.pool, args.max_num_seqs, args.async_scheduling, args.max_output,
+        args.marks,
     )  # fmt: skip
     with opened(load) as engine, Bar() as bar:
         task = bar.add_task(load.mode, total=args.steps or seconds)

@@ -53,6 +53,8 @@ LOOPS = {
 class Loop:
     """A scheduler, and workers that know nothing but what they are told."""
 
+    block_size = BLOCK
+
     def __init__(
         self, model: str, kind: type, num_drafts: int, num_blocks: int, setting: Any = SETTING,
         max_num_seqs: int = 4, window: int | None = None,
@@ -81,8 +83,12 @@ class Loop:
         cache = KVCacheConfig(num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         config.cache_config.num_gpu_blocks = num_blocks
         with set_current_vllm_config(config):
-            self.scheduler = kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
-        self.num_ahead = 1 if issubclass(kind, AsyncScheduler) else 0
+            scheduler = kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
+        self._begin(scheduler)
+
+    def _begin(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.num_ahead = 1 if isinstance(scheduler, AsyncScheduler) else 0
         self.under_way: deque[Any] = deque()
         self.random = random.Random(7)
         self.finished: set[str] = set()
@@ -99,7 +105,7 @@ class Loop:
         **options: Any,
     ) -> Request:
         params = SamplingParams(max_tokens=max_tokens, stop_token_ids=[STOP], extra_args=xargs)
-        hasher = get_request_block_hasher(BLOCK, sha256)
+        hasher = get_request_block_hasher(self.block_size, sha256)
         request = Request(name, prompt, params, None, block_hasher=hasher, **options)
         self.scheduler.add_request(request)
         return request

@@ -278,7 +278,7 @@ FIELDS = {
 ATTRIBUTES = {
     "vllm.v1.core.sched.scheduler:Scheduler": {
         "block_size", "kv_cache_config", "kv_cache_manager", "max_model_len",
-        "num_lookahead_tokens", "requests", "running", "vllm_config",
+        "num_lookahead_tokens", "num_spec_tokens", "requests", "running", "vllm_config",
     },
     "vllm.v1.core.kv_cache_manager:KVCacheManager": {
         "block_pool", "coordinator", "truncate_computed_blocks", "watermark_blocks",

@@ -65,6 +65,8 @@ class Planner:
     rations_queries : bool
         Whether queries of generated tokens are recorded for requests alone that are told to
         (`note_recording`); else for all.
+    num_lookahead : int
+        Slots behind a request's tokens that vLLM hands out with them, for drafts.
     """
 
     config: CompressionConfig
@@ -72,6 +74,7 @@ class Planner:
     block_size: int
     codes_per_row: int | None = None
     rations_queries: bool = False
+    num_lookahead: int = 0
     requests: dict[str, TrackedRequest] = field(default_factory=dict)
 
     def add(
@@ -264,7 +267,7 @@ class Planner:
             tracked.peaks[num_tokens] = peak_tokens(
                 tracked.prompt_len, num_tokens, config, *shape, start=tracked.start
             )
-        return tracked.peaks[num_tokens][group]
+        return min(tracked.peaks[num_tokens][group] + self.num_lookahead, num_tokens)
 
     def note_progress(self, request_id: str, num_certain: int) -> bool:
         """Record how many tokens' keys are certain after this step; True if work is due."""

@@ -118,18 +118,40 @@ class Room:
         groups = self._groups(lengths)
         return sum(each.kept_len // manager.block_size for manager, each in groups)
 
-    def num_growth(self, request_id: str, num_tokens: int) -> int:
-        """Blocks a request still needs until it has `num_tokens` tokens."""
+    def num_growth(self, request_id: str, num_tokens: int, is_compacted: bool = True) -> int:
+        """Blocks a request still needs until it has `num_tokens` tokens.
+
+        It is compacted at its marks until then, unless `is_compacted` is False.
+        """
         missing = 0
         for manager in self.managers:
             physical = num_tokens - manager.evicted.get(request_id, 0)
-            if isinstance(manager, CompressedAttentionManager):
+            if is_compacted and isinstance(manager, CompressedAttentionManager):
                 physical = min(physical, manager.most_held(request_id, num_tokens))
             held = len(manager.req_to_blocks.get(request_id, ()))
             grown = max(-(-physical // manager.block_size) - held, 0)
             bound = manager.most_blocks if isinstance(manager, HostGroup) else None
             missing += grown if bound is None else min(grown, bound)
         return missing
+
+    def clip(self, request: Request, num_computed: int, num_new: int) -> int:
+        """Tokens of a step, of `num_new`, that fit without a preemption; at least 1.
+
+        For a request whose compaction waits for others to give its blocks up. A longer step might
+        preempt all of these, find that there are too few blocks even so, and preempt the request
+        itself: all would begin again, alike, for ever. Behind a step of one token it is compacted.
+        """
+        room = self.num_free - self.num_set_aside()
+        room += 0 if self.kept is None else self.kept.num_idle
+        name = request.request_id
+        low, high = 1, num_new
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.num_growth(name, num_computed + middle, is_compacted=False) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     # --- what a compaction gains ----------------------------------------------------------
 

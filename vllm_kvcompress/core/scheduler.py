@@ -80,12 +80,15 @@ class CompressionMixin(Scheduler):
         group_map = GroupMap.of(manager.kv_cache_spec for manager in self._managers)
         config = parse_config(self.vllm_config.additional_config[CONFIG_KEY])
         assert config is not None, "the scheduler is installed only when compression is on"
+        # Not every method's slots are in vLLM's number, or yet.
+        ahead = max(self.num_lookahead_tokens, self.num_spec_tokens)
         self.planner = Planner(
             config=config,
             num_layer_groups=group_map.num_layer_groups,
             block_size=group_map.block_size,
             codes_per_row=group_map.codes_per_row,
             rations_queries=True,
+            num_lookahead=ahead,
         )
         self.stats = CompressionStats()
         ring = ring_shape(self.vllm_config, config)
@@ -104,7 +107,6 @@ class CompressionMixin(Scheduler):
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
         layer_groups = group_map.layer_groups
         self.reuse = Reuse(self.planner, self._managers, layer_groups, room, self.stats)
-        ahead = self.num_lookahead_tokens
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
         kept_free = self.kv_cache_manager.watermark_blocks
@@ -274,6 +276,8 @@ class CompressionMixin(Scheduler):
                 num_unverified(request),
             )
             clipped = self.query_slots.clip(request.request_id, num_computed_tokens, clipped)
+            if tracked.lacks_blocks_of_its_own and clipped > 1:
+                clipped = self.compactions.room.clip(request, num_computed_tokens, clipped)
         reserve = self.compactions.room.reserve
         if reserve is None:
             return clipped

@@ -86,7 +86,7 @@ class SharedPrefixes:
             return
         if tracked.config is None or tracked.phase is Phase.SKIPPED:
             self.stats.record_shared_prefix(PrefixOutcome.UNCOMPRESSED, 0)
-        elif not is_served(request) or request.skip_reading_prefix_cache:
+        elif not self._managers or not is_served(request) or request.skip_reading_prefix_cache:
             self.stats.record_shared_prefix(PrefixOutcome.UNSERVED, 0)
         else:
             self._wanted[request.request_id] = _Wish(request, self._place(request, tracked))

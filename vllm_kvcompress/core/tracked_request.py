@@ -163,6 +163,15 @@ class TrackedRequest:
         return self.config is not None and self.config.waits_for_pressure
 
     @property
+    def lacks_blocks_of_its_own(self) -> bool:
+        """Whether a compaction waits, because others hold its blocks, that it may not fit without.
+
+        A prompt that is compacted on its way need not fit into the pool as a whole.
+        """
+        is_waiting = self.phase is Phase.DUE and self.is_shared
+        return is_waiting and self.config is not None and self.config.compresses_in_prompts
+
+    @property
     def work(self) -> list[tuple[Purpose, Sequence[GroupLengths | None]]]:
         """What is due or planned: an eviction, a view, or both from one region; in this order."""
         found: list[tuple[Purpose, Sequence[GroupLengths | None]]] = []

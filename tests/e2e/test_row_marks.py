@@ -1,0 +1,86 @@
+"""Every row that attention reads under random load is one that the policy kept, once, and its own.
+
+The traffic names chats and shared prefixes, is aborted and preempted, and runs with asynchronous
+scheduling over four layer groups. Then compactions are spoilt, and the marks must tell.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lab import random_load
+from lab.load_checks import LoadError
+from vllm_kvcompress.evaluation.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+LOAD = random_load.Load("reuse", seed=3, max_output=24, async_scheduling=True, marks=True)
+STEPS = 30
+LENGTH = 400
+"""Tokens of a prompt that is compacted."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with random_load.opened(LOAD) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def run(engine: Engine) -> random_load.Run:
+    """The load has run; its marks stay."""
+    made = random_load.Run(engine, LOAD)
+    made.run(STEPS, None)
+    return made
+
+
+def ask(run: random_load.Run, engine: Engine, name: str) -> None:
+    """One request that is compacted, looked at in every step."""
+    rng = torch.Generator().manual_seed(len(name))
+    engine.add(name, torch.randint(3, 900, (LENGTH,), generator=rng).tolist(), 6, ignore_eos=True)
+    assert run.marks is not None
+    try:
+        while engine.engine.has_unfinished_requests():
+            engine.step()
+            run.marks.check()
+    finally:
+        while engine.engine.has_unfinished_requests():
+            engine.step()
+        run.marks.failures.clear()
+
+
+def test_attention_reads_what_was_kept(run: random_load.Run, engine: Engine) -> None:
+    report, stats = run.report, engine.scheduler.stats
+    assert not report.failures, "\n".join([*report.failures, *report.requests, report.command])
+    assert run.marks is not None and run.marks.num_moved > 10_000
+    assert report.finished > 3 and report.aborted > 0 and report.compactions > 3
+    assert stats.session_requests and stats.shared_prefix_requests
+    ask(run, engine, "without a fault")
+
+
+def test_a_row_in_anothers_place_is_found(
+    run: random_load.Run, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two survivors of one KV head change places."""
+    for layer in engine.runner.compactor.layers:
+        for name in ("move", "move_in_place"):
+            own = getattr(layer.layout, name)
+
+            def move(caches: Any, group: Any, indices: Any, rotary: Any, own: Any = own) -> None:
+                spoilt = indices.clone()
+                spoilt[:, :, 0, 4:6] = indices[:, :, 0, 4:6].flip(-1)
+                own(caches, group, spoilt, rotary)
+
+            monkeypatch.setattr(layer.layout, name, move)
+    with pytest.raises(LoadError, match="head 0, row 4: token"):
+        ask(run, engine, "rows change places")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(run: random_load.Run, engine: Engine) -> None:
+    """The same engine, where there is a GPU: marks are tensors there, and so are the checks."""
+    assert run.marks is not None and run.marks.num_moved > 10_000
+    assert engine.runner.compactor.layers[0].cache().is_cuda

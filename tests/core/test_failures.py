@@ -29,6 +29,7 @@ class SpoilingWorker(ToldWorker):
         self.spoiled: set[str] = set()
         self.failed: dict[str, str] = {}
         self.num_compactions: dict[str, int] = {}
+        self.num_copies: dict[str, int] = {}
 
     def _start(self, new: Any, plan: StepPlan) -> None:
         super()._start(new, plan)
@@ -42,6 +43,8 @@ class SpoilingWorker(ToldWorker):
         super()._compact(plan)
         name = plan.request_id
         self.num_compactions[name] = number = self.num_compactions.get(name, 0) + 1
+        if plan.purpose.is_copied:
+            self.num_copies[name] = self.num_copies.get(name, 0) + 1
         if self.fails_at.get(name) == number:
             for group, each in enumerate(plan.groups):
                 for block in each.destination_blocks if each else ():
@@ -80,7 +83,7 @@ class Spoiled(Watched):
             assert SPOILED not in request.output_token_ids, request.request_id
             ended = request.output_token_ids[-1] == 5 or request.num_output_tokens == max_tokens
             assert ended and request.request_id in self.finished
-        assert not self.scheduler.reuse.unreported
+        assert not self.scheduler.compactions.reports._open
 
 
 def made(probe_model: str, kind: str, num_blocks: int = 200, setting: Any = UNEVEN) -> Spoiled:
@@ -142,6 +145,19 @@ def test_nobody_begins_with_a_prefix_that_was_spoiled(loop: Spoiled) -> None:
     assert loop.worker.num_compactions == {"r0": 1, "r1": 1}, "the next one computes it"
     assert loop.hits["r2"] == 128 and loop.stats.shared_prefixes_kept == 1
     assert loop.stats.failures == {"error": 1}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_no_equal_prompt_reads_survivors_that_were_spoiled(probe_model: str, kind: str) -> None:
+    """One of the others makes them anew, for itself and for the rest."""
+    loop = made(probe_model, kind, setting={**UNEVEN, "shared_blocks": "always"})
+    loop.worker.fails_at = {"r0": 1}
+    requests = [loop.add(f"r{n}", prompt(150)) for n in range(4)]
+    loop.run()
+    loop.check_all_is_well(*requests)
+    assert loop.stats.failures == {"error": 1} and loop.stats.uncompressed["failed"] == 1
+    assert loop.worker.num_copies == {"r0": 1, "r1": 1}
+    assert loop.pool.get_num_free_blocks() == loop.usable
 
 
 def test_no_chat_goes_on_from_a_spoiled_cache(loop: Spoiled) -> None:

@@ -71,7 +71,14 @@ class Books:
         )
         slots = QuerySlots(self.planner, 0, self.stats)
         room = self.compactions.room
-        reuse = Reuse(self.planner, self.managers, group_map.layer_groups, room, self.stats)
+        reuse = Reuse(
+            self.planner,
+            self.managers,
+            group_map.layer_groups,
+            room,
+            self.compactions.reports,
+            self.stats,
+        )
         books = {"planner": self.planner, "query_slots": slots, "reuse": reuse}
         books["compactions"] = self.compactions
         self.scheduler = scheduler_of(self.managers, **books)

@@ -17,6 +17,7 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.equal_prompts import EqualPrompts
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.reports import Reports
 from vllm_kvcompress.core.reserve import Reserve
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.tracked_request import TrackedRequest
@@ -56,6 +57,8 @@ class Compactions:
     ----------
     room : Room
         The pool, and who gives way.
+    reports : Reports
+        Which compactions the workers have reported on.
     equal : EqualPrompts
         Who reads what another request's compaction has kept.
     """
@@ -72,10 +75,12 @@ class Compactions:
         self.planner, self.managers, self.layer_group_of = planner, managers, layer_group_of
         self.pool, self.max_model_len, self.stats = pool, max_model_len, stats
         self.room = room = Room(managers, layer_group_of, pool, max_model_len, self._give_up_view)
-        self.equal = EqualPrompts(planner, managers, layer_group_of, pool, room.note_change)
+        self.reports = Reports()
+        places = managers, layer_group_of
+        self.equal = EqualPrompts(planner, *places, pool, self.reports, room.note_change)
         if planner.config.shared_blocks == "always":
-            places = managers, layer_group_of, max_model_len
-            room.reserve = Reserve(planner, *places, room.waiting_blocks, self.equal.will_read)
+            waiting, will_read = room.waiting_blocks, self.equal.will_read
+            room.reserve = Reserve(planner, *places, max_model_len, waiting, will_read)
         for manager, number in zip(managers, layer_group_of, strict=True):
             if number is not None and isinstance(manager, CompressedAttentionManager):
                 manager.most_held = partial(planner.most_held, number)

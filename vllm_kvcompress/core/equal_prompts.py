@@ -32,6 +32,7 @@ from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.kept_cache import is_served
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.reports import Reports
 from vllm_kvcompress.core.tracked_request import Phase, TrackedRequest
 
 
@@ -65,6 +66,8 @@ class EqualPrompts:
         Layer group of every KV cache group; None for one that is never compacted.
     pool : BlockPool
         vLLM's.
+    reports : Reports
+        Of the workers: what went wrong in a compaction must not reach others.
     note_change : callable
         Called when it changes who needs blocks for a compaction.
     """
@@ -75,10 +78,11 @@ class EqualPrompts:
         managers: Sequence[CompressedAttentionManager | HostGroup],
         layer_group_of: Sequence[int | None],
         pool: Any,
+        reports: Reports,
         note_change: Callable[[], None],
     ) -> None:
         self._planner, self._managers, self._layer_group_of = planner, managers, layer_group_of
-        self._pool, self._note_change = pool, note_change
+        self._pool, self._reports, self._note_change = pool, reports, note_change
         self._keys: dict[str, _Key] = {}
         self._requests: dict[_Key, dict[str, Request]] = {}
         self._computing: dict[_Key, str] = {}
@@ -139,13 +143,14 @@ class EqualPrompts:
         tracked = self._planner.requests[request_id]
         # One whose compaction would not pay, because others hold its blocks, may wait for long.
         is_declined = tracked.phase is Phase.DUE and tracked.is_shared
-        return tracked.phase is not Phase.DONE and not is_declined
+        is_through = tracked.phase is Phase.DONE and self._reports.is_complete(request_id)
+        return not is_through and not is_declined
 
     def publish(self) -> None:
         """Offer what has been compacted since the last step, to those who run already, too."""
         for key, name in list(self._computing.items()):
             tracked = self._planner.requests[name]
-            if tracked.phase is not Phase.DONE:
+            if tracked.phase is not Phase.DONE or not self._reports.is_complete(name):
                 continue
             del self._computing[key]
             if tracked.compaction.compacted_at != tracked.prompt_len or key in self._copies:

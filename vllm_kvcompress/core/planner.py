@@ -205,8 +205,7 @@ class Planner:
         """A request starts again from nothing, and is compressed no more: it went wrong."""
         self.restart(request_id)
         tracked = self.requests[request_id]
-        tracked.marks, tracked.phase = (), Phase.SKIPPED
-        tracked.skip_reason = SkipReason.FAILED
+        tracked.marks, tracked.phase, tracked.skip_reason = (), Phase.SKIPPED, SkipReason.FAILED
 
     def set_aside(self, request_id: str) -> TrackedRequest:
         """A request's state as it is, to be put back if need be; a copy takes its place."""

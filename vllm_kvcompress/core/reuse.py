@@ -1,6 +1,6 @@
 """All that is kept of requests for others, behind one door for the scheduler."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from vllm.v1.request import Request
 
@@ -9,6 +9,7 @@ from vllm_kvcompress.core.continuation import Continuation
 from vllm_kvcompress.core.host_groups import HostGroup
 from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
+from vllm_kvcompress.core.reports import Reports
 from vllm_kvcompress.core.room import Room
 from vllm_kvcompress.core.sessions import Sessions
 from vllm_kvcompress.core.shared_prefixes import SharedPrefixes
@@ -28,6 +29,8 @@ class Reuse:
         Layer group of every KV cache group; None for one that is never compacted.
     room : Room
         The pool, which asks what is kept to give way.
+    reports : Reports
+        Of the workers: until they have reported on a request's compactions, nothing of it is kept.
     stats : CompressionStats
         Where to count.
 
@@ -39,9 +42,6 @@ class Reuse:
         Of chats, for their next turn.
     prefixes : SharedPrefixes
         Of beginnings that many prompts share.
-    unreported : dict[str, int]
-        Requests with compactions that the workers have not reported on, and how many steps of
-        these: until then nothing of a request is kept for others.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Reuse:
         managers: Sequence[CompressedAttentionManager | HostGroup],
         layer_group_of: Sequence[int | None],
         room: Room,
+        reports: Reports,
         stats: CompressionStats,
     ) -> None:
         own = [each for each in managers if isinstance(each, CompressedAttentionManager)]
@@ -59,7 +60,7 @@ class Reuse:
             # Blocks of windowed and recurrent layers, and of a draft model, follow other rules.
             own, groups, max_blocks = [], [], 0
         self.kept = room.kept = KeptCaches(room.pool, max_blocks, stats, room.note_change)
-        self.unreported: dict[str, int] = {}
+        self._reports = reports
         self.sessions = Sessions(planner, own, groups, self.kept, stats)
         self.prefixes = SharedPrefixes(planner, own, groups, self.kept, stats)
 
@@ -75,28 +76,11 @@ class Reuse:
 
     def publish(self) -> None:
         """Let others have what has been compressed for all."""
-        self.prefixes.publish(self.is_reported)
+        self.prefixes.publish(self._reports.is_complete)
 
     def give_up(self, request_id: str) -> None:
         """A request's cache is not to be read: others get nothing of it, and it of nobody."""
-        self.unreported.pop(request_id, None)
         self.prefixes.give_up(request_id)
-
-    def is_reported(self, request_id: str) -> bool:
-        """Whether the workers have reported on all that was compacted of a request."""
-        return request_id not in self.unreported
-
-    def note_planned(self, request_ids: Iterable[str]) -> None:
-        """A step that is on its way to the workers compacts something of these."""
-        for name in request_ids:
-            self.unreported[name] = self.unreported.get(name, 0) + 1
-
-    def note_reported(self, request_ids: Iterable[str]) -> None:
-        """A step that compacted something of these is through."""
-        for name in request_ids:
-            left = self.unreported.pop(name, 1) - 1
-            if left:
-                self.unreported[name] = left
 
     def end(self, request: Request, settle: Callable[[str, int], bool]) -> None:
         """Keep what others may begin with of a request that ends, and has its blocks yet.
@@ -109,8 +93,8 @@ class Reuse:
             Commits what the last step compacted of a request, if only its first so many tokens
             were; else returns False.
         """
-        self.prefixes.end(request, settle, self.is_reported)
-        if self.is_reported(request.request_id):
+        self.prefixes.end(request, settle, self._reports.is_complete)
+        if self._reports.is_complete(request.request_id):
             self.sessions.keep(request, settle)
 
     def check_integrity(self) -> None:

@@ -105,8 +105,8 @@ class CompressionMixin(Scheduler):
         )
         room, pool = self.compactions.room, self.kv_cache_manager.block_pool
         setattr(self.kv_cache_manager, ROOM_ATTRIBUTE, room)
-        layer_groups = group_map.layer_groups
-        self.reuse = Reuse(self.planner, self._managers, layer_groups, room, self.stats)
+        places, reports = (self._managers, group_map.layer_groups), self.compactions.reports
+        self.reuse = Reuse(self.planner, *places, room, reports, self.stats)
         self.longest = LongestSequence(room, pool.num_gpu_blocks - 1, self.max_model_len, ahead)
         self._too_long: list[str] = []
         kept_free = self.kv_cache_manager.watermark_blocks
@@ -140,7 +140,7 @@ class CompressionMixin(Scheduler):
             self.reuse.note_started(self.requests[new.req_id])
             self.compactions.equal.note_started(self.requests[new.req_id])
         plans = self._plan(output)
-        self.reuse.note_planned(plan.request_id for plan in plans)
+        self.compactions.reports.note_planned(plan.request_id for plan in plans)
         StepPlan(
             setups=setups,
             plans=plans,
@@ -170,7 +170,9 @@ class CompressionMixin(Scheduler):
         if request is None or tracked is None or tracked.phase is Phase.SKIPPED:
             return
         self.stats.record_uncompressed(SkipReason.FAILED)
+        self.compactions.reports.forget(request_id)
         self.reuse.give_up(request_id)
+        self.compactions.equal.note_ended(request_id)
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
@@ -317,7 +319,8 @@ class CompressionMixin(Scheduler):
         """Take the worker's measurements along, and answer requests that never can be served."""
         report = StepReport.of(model_runner_output)
         report.count_into(self.stats)
-        self.reuse.note_reported(p.request_id for p in StepPlan.of(scheduler_output).plans)
+        plans = StepPlan.of(scheduler_output).plans
+        self.compactions.reports.note_reported(plan.request_id for plan in plans)
         for name, reason in report.failed.items():
             self._serve_uncompressed(name, reason)
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -98,8 +98,8 @@ def time_allocations(engines: Mapping[int, Engine], periods: int) -> list[Turn]:
     return turns
 
 
-def metadata_call(engine: Engine) -> tuple[Callable[[], Any], int]:
-    """What makes the metadata of a step's batch, and how many builds it takes."""
+def metadata_call(engine: Engine) -> tuple[Callable[[], Any], int, Callable[[], None]]:
+    """What makes the metadata of a step's batch, how many builds it takes, and the way back."""
     from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder as Builder
 
     runner, calls, build = engine.runner, list[Any](), Builder.build
@@ -111,10 +111,11 @@ def metadata_call(engine: Engine) -> tuple[Callable[[], Any], int]:
 
     with patch.object(runner.model_state, "prepare_attn", spy):
         engine.step()
-    for groups in runner.attn_groups:
-        for group in groups:
-            spec, names = group.kv_cache_spec, group.layer_names
-            group.metadata_builders = [Builder(spec, names, runner.vllm_config, runner.device)]
+    attn_groups = [group for groups in runner.attn_groups for group in groups]
+    before = [group.metadata_builders for group in attn_groups]
+    for group in attn_groups:
+        spec, names = group.kv_cache_spec, group.layer_names
+        group.metadata_builders = [Builder(spec, names, runner.vllm_config, runner.device)]
     runner.model_state._families = None  # it has compared the builders that were here before
     args, kwargs = calls[-1]
     built: list[None] = []
@@ -125,7 +126,13 @@ def metadata_call(engine: Engine) -> tuple[Callable[[], Any], int]:
 
     with patch.object(Builder, "build", counting):
         prepare(*args, **kwargs)
-    return (lambda: prepare(*args, **kwargs)), len(built)
+
+    def put_back() -> None:
+        for group, builders in zip(attn_groups, before, strict=True):
+            group.metadata_builders = builders
+        runner.model_state._families = None
+
+    return (lambda: prepare(*args, **kwargs)), len(built), put_back
 
 
 def time_metadata(calls: Mapping[int, Callable[[], Any]], num_turns: int) -> list[Turn]:
@@ -172,11 +179,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
         engines = {groups: open_engine(model, groups) for groups in numbers}
-        allocated = time_allocations(engines, args.periods)
+        gc.freeze()  # what is here by now is not looked at again and again
         made = {groups: metadata_call(engine) for groups, engine in engines.items()}
-        prepared = time_metadata({groups: call for groups, (call, _) in made.items()}, args.turns)
-    lines = [line_of("allocate_slots", groups, allocated, "") for groups in numbers]
-    lines += [line_of("prepare_attn", groups, prepared, made[groups][1]) for groups in numbers]
+        prepared = time_metadata(
+            {groups: call for groups, (call, _, _) in made.items()}, args.turns
+        )
+        lines = [line_of("prepare_attn", groups, prepared, made[groups][1]) for groups in numbers]
+        print(*lines, sep="\n", flush=True)
+        for _, _, put_back in made.values():
+            put_back()
+        allocated = time_allocations(engines, args.periods)
+        lines += [line_of("allocate_slots", groups, allocated, "") for groups in numbers]
     table = Table(*(key.replace("_", " ") for key in lines[0]))
     for line in lines:
         table.add_row(*map(str, line.values()))

@@ -8,7 +8,7 @@ one's with these four replaced; a build, with its Python and its checks, is made
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from operator import itemgetter
 from typing import Any, cast
 
@@ -129,6 +129,7 @@ class Families:
     whole: frozenset[int] = frozenset()
     _views: _Views = field(default_factory=_Views, repr=False, compare=False)
     _parts: dict[Chosen, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+    _configs: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -149,6 +150,15 @@ class Families:
         rest = tuple(each for each in others if each not in alike)
         return cls(first, alike, rest, layers, whole)
 
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """The layers of `alike`."""
+        return [name for layers in self.alike_layers for name in layers]
+
+    @functools.cached_property
+    def _is_layer_each(self) -> bool:
+        return all(len(layers) == 1 for layers in self.alike_layers)
+
     @property
     def is_one(self) -> bool:
         """Whether there is one group, and it may be compacted."""
@@ -160,6 +170,17 @@ class Families:
         if found is None:
             found = [each if n in chosen else [] for n, each in enumerate(attn_groups)]
             self._parts[chosen] = found
+        return found
+
+    def up_to(self, kv_cache_config: Any, last: int) -> Any:
+        """A cache's configuration, always the same, without the groups behind one.
+
+        The host's loop passes over groups without layers one by one.
+        """
+        found = self._configs.get(last)
+        if found is None:
+            groups = kv_cache_config.kv_cache_groups[: last + 1]
+            found = self._configs[last] = replace(kv_cache_config, kv_cache_groups=groups)
         return found
 
     def _picked(self, values: Sequence[Any]) -> Sequence[Any]:
@@ -200,17 +221,20 @@ class Families:
         own_lengths, bounds, tables, own_slots = map(
             self._picked, (lengths, max_seq_lens, block_tables, slots)
         )
-        derived: dict[str, Any] = {}
-        for layers, length, bound, table, slot in zip(
-            self.alike_layers, own_lengths, bounds, tables, own_slots, strict=True
-        ):
+        made = []
+        for length, bound, table, slot in zip(own_lengths, bounds, tables, own_slots, strict=True):
             other = new(kind)
             other.__dict__ = own = copy()
             own["seq_lens"], own["max_seq_len"] = length, bound
             own["block_table"], own["slot_mapping"] = table, slot
-            for name in layers:
-                derived[name] = other
-        return derived
+            made.append(other)
+        if self._is_layer_each:
+            return dict(zip(self._names, made, strict=True))
+        return {
+            name: own
+            for layers, own in zip(self.alike_layers, made, strict=True)
+            for name in layers
+        }
 
 
 def without_schedule(attn_groups: Sequence[Sequence[Any]]) -> None:

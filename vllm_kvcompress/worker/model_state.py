@@ -198,9 +198,11 @@ class CompressionStateMixin(DefaultModelState):
             )  # fmt: skip
 
         def build(chosen: Chosen, batch: InputBatch) -> dict[str, Any]:
-            only = groups.part(attn_groups, chosen)
+            only, config = groups.part(attn_groups, chosen), kv_cache_config
+            if not groups.whole:
+                config = groups.up_to(config, max(chosen))
             return super(CompressionStateMixin, self).prepare_attn(
-                batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
+                batch, cudagraph_mode, block_tables, slot_mappings, only, config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 

@@ -8,7 +8,7 @@ one's with these four replaced; a build, with its Python and its checks, is made
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from operator import itemgetter
 from typing import Any, cast
 
@@ -43,7 +43,8 @@ _OWN = frozenset({"seq_lens", "max_seq_len", "block_table", "slot_mapping"})
 
 def derives(metadata: Any) -> bool:
     """Whether another group's metadata is this one with its own lengths, blocks and slots."""
-    unused = _unused(type(metadata))
+    kind: Any = type(metadata)
+    unused = _unused(kind)
     if unused is None:
         return False
     for name in unused:
@@ -129,7 +130,6 @@ class Families:
     whole: frozenset[int] = frozenset()
     _views: _Views = field(default_factory=_Views, repr=False, compare=False)
     _parts: dict[Chosen, list[Any]] = field(default_factory=dict, repr=False, compare=False)
-    _configs: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -170,17 +170,6 @@ class Families:
         if found is None:
             found = [each if n in chosen else [] for n, each in enumerate(attn_groups)]
             self._parts[chosen] = found
-        return found
-
-    def up_to(self, kv_cache_config: Any, last: int) -> Any:
-        """A cache's configuration, always the same, without the groups behind one.
-
-        The host's loop passes over groups without layers one by one.
-        """
-        found = self._configs.get(last)
-        if found is None:
-            groups = kv_cache_config.kv_cache_groups[: last + 1]
-            found = self._configs[last] = replace(kv_cache_config, kv_cache_groups=groups)
         return found
 
     def _picked(self, values: Sequence[Any]) -> Sequence[Any]:

@@ -198,11 +198,9 @@ class CompressionStateMixin(DefaultModelState):
             )  # fmt: skip
 
         def build(chosen: Chosen, batch: InputBatch) -> dict[str, Any]:
-            only, config = groups.part(attn_groups, chosen), kv_cache_config
-            if not groups.whole:
-                config = groups.up_to(config, max(chosen))
+            only = groups.part(attn_groups, chosen)
             return super(CompressionStateMixin, self).prepare_attn(
-                batch, cudagraph_mode, block_tables, slot_mappings, only, config,
+                batch, cudagraph_mode, block_tables, slot_mappings, only, kv_cache_config,
                 for_capture, *args, **kwargs,
             )  # fmt: skip
 

@@ -81,7 +81,7 @@ def allocations() -> Iterator[list[float]]:
 
 def time_allocations(engines: Mapping[int, Engine], periods: int) -> list[Turn]:
     """A turn per period: means of all calls in as many steps as a block has tokens."""
-    turns = []
+    turns: list[Turn] = []
     with allocations() as found:
         for _ in range(periods):
             sums = dict.fromkeys(engines, 0.0)
@@ -137,7 +137,7 @@ def metadata_call(engine: Engine) -> tuple[Callable[[], Any], int, Callable[[], 
 
 def time_metadata(calls: Mapping[int, Callable[[], Any]], num_turns: int) -> list[Turn]:
     """A turn: the median of some calls of each."""
-    turns = []
+    turns: list[Turn] = []
     for number in range(num_turns):
         gc.collect()
         gc.disable()

@@ -143,10 +143,10 @@ class EvictedLengths:
         if not self.is_current(input_batch) or (self._is_whole and not self._hidden):
             return [int(bound.max())] * len(self.seq_lens)
         num_real = self._lost.shape[1]
-        largest = np.maximum.reduce(bound[:num_real] - self._lost, axis=1)
+        largest = (bound[:num_real] - self._lost).max(axis=1)
         if num_real < num_rows:
             largest = np.maximum(largest, bound[num_real:].max())
-        lengths: list[int] = largest.tolist()
+        lengths = list(memoryview(largest))  # of ints, as numpy's own are slower
         for group in self._hidden:
             lengths[group] = int(self.group_upper_bound(input_batch, group)[:num_rows].max())
         return lengths

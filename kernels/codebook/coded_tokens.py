@@ -165,12 +165,22 @@ def more_directions(
     return whole, Distance(num_books * count, forced.sum(), far, taken.sum())
 
 
+def graph_bytes(num_vectors: int) -> int:
+    """Of the graph that the cover of one book reads: a bit for each pair, rows of whole words."""
+    return 4 * num_vectors * -(-num_vectors // 32)
+
+
+def books_at_once(num_books: int, num_vectors: int) -> int:
+    """Books of so many vectors that are covered side by side."""
+    return min(max(MAX_GRAPH_BYTES // max(graph_bytes(num_vectors), 1), 1), num_books)
+
+
 def _build(
     vectors: torch.Tensor, counts: torch.Tensor, threshold: float, max_entries: int
 ) -> Codebook:
     """Books of [P, n, D] vectors, as many at a time as graphs of `MAX_GRAPH_BYTES` allow."""
     build = backend_of(vectors.device).build_codebook
-    size = max(MAX_GRAPH_BYTES * 8 // (vectors.shape[1] ** 2 + 1), 1)
+    size = books_at_once(len(vectors), vectors.shape[1])
     parts = [
         build(some.contiguous(), own, threshold, max_entries)
         for some, own in zip(vectors.split(size), counts.split(size), strict=True)

@@ -35,6 +35,13 @@ def row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G: tl.con
                CAP: tl.constexpr):  # fmt: skip
     """[BLOCK_M, BLOCK_N] logits in base 2; -inf behind a row's query and in rows from M on."""
     logits = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee")
+    return seen_logits(logits, rows, tokens, num_tokens, scale_log2, W, G, M, CAP)
+
+
+@triton.jit
+def seen_logits(logits, rows, tokens, num_tokens, scale_log2, W, G: tl.constexpr, M,
+                CAP: tl.constexpr):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] products of queries and keys as logits in base 2; -inf as above."""
     last = num_tokens - W + rows // G  # the query's own token
     seen = (tokens[None, :] <= last[:, None]) & (rows < M)[:, None]
     return tl.where(seen, capped(logits * scale_log2, CAP), float("-inf"))

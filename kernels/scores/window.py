@@ -37,6 +37,7 @@ from vllm_kvcompress.kernels.scores.softmax_sums import (
     load_queries,
     row_logits,
     scalars,
+    seen_logits,
     tiles,
 )
 
@@ -60,44 +61,75 @@ def _token_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DIMS: tl.constexpr,  # numbers of a row that are multiplied at once, divides BLOCK_D
 ):  # fmt: skip
     """One split of one request and KV head: all its rows, tile by tile of tokens."""
     split = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
     num_tokens = tl.load(num_tokens_ptr + request)
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, DIMS)
     query_row = query_ptr + request.to(tl.int64) * stride_qr + head * G * stride_qh
     key_head = key_ptr + head.to(tl.int64) * stride_kh
     table_row = table_ptr + request.to(tl.int64) * stride_table
     place = request.to(tl.int64) * tl.num_programs(1) + head
     out_row = out_ptr + place * max_tokens
     rows = tl.arange(0, BLOCK_M)
-    queries = load_queries(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
-    lse = tl.load(lse_ptr + place * M + rows, mask=rows < M, other=float("inf"))
+    if DIMS == BLOCK_D:
+        queries = load_queries(query_row, rows, stride_qw, stride_qh, D, G, dims, M)
+        lse = tl.load(lse_ptr + place * M + rows, mask=rows < M, other=float("inf"))
     start = split * split_len
     end = tl.minimum(start + split_len, num_tokens)
     for first in range(start, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
-        keys = load_rows(
-            key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
-        )
-        logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M, CAP)
-        scores = tl.sum(tl.exp2(logits - lse[:, None]), 0)
-        if ROW_TILES > 1:  # a loop in here would keep the loop around it from being pipelined
-            for tile in range(1, ROW_TILES):
-                more = tile * BLOCK_M + rows
-                queries_more = load_queries(query_row, more, stride_qw, stride_qh, D, G, dims, M)
-                lse_more = tl.load(lse_ptr + place * M + more, mask=more < M, other=float("inf"))
-                logits = row_logits(
-                    queries_more, keys, more, tokens, num_tokens, scale_log2, W, G, M, CAP
-                )
-                scores += tl.sum(tl.exp2(logits - lse_more[:, None]), 0)
+        if DIMS == BLOCK_D:
+            keys = load_rows(
+                key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd, dims, D, N
+            )
+            logits = row_logits(queries, keys, rows, tokens, num_tokens, scale_log2, W, G, M, CAP)
+            scores = tl.sum(tl.exp2(logits - lse[:, None]), 0)
+            if ROW_TILES > 1:  # a loop in here would keep the one around it from being pipelined
+                for tile in range(1, ROW_TILES):
+                    more = tile * BLOCK_M + rows
+                    queries_more = load_queries(
+                        query_row, more, stride_qw, stride_qh, D, G, dims, M
+                    )
+                    lse_more = tl.load(
+                        lse_ptr + place * M + more, mask=more < M, other=float("inf")
+                    )
+                    logits = row_logits(
+                        queries_more, keys, more, tokens, num_tokens, scale_log2, W, G, M, CAP
+                    )
+                    scores += tl.sum(tl.exp2(logits - lse_more[:, None]), 0)
+        else:  # threads that hold whole rows of queries and of keys would spill
+            scores = tl.zeros([BLOCK_N], tl.float32)
+            for tile in range(0, ROW_TILES):
+                own = tile * BLOCK_M + rows
+                products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for part in range(0, BLOCK_D, DIMS):
+                    some = part + dims
+                    queries_part = load_queries(query_row, own, stride_qw, stride_qh, D, G, some, M)
+                    keys_part = load_rows(
+                        key_head, table_row, tokens, num_tokens, stride_kb, stride_kn, stride_kd,
+                        some, D, N,
+                    )  # fmt: skip
+                    products = tl.dot(
+                        queries_part, tl.trans(keys_part.to(queries_part.dtype)), products,
+                        input_precision="ieee",
+                    )  # fmt: skip
+                logits = seen_logits(products, own, tokens, num_tokens, scale_log2, W, G, M, CAP)
+                lse_own = tl.load(lse_ptr + place * M + own, mask=own < M, other=float("inf"))
+                scores += tl.sum(tl.exp2(logits - lse_own[:, None]), 0)
         tl.store(out_row + tokens, scores / M, mask=tokens < max_tokens)
     behind = tl.maximum(start, tl.cdiv(num_tokens, BLOCK_N) * BLOCK_N)
     for first in range(behind, tl.minimum(start + split_len, max_tokens), BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         tl.store(out_row + tokens, tl.zeros([BLOCK_N], tl.float32), mask=tokens < max_tokens)
+
+
+_FLOAT32_DIMS, _FLOAT32_WARPS = 128, 4
+"""Numbers of a row that `_token_kernel` multiplies at once, and its warps, in float32, where it
+loops over rows of queries and rows are longer: 16 x 16 logits are few for more threads."""
 
 
 @triton.jit(do_not_specialize=["num_units", "num_windows"])
@@ -167,12 +199,15 @@ def token_scores(
     lse, _ = first_pass(queries, pages, scale, terms)
     shape, grid, split_len = tiles(queries, pages)
     num_kv_heads, max_tokens = pages.num_kv_heads, pages.max_tokens
+    row_tiles, dims, num_warps = grid[1] // num_kv_heads, shape["BLOCK_D"], NUM_WARPS
+    if queries.element_size() == 4 and row_tiles > 1 and dims > _FLOAT32_DIMS:
+        dims, num_warps = _FLOAT32_DIMS, _FLOAT32_WARPS
     out = lse.new_empty(pages.num_requests, num_kv_heads, max_tokens)
     _token_kernel[(grid[0], num_kv_heads, grid[2])](
         queries, pages.keys, pages.block_table, pages.num_tokens, lse, out,
         *scalars(queries, pages, scale), split_len, max_tokens,
-        N=pages.block_size, ROW_TILES=grid[1] // num_kv_heads, **cap_of(terms), **shape,
-        num_warps=NUM_WARPS,
+        N=pages.block_size, ROW_TILES=row_tiles, **cap_of(terms), **shape, DIMS=dims,
+        num_warps=num_warps,
     )  # fmt: skip
     return out
 

@@ -208,7 +208,9 @@ class CompressionStateMixin(DefaultModelState):
         metadata = {} if groups.first is None else self._of_own(groups, input_batch, build, tables)
         # As in stock vLLM, all at once: what a host's state prepares for its recurrent layers is
         # prepared here, once a step.
-        return metadata | (build(groups.whole, input_batch) if groups.whole else {})
+        if groups.whole:
+            metadata |= build(groups.whole, input_batch)
+        return metadata
 
     def _seen_by_one(
         self, groups: Families, batch: InputBatch, cudagraph_mode: CUDAGraphMode

@@ -141,6 +141,13 @@ def test_queries_may_be_a_strided_view() -> None:
     check_tokens(kernel, queries, pages, keys)
 
 
+def test_long_rows_in_float32_are_multiplied_in_parts() -> None:
+    """160 numbers are one part of 128 and one that is not full; 40 rows are three tiles."""
+    pages, keys, _ = random_pages([41, 17], 1, 160)
+    queries = make_queries(2, 5, 8, 160)
+    check_tokens(kernel, queries, pages, keys, 160**-0.5)
+
+
 def test_refuses_what_does_not_fit() -> None:
     pages, _, _ = random_pages([20, 20])
     with pytest.raises(ValueError, match="do not fit 2 requests"):
@@ -155,7 +162,9 @@ def test_refuses_what_does_not_fit() -> None:
 
 def sm90_launches() -> None:
     """Llama-3-8B's shapes, and the widest rows."""
-    for heads, head_dim, dtype in [(32, 128, torch.bfloat16), (8, 256, torch.bfloat16)]:
+    for heads, head_dim, dtype in [
+        (32, 128, torch.bfloat16), (8, 256, torch.bfloat16), (32, 256, torch.float32)
+    ]:  # fmt: skip
         pages, _, _ = random_pages([64], 8, head_dim, dtype=dtype)
         queries = make_queries(1, 32, heads, head_dim, dtype)
         kernel.token_scores(queries, pages, 0.1)

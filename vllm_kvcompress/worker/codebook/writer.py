@@ -71,13 +71,8 @@ class CodebookWriter:
             blocks, count = group.blocks(request), plan.lengths.num_survivors
             for some in self._together(layers, plan, count):
                 chosen = [indices[number, request, :, :count] for number, _ in some]
-                keys, values = [], []
-                for (_, layer), own in zip(some, chosen, strict=True):
-                    # Of one layer at a time, all tokens of the prompt are copied.
-                    rows = layer.layout.read(layer.cache(), blocks)
-                    keys.append(gather_rows(rows[0], own))
-                    values.append(gather_rows(rows[1], own))
                 own_layers = [layer for _, layer in some]
+                keys, values = _survivors(own_layers, blocks, chosen)
                 self._code(group, request, own_layers, keys, values, torch.cat(chosen), None)
 
     def extend(self, group: GroupBatch, layers: Sequence[LayerCache]) -> None:
@@ -101,8 +96,9 @@ class CodebookWriter:
                     )
                     for layer in own_layers
                 ]
-                keys, values = [k for k, _ in rows], [v for _, v in rows]
-                positions = new.expand(sum(len(each) for each in keys), -1)
+                keys, values = torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])
+                del rows  # else the copies are held while books are made
+                positions = new.expand(len(keys), -1)
                 self._code(group, request, own_layers, keys, values, positions, _stack(before))
 
     def _code(
@@ -110,17 +106,17 @@ class CodebookWriter:
         group: GroupBatch,
         request: int,
         layers: Sequence[LayerCache],
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
         positions: torch.Tensor,
         old: CodedTokens | None,
     ) -> None:
-        """Code new tokens [KV, n, D] of some layers and fill their destination blocks."""
+        """Code new tokens [layers * KV, n, D] and fill their destination blocks."""
         job, book = group.jobs[request], group.plans[request].lengths.book
         config, rotary = job.config.codebook, layers[0].rotary
         assert book is not None and config is not None and rotary is not None
         coded, distances = code_tokens(
-            torch.cat(list(keys)), torch.cat(list(values)), positions, rotary,
+            keys, values, positions, rotary,
             (config.key_threshold, config.value_threshold), book.num_entries, old,
         )  # fmt: skip
         destination = group.destination(request)
@@ -153,6 +149,24 @@ class CodebookWriter:
         total = torch.stack(self._measures).sum(dim=0)
         self._measures = []
         return total if self.all_reduce is None else _all_reduced(total, self.all_reduce)
+
+
+def _survivors(
+    layers: Sequence[LayerCache], blocks: torch.Tensor, chosen: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [layers * KV, n, D] of the tokens chosen in each layer.
+
+    All tokens of the prompt are copied, of one layer at a time; no copy outlives the call.
+    """
+    keys, values = [], []
+    for layer, own in zip(layers, chosen, strict=True):
+        rows = layer.layout.read(layer.cache(), blocks)
+        keys.append(gather_rows(rows[0], own))
+        values.append(gather_rows(rows[1], own))
+        del rows  # before the next one is read
+    if len(layers) == 1:
+        return keys[0], values[0]
+    return torch.cat(keys), torch.cat(values)
 
 
 def _all_reduced(

@@ -14,13 +14,18 @@ holds at once is reckoned here, from above, for the server's setting.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
-from vllm_kvcompress.lengths.budgets import layer_groups, next_lengths, permanent_ranges
+from vllm_kvcompress.lengths.budgets import (
+    after_compaction,
+    layer_groups,
+    next_lengths,
+    permanent_ranges,
+)
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 from vllm_kvcompress.policies.inputs import Queries
 from vllm_kvcompress.policies.layer_shape import LayerShape
@@ -162,9 +167,19 @@ def _survivors(
     while length >= max(config.min_prompt_len, shape.block_size):
         cache = GroupCache(length, permanent_ranges(length, config))
         caches = [cache] * num_groups
-        for own in next_lengths(length, length, caches, config, shape.block_size, per_row):
+        lengths = next_lengths(length, length, caches, config, shape.block_size, per_row)
+        for own in lengths:
             if own is not None:
                 share = max(share, own.num_survivors / length)
                 kept.append(own)
+        if config.extends_codebooks:  # of what an interval leaves, in whole blocks
+            grown = config.interval + shape.block_size
+            after = [
+                after_compaction(each, own) if own else each
+                for each, own in zip(caches, lengths, strict=True)
+            ]
+            longer = [replace(each, num_tokens=each.num_tokens + grown) for each in after]
+            more = next_lengths(length, length + grown, longer, config, shape.block_size, per_row)
+            kept += [own for own in more if own is not None and own.coded_before]
         length //= 2
     return share, kept

@@ -118,7 +118,7 @@ ALLOWED = {
     "reuse_checks": 10,
     "spec": 1,
     "worker.compaction.compactor": 1,
-    "worker.compaction.working_memory": 1,
+    "worker.compaction.working_memory": 2,
     "worker.features": 2,
     "worker.layer_specs": 2,
     "worker.model_runner": 7,

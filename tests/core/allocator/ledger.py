@@ -167,7 +167,10 @@ class Ledger:
             if plan.purpose is not Purpose.LINKED_VIEW:
                 assert len(each.destination_blocks) * BLOCK == each.lengths.kept_len
             self.seen["in place"] += each.in_place
-        if plan.purpose is Purpose.EVICT:
+        if plan.purpose is Purpose.ADOPT:
+            held.plan = plan
+            self.seen["of equal prompts"] += 1
+        elif plan.purpose is Purpose.EVICT:
             held.plan = plan
             self.seen["while decoding" if plan.while_decoding else "of prompts"] += 1
         else:
@@ -186,6 +189,9 @@ class Ledger:
         for number, manager in enumerate(self.managers):
             if number not in self.own:
                 found.update(block.block_id for block in manager.held_blocks())
+                continue
+            for promised in manager.promised.values():  # an equal prompt's survivors
+                found.update(block.block_id for block in promised)
         return found
 
     def check_pool(self, holders: Counter[int] | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tests.core.allocator.worlds import BLOCK, WINDOW
 from vllm_kvcompress.messages import StepPlan
-from vllm_kvcompress.plans import CompactionPlan, Purpose
+from vllm_kvcompress.plans import CompactionPlan, GroupPlan, Purpose
 
 NOBODY = -1
 """In the place of a token that was rejected, or drafted."""
@@ -196,6 +196,9 @@ class Slots:
                 continue
             lengths = each.lengths
             assert own.rows[group] == [*each.source_blocks, *each.tail_blocks], plan.request_id
+            if plan.purpose is Purpose.ADOPT:
+                self._take_row(own, group, each, self._adopted(own, group, each))
+                continue
             forced = {n for a, b in each.forced for n in range(a, min(b, lengths.region_len))}
             others = [n for n in range(lengths.region_len) if n not in forced]
             chosen = sorted(forced | set(self.rng.sample(others, lengths.kept_len - len(forced))))
@@ -209,11 +212,26 @@ class Slots:
             if plan.purpose is Purpose.COPIED_VIEW:
                 own.view[group] = each.destination_blocks, expected
                 continue
-            own.expected[group] = expected + own.expected[group][lengths.region_len :]
-            own.rows[group] = list(each.block_row)
-            own.lost[group] += lengths.evicted
-        if plan.purpose is Purpose.EVICT:
+            self._take_row(own, group, each, expected)
+        if not plan.purpose.is_view:
             own.is_exact = False
+
+    @staticmethod
+    def _take_row(own: Sequence, group: int, plan: GroupPlan, kept: list[Slot]) -> None:
+        own.expected[group] = kept + own.expected[group][plan.lengths.region_len :]
+        own.rows[group] = list(plan.block_row)
+        own.lost[group] += plan.lengths.evicted
+
+    def _adopted(self, own: Sequence, group: int, plan: GroupPlan) -> list[Slot]:
+        """What an equal request has kept: tokens of this prompt, the forced ones with them."""
+        lengths, expected = plan.lengths, own.expected[group]
+        kept = [each for each in self._read(plan.destination_blocks, lengths.kept_len) if each]
+        places = [each.position for each in kept]
+        assert len(kept) == lengths.kept_len and places == sorted(set(places))
+        assert kept == [expected[place] for place in places], "not the survivors of an equal prompt"
+        forced = {n for a, b in plan.forced for n in range(a, min(b, lengths.region_len))}
+        assert forced <= set(places)
+        return kept
 
     def _draft(self, name: str, count: int) -> None:
         """Drafts write behind what is computed, where the request has slots."""

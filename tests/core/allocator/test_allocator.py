@@ -23,4 +23,5 @@ def test_any_sequence_of_events() -> None:
         run(number, RUNS)
     sys.stdout.write(f"{number} seeds: {dict(counts)}\n")
     wanted = ("finished", "hits", "continued", "of prompts", "while decoding", "in place", "views")
+    wanted += ("of equal prompts",)
     assert all(counts[each] > 0 for each in wanted), counts

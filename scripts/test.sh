@@ -39,6 +39,7 @@ spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 check pytest "${spread[@]}" "$@"
 # The scheduler's side once more over the Python files of that vLLM, which need no compiled parts.
 if [ "$workers" -gt 0 ] && [ "$#" -eq 0 ] && [ -n "${KVCOMPRESS_VLLM_SOURCES:-}" ]; then
+    export KVCOMPRESS_ALLOCATOR_STEPS=10000
     PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest "${spread[@]}" tests/core
 fi
 

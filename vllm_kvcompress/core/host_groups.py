@@ -32,6 +32,8 @@ class HostGroup:
     ----------
     manager : SingleTypeKVCacheManager
         Of layers that are never compacted.
+    num_ahead : int
+        Steps that may be under way while another is scheduled.
 
     Attributes
     ----------
@@ -46,8 +48,8 @@ class HostGroup:
     evicted: Mapping[str, int] = MappingProxyType({})
     views: Mapping[str, list[KVCacheBlock]] = MappingProxyType({})
 
-    def __init__(self, manager: SingleTypeKVCacheManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: SingleTypeKVCacheManager, num_ahead: int = 0) -> None:
+        self._manager, self._num_ahead = manager, num_ahead
         self.lossy: set[str] = set()
         # On the instance: the registry has one manager per kind of layer, for all engines.
         manager.cache_blocks = self._unless_lossy(manager.cache_blocks)  # type: ignore[method-assign]
@@ -77,10 +79,15 @@ class HostGroup:
 
     @property
     def most_blocks(self) -> int | None:
-        """Blocks that one request holds at once at most; None where vLLM has no such bound."""
+        """Blocks that one request holds at once at most; None where vLLM has no such bound.
+
+        Of windowed layers vLLM counts those of steps under way itself. Of states that are kept at
+        ends of blocks it does not: each such step still has the one that it reads.
+        """
         spec = self.kv_cache_spec
         if isinstance(spec, MambaSpec):
-            return blocks_per_state(spec)
+            is_aligned = spec.mamba_cache_mode == "align"
+            return blocks_per_state(spec) + (self._num_ahead if is_aligned else 0)
         return self._manager.max_admission_blocks_per_request
 
     # --- what happens to other groups -----------------------------------------------------

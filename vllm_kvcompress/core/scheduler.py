@@ -114,8 +114,9 @@ class CompressionMixin(Scheduler):
         logger.info(savings_line(config, self.kv_cache_config, self.max_model_len))
 
     def _groups(self) -> list[CompressedAttentionManager | HostGroup]:
+        ahead = self.vllm_config.max_concurrent_batches - 1
         return [
-            each if isinstance(each, CompressedAttentionManager) else HostGroup(each)
+            each if isinstance(each, CompressedAttentionManager) else HostGroup(each, ahead)
             for each in self.kv_cache_manager.coordinator.single_type_managers
         ]
 

@@ -9,7 +9,7 @@ import sys
 from tests.core.allocator.machine import Allocator
 from tests.core.allocator.search import run
 
-STEPS = int(os.environ.get("KVCOMPRESS_ALLOCATOR_STEPS", "12000"))
+STEPS = int(os.environ.get("KVCOMPRESS_ALLOCATOR_STEPS", "100000"))
 RUNS = 40
 """Sequences of events from one seed: a failure shrinks within them."""
 

@@ -1,5 +1,6 @@
 """What the allocator's model has found, each as the few requests that showed it."""
 
+from dataclasses import replace
 from typing import Any
 
 from tests.core.allocator.loop import AllocatorLoop
@@ -41,3 +42,11 @@ def test_where_no_cache_can_be_kept_no_prefix_is() -> None:
     asked = [([*document(0, 40), *document(1, n)], 4, {"kv_shared_prefix": 40}) for n in (5, 6)]
     loop = answered(World(beside="window", room=2.5), asked)
     assert loop.scheduler.stats.shared_prefix_requests == {"unserved": 2}
+
+
+def test_states_of_steps_under_way_count() -> None:
+    """vLLM counts those of one step; a prompt that filled the rest preempted itself for ever."""
+    for world in (World(is_pipeline=True), World(is_async=True)):
+        world = replace(world, beside="states", trigger="prompt", room=2.5)
+        for length in (100, 120):
+            answered(world, [(document(0, length), 1, {"kv_budget_ratio": 0.75})])

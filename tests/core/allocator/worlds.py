@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import init_none_hash
@@ -28,7 +28,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.conftest import PROBE_MODEL
 from vllm_kvcompress.config.reading import CONFIG_KEY, parse_config
-from vllm_kvcompress.core.host_groups import blocks_per_state
 from vllm_kvcompress.core.scheduler import CompressedAsyncScheduler, CompressedScheduler
 from vllm_kvcompress.host.checks import check_setting
 from vllm_kvcompress.host.hooks import install_hooks
@@ -166,9 +165,18 @@ def _host_config(drafts: str, has_priorities: bool) -> Any:
     return config
 
 
+def _ahead(number: int) -> type[VllmConfig]:
+    """A configuration with so many steps under way: vLLM derives it from the executor's."""
+    return type("VllmConfig", (VllmConfig,), {"max_concurrent_batches": 1 + number})
+
+
+_AHEAD = [_ahead(number) for number in range(STAGES)]
+
+
 def vllm_config(world: World) -> Any:
     """Its configuration, with a setting that the plugin has checked."""
     config = copy(_host_config(world.drafts, world.has_priorities))
+    config.__class__ = _AHEAD[world.num_ahead]
     setting = parse_config(world.setting)
     assert setting is not None
     check_setting(setting, config)
@@ -200,21 +208,10 @@ def _specs(world: World) -> list[KVCacheSpec]:
 
 
 def _longest(world: World, config: Any) -> int:
-    """Blocks that the longest request needs: the least that vLLM starts with, and a little.
-
-    Of its own groups vLLM counts what one step needs. Steps under way hold more, of windowed and
-    recurrent layers, and in a pool without room for that a request preempts itself for ever.
-    """
-    specs = _specs(world)
-    count = sum(
-        -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
-        for spec in specs[: world.groups]
+    """Blocks that the longest request needs: the least that vLLM starts with."""
+    return sum(
+        -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in _specs(world)
     )
-    if world.beside == "window":
-        count += -(-(WINDOW - 1 + CHUNK * (1 + world.num_ahead)) // BLOCK) + 1
-    if world.beside == "states":
-        count += blocks_per_state(specs[-1]) + world.num_ahead  # type: ignore[arg-type]
-    return count
 
 
 def scheduler_of(world: World) -> Any:

@@ -49,13 +49,13 @@ def watch_compactions(engine: Engine) -> Compactions:
     """Collect what the worker compacts, with the length that it knows itself from the device."""
     compact, found = engine.runner._compact, set()
 
-    def watched(plans: Any) -> None:
+    def watched(plans: Any) -> Any:
         batch = engine.runner.model_state.lengths._batch
         lengths = dict(zip(batch.req_ids, batch.seq_lens.tolist(), strict=False))
         for plan in plans:
             name = plan.request_id.rsplit("-", 1)[0]
             found.add((name[-1], plan.position, lengths[plan.request_id]))
-        compact(plans)
+        return compact(plans)
 
     engine.runner._compact = watched
     return found

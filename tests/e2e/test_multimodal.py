@@ -199,6 +199,7 @@ FAMILIES: dict[str, Callable[[Path], Tiny]] = {
     "qwen3.5": partial(write_qwen_vl, name="qwen3.5"),
     "mistral3": write_mistral3,
     "gemma4": write_gemma4,
+    "llava": write_llava,
 }
 
 
@@ -206,10 +207,6 @@ FAMILIES: dict[str, Callable[[Path], Tiny]] = {
 def test_families_with_torchvision(tmp_path: Path, name: str) -> None:
     pytest.importorskip("torchvision")
     check_family(FAMILIES[name](tmp_path), name)
-
-
-def test_llava(tmp_path: Path) -> None:
-    check_family(write_llava(tmp_path), "llava")
 
 
 def check_family(model: Tiny, name: str) -> None:

@@ -230,9 +230,9 @@ FAMILIES = (
         "tests/e2e/test_multimodal.py::test_families_with_torchvision",
     ),
     works(
-        "Images of CLIP's tower: LLaVA 1.5",
+        "Images of CLIP's tower: LLaVA 1.5, where torchvision is installed",
         "as Mistral 3",
-        "tests/e2e/test_multimodal.py::test_llava",
+        "tests/e2e/test_multimodal.py::test_families_with_torchvision",
     ),
     refused(
         "ALiBi: BLOOM, MPT",

@@ -46,10 +46,16 @@ def measured(config: CompressionConfig, shape: Shape, lengths: list[int]) -> int
     model = StandIn(config, shape)
     sample = torch.zeros(shape.num_heads, shape.head_dim, dtype=shape.dtype, device=META)
     own = {layer.name: sample for layer in model.layers}
-    source = warm_up._NoQueries(model.compactor, config, LONGEST, own)
-    none = config.build_policy().queries is Queries.NONE
-    taken = {name: None if none else source.take(None, name) for name in own}
-    held: Any = SimpleNamespace(take=lambda request, name, *window: taken[name])
+    kind, taken = config.build_policy().queries, {}
+    for length in set(lengths):
+        source = warm_up._NoQueries(model.compactor, config, length, own)
+        for name in own:
+            taken[name, length] = None if kind is Queries.NONE else source.take(None, name)
+    # A summary is of its request's prompt; a window's queries are of the same size for all.
+    of = {str(row): length for row, length in enumerate(lengths)}
+    held: Any = SimpleNamespace(
+        take=lambda request, name, *window: taken[name, of.get(request, lengths[0])]
+    )
     model.compactor.sources = QuerySources(held, held, held)
     jobs, peaks = jobs_of(model, config, lengths), []
     for each in (jobs, in_place(jobs)):

@@ -215,6 +215,7 @@ class Core:
         self.scheduler = SimpleNamespace(
             _managers=[], requests={}, check_integrity=lambda: None,
             reset_prefix_cache=lambda: emptied, kv_cache_manager=SimpleNamespace(block_pool=pool),
+            reuse=SimpleNamespace(kept=SimpleNamespace(held_blocks=list)),
         )  # fmt: skip
         state = SimpleNamespace(req_id_to_index=rows)
         runner = SimpleNamespace(model_state=None, compactor=None, req_states=state)

@@ -10,6 +10,7 @@ SLOWEST = (
     "e2e/test_draft.py", "e2e/test_tensor_parallel.py", "gpu_path/test_engine.py",
     "e2e/test_who_gives_way.py", "gpu_path/test_late_device.py", "lab/test_serving.py",
     "e2e/test_decoding.py", "gpu_path/test_tensor_parallel.py", "lab/test_speculation.py",
+    "kernels/test_sm90.py", "core/allocator/test_allocator.py",
 )  # fmt: skip
 """Minutes each, roughly in order. A file that is missing here costs a tail at most."""
 

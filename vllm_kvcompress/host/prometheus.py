@@ -20,7 +20,7 @@ SKIP_REASONS = (
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
 
 FAILURES = ("error", "nan_scores", "planning")
-"""What went wrong: worker/compaction/faults.py, and on the scheduler core/failures.py."""
+"""What went wrong: worker/compaction/faults.py, and on the scheduler core/compactions.py."""
 
 SESSION_OUTCOMES = (
     "reused", "nothing_kept", "other_setting", "other_tokens", "shared_block", "prefix_cache",

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
 from tests.needs import OPTIONAL, is_missing, needed
@@ -21,6 +22,11 @@ __all__ = [
     "pytest_collection_finish",
     "pytest_collection_modifyitems",
 ]
+
+# For mutmut: whether a test fails is what counts, not by how little, and each time the same.
+settings.register_profile(
+    "mutation", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None
+)
 
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"

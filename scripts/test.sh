@@ -14,7 +14,12 @@ check() {
 
 check ruff check
 check ruff format --check
-check mypy vllm_kvcompress kernels scripts/lab
+# As installed, kernels/ inside the package, so that types are followed from one into the other.
+tree="$(mktemp -d)"
+trap 'rm -rf "$tree"' EXIT
+cp -r vllm_kvcompress scripts/lab "$tree"
+cp -r kernels "$tree/vllm_kvcompress/kernels"
+MYPYPATH="$tree" check mypy --config-file pyproject.toml "$tree/vllm_kvcompress" "$tree/lab"
 # Into build/, which git ignores. --strict: a dead link fails.
 export NO_MKDOCS_2_WARNING=1
 check mkdocs build --strict --config-file docs/site/mkdocs.yml
@@ -26,21 +31,16 @@ fi
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Once more as installed, kernels/ inside the package, so that types are followed from one into the
-# other.
-tree="$(mktemp -d)"
-trap 'rm -rf "$tree"' EXIT
-cp -r vllm_kvcompress "$tree"
-cp -r kernels "$tree/vllm_kvcompress/kernels"
-check mypy --config-file pyproject.toml "$tree/vllm_kvcompress"
 # Without a path in the arguments pytest takes tests/ (pyproject.toml).
 # Files in the order of tests/order.py: the longest first.
 spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)
 check pytest "${spread[@]}" "$@"
-# The scheduler's side once more over the Python files of that vLLM, which need no compiled parts.
+# The scheduler's side once more over the Python files of that vLLM, which need no compiled parts;
+# without what asks nothing of the host.
 if [ "$workers" -gt 0 ] && [ "$#" -eq 0 ] && [ -n "${KVCOMPRESS_VLLM_SOURCES:-}" ]; then
     export KVCOMPRESS_ALLOCATOR_STEPS=10000
-    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest "${spread[@]}" tests/core
+    PYTHONPATH="$KVCOMPRESS_VLLM_SOURCES" check pytest "${spread[@]}" tests/core \
+        --ignore=tests/core/test_classifier.py --ignore=tests/core/allocator/test_faults.py
 fi
 
 echo

@@ -1,4 +1,4 @@
-"""``vllm serve`` in a process of its own, as a user starts it."""
+"""``vllm serve`` in a process of its own."""
 
 import os
 import re
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from tests.forked import FORKED
 
 VLLM = Path(sys.executable).parent / "vllm"
 
@@ -52,11 +54,15 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serving(model: str, log: Path, *options: str) -> Iterator[Server]:
-    """Serve a model under the name "probe" until the block ends."""
+def serving(model: str, log: Path, *options: str, as_a_user: bool = False) -> Iterator[Server]:
+    """Serve a model under the name "probe" until the block ends.
+
+    Forks vLLM's processes, unless it is to be started as a user does it: see `tests.forked`.
+    """
     port = free_port()
+    program = [str(VLLM)] if as_a_user else [sys.executable, str(FORKED)]
     command = [
-        *[str(VLLM), "serve", model, "--served-model-name", "probe", "--host", "127.0.0.1"],
+        *[*program, "serve", model, "--served-model-name", "probe", "--host", "127.0.0.1"],
         *["--port", str(port), *options],
     ]
     with log.open("w") as output:

@@ -15,6 +15,7 @@ import pytest
 from lab.places import importable
 from lab.random_models import write_random_model
 from tests.e2e.latent_ranks_run import NUM_TOKENS, POLICIES, PROMPTS, RATIO
+from tests.forked import FORKED
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.replay_latent import LatentReplay
 from vllm_kvcompress.evaluation.seeds import prompt_seed
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 def test_two_ranks_keep_what_all_heads_attend_to(tmp_path: Path) -> None:
     model = str(write_random_model(tmp_path, "deepseek_v3"))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, "2"],
+        [sys.executable, str(FORKED), str(SCRIPT), model, "2"],
         capture_output=True,
         text=True,
         timeout=600,

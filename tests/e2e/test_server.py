@@ -36,7 +36,7 @@ def server(probe_model: str, tmp_path_factory) -> Iterator[Server]:
     setting = ["--kv-compression", "windowkv", "--kv-compression-config.layer_groups.count=4"]
     setting += ["--kv-compression-config.policy.window_size=32"]
     setting += ["--kv-compression-config.budget.floor=100"]
-    with serving(probe_model, log, *OPTIONS, *setting) as running:
+    with serving(probe_model, log, *OPTIONS, *setting, as_a_user=True) as running:
         yield running
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.e2e import ray_on_cpu
 from tests.e2e.eight_bits import EightBitReplay, needs_eight_bits
 from tests.e2e.tensor_parallel_run import EIGHT
+from tests.forked import FORKED
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 from vllm_kvcompress.request_options import parse_request, resolve_request
@@ -33,7 +34,7 @@ def run(
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(num_ranks)),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(num_ranks), mode, *executor],
+        [sys.executable, str(FORKED), str(SCRIPT), model, str(num_ranks), mode, *executor],
         capture_output=True,
         text=True,
         timeout=900,  # both cores may be busy with other things

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lab.gpu_path.plugin import environment
+from tests.forked import FORKED
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +28,7 @@ def run(root: Path, model: str, num_ranks: int, own: Mapping[str, str]) -> dict[
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(num_ranks)),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), model, str(num_ranks)],
+        [sys.executable, str(FORKED), str(SCRIPT), model, str(num_ranks)],
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,0 +1,38 @@
+"""Mutants are judged by the likeliest tests first, and counted by module."""
+
+from collections import Counter
+
+from lab.mutants import Order, score
+
+CLIP = "vllm_kvcompress.core.room.xǁRoomǁclip"
+GROW = "vllm_kvcompress.core.room.xǁRoomǁgrow"
+
+
+def test_tests_that_killed_neighbours_come_first() -> None:
+    seconds = {"short": 0.01, "long": 1.0, "other": 0.01}
+    order = Order({CLIP: ["long", "short"], GROW: ["long", "short", "gone"]}, seconds)
+    collected = ["short", "long", "other"]
+    assert order.tests(f"{CLIP}__mutmut_1", collected) == ["short", "long"]
+    for number in range(40):
+        order.killed(f"{CLIP}__mutmut_{number}", "long")
+    assert order.tests(f"{CLIP}__mutmut_50", collected) == ["long", "short"]
+    assert order.tests(f"{GROW}__mutmut_1", collected) == ["long", "short"], "of its module"
+
+
+def test_new_tests_judge_every_mutant() -> None:
+    order = Order({CLIP: ["old"]}, {"old": 0.5})
+    assert set(order.tests(f"{CLIP}__mutmut_1", ["old", "new"])) == {"old", "new"}
+    assert order.tests(f"{GROW}__mutmut_1", ["old", "new"]) == ["new"]
+
+
+def test_the_score_is_by_module() -> None:
+    verdicts = {
+        f"{CLIP}__mutmut_1": ["killed", "a test"],
+        f"{CLIP}__mutmut_10": ["survived", ""],
+        "vllm_kvcompress.plans.x_of__mutmut_1": ["timeout", ""],
+    }
+    assert score(verdicts) == [
+        ("vllm_kvcompress.core.room", Counter(killed=1, survived=1)),
+        ("vllm_kvcompress.plans", Counter(timeout=1)),
+        ("all", Counter(killed=1, survived=1, timeout=1)),
+    ]

@@ -91,6 +91,7 @@ def _latest_kernel(
     WIDEN: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The latest similar key of some keys of one request and KV head."""
@@ -112,7 +113,7 @@ def _latest_kernel(
     end = tl.where(start < num_tokens, num_tokens, 0)  # of the keys that nobody has looked at
     while (end > 0) & (tl.min(latest, 0) < 0):
         for part in range(PARTS):
-            columns = end - (part + 1) * BLOCK + tl.arange(0, BLOCK)
+            columns = end - (part + 1) * COLUMNS + tl.arange(0, COLUMNS)
             other = _load_keys(
                 key_head, table_row, columns, num_tokens,
                 stride_kb, stride_kn, stride_kd, dims, D, N, WIDEN,
@@ -122,7 +123,7 @@ def _latest_kernel(
             similar = products * (1.0 / across)[None, :] > bar[:, None]
             similar = similar & (rows[:, None] != columns[None, :])
             latest = tl.maximum(latest, tl.max(tl.where(similar, columns[None, :], -1), 1))
-        end -= PARTS * BLOCK
+        end -= PARTS * COLUMNS
     latest = tl.maximum(latest, 0)
     other = _load_keys(
         key_head, table_row, tl.where(rows < num_tokens, latest, num_tokens), num_tokens,
@@ -208,6 +209,7 @@ def key_redundancy(pages: Pages, threshold: float) -> torch.Tensor:
         tile //= 2
     if element == 4:
         tile = 32  # without tensor cores, threads hold whole keys; larger tiles would spill
+    columns = min(tile, 64)  # 128 x 128 products would spill on sm_100
     narrow = max(4096 // block_d, 16)
     shape = {"N": pages.block_size, "BLOCK_D": block_d}
     where = (*keys.stride(), pages.block_table.stride(0), pages.max_tokens)
@@ -222,7 +224,8 @@ def key_redundancy(pages: Pages, threshold: float) -> torch.Tensor:
     _latest_kernel[(triton.cdiv(pages.max_tokens, tile), num_heads, num_requests)](
         keys, pages.block_table, lengths, length, exempt,
         float(threshold) if threshold < 1 else float("inf"), FIXED_POINT, dim, *where,
-        WIDEN=keys.element_size() == 1, PARTS=_PARTS, BLOCK=tile, **shape, num_warps=8,
+        WIDEN=keys.element_size() == 1, PARTS=_PARTS, BLOCK=tile, COLUMNS=columns, **shape,
+        num_warps=8,
     )  # fmt: skip
     out = torch.empty_like(length)
     _mean_kernel[flat_grid](

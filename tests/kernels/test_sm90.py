@@ -35,6 +35,7 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 ELSEWHERE = [
     "cache.test_store_rows", "scores.test_window", "scores.test_keys", "codebook.test_build",
     "codebook.test_attention", "compaction.test_compact_pages", "compaction.test_select_tokens",
+    "scores.test_redundancy",
 ]  # fmt: skip
 """Those whose kernels once spilled on one of these GPUs alone, and some more."""
 
@@ -75,6 +76,7 @@ def test_other_gpus(target: int) -> None:
     found = compile_for(target, ELSEWHERE)
     assert found.keys() >= {"_store_kernel", "_stats_kernel", "_token_kernel", "_window_kernel"}
     assert found.keys() >= {"_lag_kernel", "_graph_kernel", "_split_kernel", "_rotate_kernel"}
+    assert "_latest_kernel" in found
     check_fits(found, target)
     check_wide(found)
 

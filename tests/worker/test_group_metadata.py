@@ -96,6 +96,50 @@ def test_what_is_derived_is_what_vllm_builds(name: str) -> None:
                 assert own == wanted, each.name
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_step_has_the_objects_of_one_that_nobody_holds(name: str) -> None:
+    """And all that has changed since; what somebody holds stays as it was."""
+    build = BUILDERS[name].build
+    families = Families(0, (1, 2), (), (["one"], ["two", "more"]))
+
+    def step(more: int) -> dict[str, Any]:
+        batch = common(0)
+        batch.query_start_loc = QUERIES + more
+        batch.num_actual_tokens += more
+        bounds = [60 + more, 40 + more, 8 + more]
+        return families.derive(build(0, batch), LENGTHS, bounds, TABLES, SLOTS)
+
+    def seen(entry: Any) -> tuple[int, int, list[int]]:
+        return entry.num_actual_tokens, entry.max_seq_len, entry.query_start_loc.tolist()
+
+    expected = [[(2 + n, bound + n, [n, 1 + n, 2 + n]) for bound in (40, 8)] for n in range(4)]
+    numbers = set(map(id, step(0).values()))
+    second = step(1)
+    assert set(map(id, second.values())) == numbers, "made anew"
+    held = second.pop("more")
+    del second
+    third = step(2)
+    assert third["two"] is not held
+    assert [seen(third["one"]), seen(third["two"])] == expected[2]
+    assert seen(held) == expected[1][1], "somebody's metadata has changed"
+    del held
+    fourth = step(3)
+    assert fourth["two"] is not third["two"] and fourth["one"] is not third["one"]
+    assert [seen(third[each]) for each in ("one", "two")] == expected[2]
+    assert [seen(fourth[each]) for each in ("one", "two")] == expected[3]
+
+
+def test_metadata_of_another_kind_is_made_anew() -> None:
+    """As when a runner's builders are replaced."""
+    families = Families(0, (1,), (), (["one"],))
+    for name in BUILDERS:
+        first = BUILDERS[name].build(0, common(0))
+        derived = families.derive(first, LENGTHS, [60, 40, 8], TABLES, SLOTS)
+        assert type(derived["one"]) is type(first)
+        assert vars(derived["one"]).keys() == vars(first).keys()
+        del derived
+
+
 @pytest.mark.parametrize(
     "used", [{"scheduler_metadata": torch.zeros(1)}, {"max_dcp_context_kv_len": 7}]
 )

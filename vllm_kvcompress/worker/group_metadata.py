@@ -7,6 +7,7 @@ one's with these four replaced; a build, with its Python and its checks, is made
 """
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -97,6 +98,61 @@ _MAX_VIEWS = 64
 """Tensors and widths whose views are kept."""
 
 
+class _Objects:
+    """Metadata of further groups, by layer: the same objects for many steps.
+
+    Making one takes several times as long as filling it, so they serve again as soon as nobody
+    holds any of them. That is seen by their reference counts, which are compared with what they
+    were when nobody did: whoever keeps a step's metadata, keeps it as it is. In between they are
+    read only, as backends whose metadata `derives` do; a field is written when it changes.
+
+    Parameters
+    ----------
+    kind : type
+        Of the metadata.
+    groups, layers : sequences
+        Numbers of the groups, and the names of each one's layers.
+
+    Attributes
+    ----------
+    by_layer : dict[str, object]
+        To be copied: what is given away must not be this one.
+    """
+
+    def __init__(
+        self, kind: type[Any], groups: Sequence[int], layers: Sequence[Sequence[str]]
+    ) -> None:
+        self._made = [object.__new__(kind) for _ in groups]
+        self.by_layer = {
+            name: made for made, names in zip(self._made, layers, strict=True) for name in names
+        }
+        self._fields = [(n, vars(made)) for n, made in zip(groups, self._made, strict=True)]
+        self._kind = kind
+        self._shared, self._own = dict[str, Any](), dict[str, Sequence[Any]]()
+        self._unheld = self._counts()
+
+    def _counts(self) -> list[int]:
+        return list(map(sys.getrefcount, self._made))
+
+    def serve(self, kind: type[Any]) -> bool:
+        """Whether they are of this kind, and nobody holds one."""
+        return self._kind is kind and self._counts() == self._unheld
+
+    def fill(self, first: Mapping[str, Any], own: Mapping[str, Sequence[Any]]) -> None:
+        """Let them have the first group's fields, but those of `own`, which are by group."""
+        had = self._shared
+        for name, value in first.items():
+            if had.get(name, had) is not value and name not in own:
+                had[name] = value
+                for _, each in self._fields:
+                    each[name] = value
+        for name, values in own.items():
+            if self._own.get(name) is not values:
+                for group, each in self._fields:
+                    each[name] = values[group]
+        self._own = dict(own)
+
+
 @dataclass(frozen=True)
 class Families:
     """KV cache groups of a runner: those like the first, the rest, and those that stay whole.
@@ -123,6 +179,7 @@ class Families:
     whole: frozenset[int] = frozenset()
     _views: _Views = field(default_factory=_Views, repr=False, compare=False)
     _parts: dict[Chosen, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+    _objects: list[_Objects] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -181,18 +238,19 @@ class Families:
         """
         lengths = self._views.of(seq_lens, len(metadata.seq_lens))
         slots = self._views.of(slot_mappings, slot_mappings.shape[1])
-        kind, shared = type(metadata), metadata.__dict__
-        derived: dict[str, Any] = {}
-        for group, layers in zip(self.alike, self.alike_layers, strict=True):
-            # Not copy.copy: it asks for a way to pickle, and there is one of these per layer. And
-            # a dict's copy, its table as it is, takes less than half the time of `update`.
-            other = object.__new__(kind)
-            other.__dict__ = own = shared.copy()
-            own["seq_lens"], own["max_seq_len"] = lengths[group], max_seq_lens[group]
-            own["block_table"], own["slot_mapping"] = block_tables[group], slots[group]
-            for name in layers:
-                derived[name] = other
-        return derived
+        objects = self._objects_of(type(metadata))
+        own = {
+            "seq_lens": lengths, "max_seq_len": max_seq_lens, "block_table": block_tables,
+            "slot_mapping": slots,
+        }  # fmt: skip
+        objects.fill(metadata.__dict__, own)
+        return objects.by_layer.copy()
+
+    def _objects_of(self, kind: type[Any]) -> _Objects:
+        """Metadata that nobody holds."""
+        if not (self._objects and self._objects[0].serve(kind)):
+            self._objects[:] = [_Objects(kind, self.alike, self.alike_layers)]
+        return self._objects[0]
 
 
 def without_schedule(attn_groups: Sequence[Sequence[Any]]) -> None:

@@ -182,9 +182,10 @@ def test_refuses_a_negative_threshold(module, threshold: float) -> None:
 
 
 def sm90_launches() -> None:
-    """Llama-3-8B's shapes; rows of 96 and 256 numbers, of 8 and of 32 bits."""
+    """Llama-3-8B's shapes; rows of 64, 96 and 256 numbers, of 8 and of 32 bits."""
     for head_dim, dtype in [
         (128, torch.bfloat16),
+        (64, torch.bfloat16),
         (96, torch.bfloat16),
         (256, torch.bfloat16),
         (128, torch.float8_e4m3fn),

@@ -348,7 +348,7 @@ class Asked:
 def test_a_request_lacks_what_its_step_takes_it_to(
     options: dict[str, Any], num_held_hits: int, lacking: int
 ) -> None:
-    """It holds 2 blocks and computes 3 of its 20; of its hits, blocks that nobody holds are free."""
+    """It holds 2 blocks and computes 3 of its 20; hits that nobody holds are free blocks."""
     pool = Pool()
     pool.add("r", 2)
     if "num_new_computed_tokens" in options:

@@ -106,6 +106,12 @@ def test_others_that_hold_its_blocks_are_why_a_request_was_not_compressed() -> N
     plan.put_off(tracked)
     assert not tracked.is_shared, "there were no blocks for it when it was tried last"
     plan.decline(tracked)
+    compact(plan)
+    assert not tracked.is_shared
+    plan.restart("r")
+    tracked.counted = False
+    assert plan.note_progress("r", 2000)
+    plan.decline(tracked)
     assert plan.remove("r").skip_reason == SkipReason.SHARED_PROMPT
 
 

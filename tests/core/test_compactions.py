@@ -16,8 +16,10 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.block_manager import CompressedAttentionManager
 from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.kept_cache import Kept, Kind, Place, tokens_of
+from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.planner import Planner
-from vllm_kvcompress.core.tracked_request import Phase
+from vllm_kvcompress.core.tracked_request import CompactionSchedule, Phase
 from vllm_kvcompress.lengths.budgets import forced_ranges
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import Purpose, RequestOptions
@@ -120,6 +122,13 @@ def test_blocks_that_are_overwritten_are_not_counted_as_taken() -> None:
     assert step.num_free == 18
 
 
+def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:
+    step = Step(8, trigger="prompt", prompt_interval=4 * BLOCK, layer_budget={"shape": "pyramid"})
+    held = [manager.most_held("r", 10 * BLOCK) for manager in step.managers[:2]]
+    assert held == [step.planner.most_held(number, "r", 10 * BLOCK) for number in range(2)]
+    assert 10 * BLOCK > held[0] > held[1], "the pyramid's lower layers keep more"
+
+
 def test_a_prompt_of_embeddings_has_a_plan_too() -> None:
     step = Step(8)
     step.request.prompt_token_ids = None
@@ -156,6 +165,7 @@ def test_a_view_is_taken_where_nobody_is_preempted_for_it(
     step.request.num_preemptions, step.request.max_tokens = num_preemptions, max_tokens
     plans = step.plan()
     assert [plan.purpose for plan in plans] == [Purpose.COPIED_VIEW] * is_taken
+    assert not any(group.in_place for plan in plans for group in plan.groups[:2])
     assert step.stats.deferrals == (not is_taken) and step.compactions.take_starved() == []
     if not is_taken:
         return
@@ -170,13 +180,15 @@ def test_a_view_is_taken_where_nobody_is_preempted_for_it(
     assert step.compactions.take_given_up() == ("r",) and step.compactions.take_given_up() == ()
 
 
-@pytest.mark.parametrize(("num_free", "num_aside", "num_plans"), [(8, 0, 2), (7, 0, 1), (9, 2, 1)])
+@pytest.mark.parametrize(
+    ("num_free", "num_aside", "num_plans"), [(8, 0, 2), (7, 0, 1), (10, 2, 2), (9, 2, 1)]
+)
 def test_an_eviction_does_not_wait_for_its_view(
     num_free: int, num_aside: int, num_plans: int
 ) -> None:
     step = Step(num_free, **BESIDE)
-    if num_aside:
-        num_blocks = lambda joining=None, without=None: num_aside  # noqa: E731
+    if num_aside:  # for others; and one for itself
+        num_blocks = lambda joining=None, without=None: num_aside + (without != "r")  # noqa: E731
         note = lambda *_: None  # noqa: E731
         step.compactions.room.reserve = SimpleNamespace(  # type: ignore[assignment]
             num_blocks=num_blocks, note_change=note, begin_step=note
@@ -214,10 +226,29 @@ def test_nothing_is_committed_of_a_request_that_is_gone() -> None:
     assert not step.stats.compactions and step.num_free == 28
 
 
-def test_what_is_raised_concerns_its_request_alone() -> None:
+def test_what_is_raised_concerns_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(8)
-    with step.compactions.guarded("bad"):
+
+    def fails(*args: Any) -> Any:
         raise ValueError("of a test")
-    assert len(step.plan()) == 1
-    assert step.compactions.take_misplanned() == ["bad"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step.compactions.room, "own_destinations", fails)
+        assert step.plan() == []
+    assert step.compactions.take_misplanned() == ["r"]
     assert step.compactions.take_misplanned() == []
+    assert len(step.plan()) == 1
+
+
+def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds() -> None:
+    step = Step(8)
+    room = step.compactions.room
+    room.kept = KeptCaches(step.pool, 64, step.stats, room.note_change)
+    blocks = [list(manager.req_to_blocks["r"]) for manager in step.managers[:2]]
+    for group in blocks:
+        step.pool.touch(group)
+    held, place = CompactionSchedule(compacted_at=1), Place("chat", None, None, Kind.SESSION)
+    room.kept.put(place, Kept(tokens_of([1]), blocks, held, 1, step.planner.config))
+    assert step.plan() == [] and step.tracked.is_shared, "nothing would come free"
+    assert not room.kept.held_blocks()
+    assert len(step.plan()) == 1

@@ -30,6 +30,7 @@ SETTING: dict[str, Any] = {
 }  # fmt: skip
 BOTH = {"trigger": "both", "interval": 2 * BLOCK}
 ALONE = {"mode": "draft", "draft": {"tokens": 4}}
+PYRAMID = {"layer_budget": {"shape": "pyramid"}, "layer_groups": {"count": 2}}
 BESIDE = {"draft": {"tokens": 4, "budget": {"tokens": BLOCK, "floor": 1}}}
 
 
@@ -123,7 +124,7 @@ def test_blocks_that_are_overwritten_are_not_counted_as_taken() -> None:
 
 
 def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:
-    step = Step(8, trigger="prompt", prompt_interval=4 * BLOCK, layer_budget={"shape": "pyramid"})
+    step = Step(8, trigger="prompt", prompt_interval=4 * BLOCK, **PYRAMID)
     held = [manager.most_held("r", 10 * BLOCK) for manager in step.managers[:2]]
     assert held == [step.planner.most_held(number, "r", 10 * BLOCK) for number in range(2)]
     assert 10 * BLOCK > held[0] > held[1], "the pyramid's lower layers keep more"

@@ -69,10 +69,12 @@ def test_skipped_and_unknown_requests_survive_restart_and_remove() -> None:
     tracked = add(plan, 10)
     plan.restart("r")
     assert tracked.phase is Phase.SKIPPED
+    assert plan.view_of("r") is tracked.view and plan.must_record("r")
     assert plan.remove("r") is None, "counted when it came"
     assert not plan.requests
     plan.restart("r")
-    assert not plan.note_progress("r", 10)
+    assert not plan.note_progress("r", 10) and not plan.must_record("r")
+    assert plan.view_of("r") is None and plan.queries_from("r") is None
 
 
 def test_one_requests_options_do_not_reach_the_next() -> None:

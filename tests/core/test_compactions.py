@@ -125,9 +125,9 @@ def test_blocks_that_are_overwritten_are_not_counted_as_taken() -> None:
 
 def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:
     step = Step(8, trigger="prompt", prompt_interval=4 * BLOCK, **PYRAMID)
-    held = [manager.most_held("r", 10 * BLOCK) for manager in step.managers[:2]]
-    assert held == [step.planner.most_held(number, "r", 10 * BLOCK) for number in range(2)]
-    assert 10 * BLOCK > held[0] > held[1], "the pyramid's lower layers keep more"
+    held = [manager.most_held("r", 12 * BLOCK) for manager in step.managers[:2]]
+    assert held == [step.planner.most_held(number, "r", 12 * BLOCK) for number in range(2)]
+    assert 12 * BLOCK > held[0] > held[1], "the pyramid's lower layers keep more"
 
 
 def test_a_prompt_of_embeddings_has_a_plan_too() -> None:

@@ -69,10 +69,12 @@ def test_skipped_and_unknown_requests_survive_restart_and_remove() -> None:
     tracked = add(plan, 10)
     plan.restart("r")
     assert tracked.phase is Phase.SKIPPED
+    assert plan.view_of("r") is tracked.view and plan.must_record("r")
     assert plan.remove("r") is None, "counted when it came"
     assert not plan.requests
     plan.restart("r")
-    assert not plan.note_progress("r", 10)
+    assert not plan.note_progress("r", 10) and not plan.must_record("r")
+    assert plan.view_of("r") is None and plan.queries_from("r") is None
 
 
 def test_one_requests_options_do_not_reach_the_next() -> None:
@@ -136,6 +138,22 @@ def test_a_late_compaction_while_decoding_takes_in_what_came_since() -> None:
     assert plan.note_progress("r", 2233)
     held = tracked.compaction.caches[0].num_tokens
     assert tracked.compaction.lengths[0].region_len == (held + 100) // 32 * 32
+
+
+def test_a_compaction_while_decoding_waits_for_its_queries() -> None:
+    plan = decoding(trigger="interval")
+    plan.rations_queries = True
+    tracked = add(plan, 2000)
+    assert not plan.note_progress("r", 2100) and tracked.lacks_queries
+    plan.note_recording("r", 2069)
+    assert not plan.note_progress("r", 2100), "one of 32 is missing"
+    assert tracked.phase is Phase.ARMED
+    assert plan.note_progress("r", 2101) and not tracked.lacks_queries
+    plan.note_recording("r", None)
+    assert not plan.note_progress("r", 2102), "what came since is taken in, with its queries"
+    tracked = add(plan, 2000)
+    assert not plan.note_progress("r", 2100)
+    assert plan.remove("r").skip_reason == SkipReason.NO_ROOM
 
 
 def test_an_interval_under_the_budget_is_left_alone() -> None:

@@ -191,9 +191,12 @@ def test_every_group_asks_and_one_answer_is_worked_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(planner_module, "peak_tokens", counted)
     held = [plan.most_held(0, "r", tokens) for tokens in (1900, 1900, 1950, 1900)]
     assert held == [780, 780, 780, 780] and calls == [1900, 1950]
+    plan.num_lookahead = 3
+    assert plan.most_held(0, "r", 1900) == 783, "drafts write behind them"
+    assert plan.most_held(0, "r", 300) == 300
     plan.restart("r")
     plan.most_held(0, "r", 1900)
-    assert calls == [1900, 1950, 1900]
+    assert calls == [1900, 1950, 300, 1900]
 
 
 def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:
@@ -202,6 +205,8 @@ def test_a_request_of_one_token_is_compacted_inside_its_prompt() -> None:
     tracked = plan.add("r", 1900, parse_request(None), max_output=1)
     assert tracked.skip_reason is None and tracked.next_at == 400
     assert plan.most_held(0, "r", 1900) < 800
+    two = plan.add("two", 900, parse_request(None), max_output=1)
+    assert two.marks == (400, 900) and two.skip_reason is None
     short = plan.add("s", 515, parse_request(None), max_output=1)
     assert short.skip_reason == SkipReason.SHORT_OUTPUT
     assert plan.most_held(0, "s", 515) == 515

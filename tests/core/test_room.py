@@ -1,14 +1,18 @@
-"""What a compaction gains, where its survivors go, and what gives way: vLLM's real block pool."""
+"""What a compaction gains, and where its survivors go: vLLM's real block pool."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.request import RequestStatus
 
 from tests.core.test_block_manager import BLOCK, fill, manager
 from tests.inside import has_declined
+from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.kept_cache import Kept, Kind, Place, tokens_of
+from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.room import Room
+from vllm_kvcompress.core.tracked_request import CompactionSchedule
+from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.plans import GroupLengths
 
 
@@ -40,6 +44,26 @@ class Pool:
 
     def take_view(self, name: str, num_blocks: int) -> None:
         self.books.views[name] = self.books.block_pool.get_new_blocks(num_blocks)
+
+    def keep(self, num_blocks: int) -> None:
+        """A cache that outlives its request."""
+        pool = self.books.block_pool
+        if self.room.kept is None:
+            stats = CompressionStats()
+            self.room.kept = KeptCaches(pool, 64, stats, self.room.note_change)
+        blocks, held = pool.get_new_blocks(num_blocks), CompactionSchedule(compacted_at=1)
+        place = Place(str(len(self.room.waiting_blocks())), None, None, Kind.SESSION)
+        self.room.kept.put(place, Kept(tokens_of([1]), [blocks], held, 1, None))
+
+    def set_aside(self, num_blocks: int, own: dict[str, int] | None = None) -> None:
+        """For coming compactions; `own` says what it is less by without that of a request."""
+
+        def count(joining: Any = None, without: str | None = None) -> int:
+            return num_blocks - (own or {}).get(without, 0)
+
+        self.room.reserve = SimpleNamespace(
+            num_blocks=count, note=lambda request: None, note_change=lambda request_id=None: None
+        )
 
 
 def due(num_blocks: int, num_kept: int) -> list[GroupLengths | None]:
@@ -128,6 +152,86 @@ def test_a_declined_compaction_is_looked_at_again_when_it_has_grown() -> None:
     assert worth(pool, {"r": due(20, 3)}) == {"r"}
 
 
+# --- how far a request may grow -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "evicted", "most_held", "missing"),
+    [
+        (10 * BLOCK, 0, None, 0),
+        (10 * BLOCK + 1, 0, None, 1),
+        (14 * BLOCK, 0, None, 4),
+        (5 * BLOCK, 0, None, 0),
+        (16 * BLOCK, 4 * BLOCK, None, 2),
+        (30 * BLOCK, 0, 12 * BLOCK, 2),
+        (30 * BLOCK, 0, 4 * BLOCK, 0),
+    ],
+)
+def test_growth_counts_slots_that_are_there_and_marks_on_the_way(
+    num_tokens: int, evicted: int, most_held: int | None, missing: int
+) -> None:
+    pool = Pool()
+    pool.add("r", 10)
+    pool.add("other", 3)
+    if evicted:
+        pool.books.evicted["r"] = evicted
+    if most_held is not None:
+        pool.books.most_held = lambda name, num_tokens: {"r": most_held}[name]
+    assert pool.room.num_growth("r", num_tokens) == missing
+    uncompacted = max(num_tokens // BLOCK - 10, 0) if most_held else missing
+    assert pool.room.num_growth("r", num_tokens, is_compacted=False) == uncompacted
+
+
+def test_growth_of_all_groups_and_no_more_than_a_window_holds() -> None:
+    pool = Pool()
+    pool.add("r", 10)
+    bound = SimpleNamespace(
+        block_size=BLOCK, kv_cache_spec=None, max_admission_blocks_per_request=6,
+        req_to_blocks={"r": [None] * 3}, cache_blocks=lambda: None,
+    )  # fmt: skip
+    room = Room([pool.books, HostGroup(bound)], [0, None], pool.books.block_pool, 4096)
+    assert room.num_growth("r", 12 * BLOCK) == 2 + 6
+    assert room.num_growth("r", 5 * BLOCK) == 0 + 2
+    assert room.num_growth("new", 2 * BLOCK) == 2 + 2
+    bound.max_admission_blocks_per_request = None
+    assert room.num_growth("r", 12 * BLOCK) == 2 + 9
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "num_aside", "allowed"),
+    [(0, 0, 5 * BLOCK), (0, 2, 3 * BLOCK), (2, 0, 7 * BLOCK), (2, 4, 3 * BLOCK), (0, 5, 0)],
+)
+def test_a_step_is_clipped_to_the_blocks_that_nobody_must_be_preempted_for(
+    num_kept: int, num_aside: int, allowed: int
+) -> None:
+    """5 blocks are free behind those of the request and the kept ones; its last is half full."""
+    pool = Pool(1 + 10 + num_kept + 5)
+    pool.add("r", 10)
+    pool.books.evicted["r"] = 4 * BLOCK
+    pool.books.most_held = lambda name, num_tokens: 4  # it is not compacted on its way now
+    num_computed = 14 * BLOCK - 8
+    if num_kept:
+        pool.keep(num_kept)
+    if num_aside:
+        pool.set_aside(num_aside)
+    request, most = SimpleNamespace(request_id="r"), allowed + 8
+    for num_new in (1, 2, 8, 9, most - 1, most, most + 1, most + BLOCK, 4096):
+        assert pool.room.clip(request, num_computed, num_new) == min(num_new, most), num_new
+    assert pool.room.clip(request, num_computed + 8, 9) == max(min(9, allowed), 1)
+
+
+def test_blocks_that_requests_hold_are_neither_free_nor_kept() -> None:
+    pool = Pool(1 + 20)
+    pool.add("r", 7)
+    assert (pool.room.num_usable, pool.room.num_held) == (20, 7)
+    pool.keep(4)
+    assert (pool.room.num_free, pool.room.num_held) == (9, 7)
+    assert len(pool.room.waiting_blocks()) == 4 and not Pool().room.waiting_blocks()
+    assert pool.room.num_set_aside() == 0
+    pool.set_aside(5, {"r": 3})
+    assert (pool.room.num_set_aside(), pool.room.num_set_aside("r")) == (5, 2)
+
+
 # --- where survivors go -------------------------------------------------------------------
 
 
@@ -154,59 +258,3 @@ def test_blocks_that_others_hold_are_never_overwritten() -> None:
     pool.add("r", 10, "other", 8)
     assert pool.room.own_destinations("r", due(10, 2)) == [2]
     assert pool.room.own_destinations("r", due(10, 3)) is None
-
-
-# --- admission and what gives way ---------------------------------------------------------
-
-
-def request(name: str, num_tokens: int, status: RequestStatus, computed: int = 0) -> Any:
-    return SimpleNamespace(
-        request_id=name, num_tokens=num_tokens, num_computed_tokens=computed, status=status
-    )
-
-
-class Host:
-    """What vLLM's allocate_slots does, as far as `Room` is concerned: all or nothing."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.calls = 0
-
-    def __call__(self, request: Any, num_new_tokens: int, **options: Any) -> list | None:
-        self.calls += 1
-        num_tokens = request.num_computed_tokens + num_new_tokens
-        missing = self.pool.room.num_growth(request.request_id, num_tokens)
-        if missing > self.pool.room.num_free:
-            return None
-        return self.pool.books.allocate_new_blocks(request.request_id, num_tokens, num_tokens)
-
-
-@pytest.mark.parametrize("status", [RequestStatus.RUNNING, RequestStatus.WAITING])
-def test_views_give_way_newest_first_and_no_more_than_needed(status: RequestStatus) -> None:
-    pool = Pool(1 + 30)
-    pool.add("a", 10)
-    pool.add("b", 5)
-    pool.take_view("a", 6)
-    pool.take_view("b", 6)
-    assert pool.room.num_free == 3
-    new = request("new", 8 * BLOCK, status)
-    assert len(pool.room.allocate(Host(pool), new, 8 * BLOCK)) == 8
-    assert list(pool.books.views) == ["a"]
-    pool.books.check_integrity()
-
-
-def test_views_stay_where_giving_them_up_would_not_help() -> None:
-    pool = Pool(1 + 20)
-    pool.add("a", 10)
-    pool.take_view("a", 6)
-    new = request("new", 11 * BLOCK, RequestStatus.WAITING)
-    assert pool.room.allocate(Host(pool), new, 11 * BLOCK) is None
-    assert list(pool.books.views) == ["a"]
-
-
-def test_a_view_gives_way_to_an_eviction() -> None:
-    pool = Pool(1 + 20)
-    pool.add("a", 10)
-    pool.take_view("a", 6)
-    assert not pool.room.make_free(11)
-    assert pool.room.make_free(9) and not pool.books.views

@@ -102,7 +102,7 @@ class Compactions:
             if self._is_certain(tracked[name]) or self._adopts(name, tracked[name])
         }
         others = {name: evictions[name] for name in evictions.keys() - worthwhile}
-        worthwhile |= self.room.worthwhile(others) if others else set()
+        worthwhile |= self.room.worthwhile(others)
         plans: list[CompactionPlan] = []
         for request in due:
             name, each = request.request_id, tracked[request.request_id]

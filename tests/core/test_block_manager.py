@@ -227,8 +227,9 @@ def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
     fill(books, "r", 150)
     plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
+    plan_of(books, "r", 144, 48, Purpose.COPIED_VIEW)
     plan_of(books, "r", 144, 16)
-    assert len(books.held_blocks()) == 10 + 2 + 1
+    assert len(books.held_blocks()) == 10 + 2 + 3 + 1
     books.block_pool.free_blocks(books.pop_blocks_for_free("r"))
     assert books.block_pool.get_num_free_blocks() == 32
     assert not books.views and not books.held_blocks()

@@ -160,9 +160,21 @@ def test_a_request_that_got_no_blocks_counts_like_the_high_mark(
     assert not world.pressure.is_on and world.names == names
 
 
+def test_the_marks_are_reached_by_as_much_as_they_say() -> None:
+    world = World()
+    for num_held, is_on in ((79, False), (80, True), (51, True), (50, False), (79, False)):
+        world.pool.add("filler", num_held)
+        assert world.room.num_held == num_held
+        world.step()
+        assert world.pressure.is_on is is_on, num_held
+        world.pool.free("filler")
+
+
 def test_what_vllm_keeps_free_is_beside_what_was_asked_for() -> None:
     world = World()
-    world.pressure._num_kept_free = 10
+    found = Pressure.of(world.planner.config, world.planner, world.room, world.slots, 10)
+    assert found is not None
+    world.pressure = found
     world.add("a", 25)
     world.add("b", 20)
     world.room.num_lacking = 50

@@ -129,3 +129,11 @@ def test_a_streaming_session_is_judged_once(probe_model: str) -> None:
     loop.add("s", prompt(20), 5, resumable=True)
     assert judged == ["s"]
     assert loop.scheduler.planner.requests["s"].phase is Phase.SKIPPED
+
+
+def test_prompts_are_held_back_where_vllm_says_so(probe_model: str) -> None:
+    """Of ranks that share the load, one waits with prompts for the others."""
+    for throttle, expected in ((True, {"r": 1}), (False, {"r": 1, "late": 63})):
+        loop = compacted(probe_model)
+        loop.add("late", prompt(100, 5), 5)
+        assert loop.scheduler.schedule(throttle).num_scheduled_tokens == expected

@@ -53,6 +53,8 @@ def test_a_compaction_step_by_step() -> None:
     plan = plan_of(books, "r", 144, 32)
     assert plan.source_blocks == tuple(before[:9])
     assert plan.tail_blocks == tuple(before[9:])
+    assert plan.lengths == GroupLengths(144, 32) and plan.forced == ((0, 4),)
+    assert plan.cache == GroupCache(150, ((0, 4),)), "what is pinned stays known"
     assert len(plan.destination_blocks) == 2
     assert not set(plan.destination_blocks) & set(before), "destinations are private"
     assert books.block_pool.get_num_free_blocks() == 32 - 12
@@ -225,12 +227,136 @@ def test_a_request_that_ends_gives_back_its_view_and_what_is_pending() -> None:
     fill(books, "r", 150)
     plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
     books.commit_view("r")
+    plan_of(books, "r", 144, 48, Purpose.COPIED_VIEW)
     plan_of(books, "r", 144, 16)
-    assert len(books.held_blocks()) == 10 + 2 + 1
+    assert len(books.held_blocks()) == 10 + 2 + 3 + 1
     books.block_pool.free_blocks(books.pop_blocks_for_free("r"))
     assert books.block_pool.get_num_free_blocks() == 32
     assert not books.views and not books.held_blocks()
     books.check_integrity()
+
+
+def test_a_view_is_given_up_once() -> None:
+    books = manager()
+    fill(books, "r", 150)
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
+    assert books.give_up_view("r") == 0, "it is not there yet"
+    books.commit_view("r")
+    assert books.give_up_view("r") == 2 and books.block_pool.get_num_free_blocks() == 32 - 10
+    assert books.give_up_view("r") == 0 and not books.views
+    books.check_integrity()
+
+
+def two_owners(books: CompressedAttentionManager) -> None:
+    plan_of(books, "r", 144, 32, Purpose.COPIED_VIEW)
+    books.views["r"] = list(books._pending_views["r"])
+
+
+def free_tail(books: CompressedAttentionManager) -> None:
+    books.block_pool.free_blocks(books.req_to_blocks["r"][-1:])
+
+
+def free_destination(books: CompressedAttentionManager) -> None:
+    plan_of(books, "r", 144, 32)
+    books.block_pool.free_blocks(pending(books, "r").destination[-1:])
+
+
+def foreign_destination(books: CompressedAttentionManager) -> None:
+    """One of the region that another request has got since."""
+    lengths, cache = GroupLengths(144, 32), GroupCache(150, ())
+    books.plan(Purpose.EVICT, "r", lengths, cache, (), num_own=1)
+    books.req_to_blocks["other"] = [books.req_to_blocks["r"].pop(8)]
+
+
+def hashes_on(books: CompressedAttentionManager) -> None:
+    plan_of(books, "r", 144, 32)
+    books.commit("r")
+    books.lossy.clear()
+
+
+BROKEN = {
+    "a free block is held": free_tail,
+    "a free block is a destination": free_destination,
+    "a block has two owners": two_owners,
+    "a destination of its own is none": foreign_destination,
+    "a compacted request may be hashed": hashes_on,
+    "left: evicted": lambda books: (books.evicted.update(gone=16), books.lossy.add("gone")),
+    "left: lossy": lambda books: books.mark_lossy("gone"),
+    "left: views": lambda books: books.views.update(gone=[]),
+    "left: pending views": lambda books: books._pending_views.update(gone=[]),
+    "left: promised": lambda books: books.promised.update(gone=[]),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_books_that_contradict_each_other_are_found(broken: str) -> None:
+    books = manager()
+    fill(books, "r", 150)
+    books.check_integrity()
+    BROKEN[broken](books)
+    with pytest.raises(AssertionError):
+        books.check_integrity()
+
+
+def test_what_is_promised_is_held_until_it_is_adopted() -> None:
+    """Survivors of an equal prompt: they replace the region, and no block is taken."""
+    books = manager()
+    fill(books, "first", 144)
+    plan_of(books, "first", 144, 32)
+    books.commit("first")
+    fill(books, "r", 150)
+    free = books.block_pool.get_num_free_blocks()
+    copy = books.req_to_blocks["first"][:2]
+    books.block_pool.touch(copy)
+    books.promised["r"] = list(copy)
+    assert [block.block_id for block in books.held_blocks()[-2:]] == [b.block_id for b in copy]
+    plan = plan_of(books, "r", 144, 32, Purpose.ADOPT)
+    assert plan.destination_blocks == tuple(block.block_id for block in copy)
+    assert not plan.in_place and not books.promised
+    assert books.taken("r") == copy and books.taken("first") == books.req_to_blocks["first"]
+    assert books.block_pool.get_num_free_blocks() == free
+    books.check_integrity()
+    assert books.commit("r") and books.evicted["r"] == 112
+    assert books.block_pool.get_num_free_blocks() == free + 9
+    books.free("first")
+    assert books.req_to_blocks["r"][:2] == copy and all(block.ref_cnt == 1 for block in copy)
+    books.promised["r"] = books.block_pool.get_new_blocks(1)
+    books.free("r")
+    assert books.block_pool.get_num_free_blocks() == 32, "a promise is given back as well"
+
+
+def test_admission_counts_the_most_that_is_ever_held() -> None:
+    books = manager()
+    asked: list[tuple[str, int]] = []
+
+    def most(request_id: str, num_tokens: int) -> int:
+        asked.append((request_id, num_tokens))
+        return 64
+
+    books.most_held = most
+    more = {"num_tokens_main_model": 320}
+    rest = ([], 0, 0)
+    assert books.get_num_blocks_to_allocate("r", 320, *rest, **more, apply_admission_cap=True) == 4
+    assert asked == [("r", 320)]
+    assert books.get_num_blocks_to_allocate("r", 320, *rest, **more) == 20
+    books.most_held = lambda *_: 400
+    assert books.get_num_blocks_to_allocate("r", 320, *rest, **more, apply_admission_cap=True) == 20
+
+
+def test_who_takes_blocks_over_holds_none_and_hashes_none() -> None:
+    books = manager()
+    fill(books, "first", 48)
+    blocks = list(books.pop_blocks_for_free("first"))
+    books.take_over("r", blocks, 96)
+    assert books.req_to_blocks["r"] == blocks and books.evicted == {"r": 96}
+    assert books.lossy == {"r"}
+    books.check_integrity()
+    assert books.get_num_blocks_to_allocate("r", 144, [], 144, 144, 144) == 0, "it is under way"
+    with pytest.raises(AssertionError, match="r holds blocks"):
+        books.take_over("r", blocks, 0)
+    fill(books, "second", 16)
+    books.take_over("whole", list(books.pop_blocks_for_free("second")), 0)
+    assert "whole" not in books.evicted and "whole" in books.lossy
 
 
 def test_a_request_evicts_and_takes_a_view_in_one_step() -> None:

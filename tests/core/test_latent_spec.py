@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from tests.planning import groups_of_one_page_size
@@ -64,3 +64,5 @@ def test_our_manager_serves_it() -> None:
     register_manager()
     assert KVCacheSpecRegistry.get_manager_class(spec(0)) is CompressedAttentionManager
     assert KVCacheSpecRegistry.get_manager_class(HOST) is not CompressedAttentionManager
+    base = KVCacheSpecRegistry.get_uniform_type_base_spec(spec(0))
+    assert base is FullAttentionSpec, "vLLM may group it with what attends to everything"

@@ -46,7 +46,7 @@ class World:
             self.planner, [self.pool.books], [0], self.pool.books.block_pool, 4096, self.stats
         )
         self.room = self.compactions.room
-        found = Pressure.of(config, self.planner, self.room, self.slots)
+        found = Pressure.of(config, self.planner, self.room, self.slots, 0)
         assert found is not None
         self.pressure = found
         self.running: dict[str, SimpleNamespace] = {}
@@ -162,7 +162,9 @@ def test_a_request_that_got_no_blocks_counts_like_the_high_mark(
 
 def test_what_vllm_keeps_free_is_beside_what_was_asked_for() -> None:
     world = World()
-    world.pressure._num_kept_free = 10
+    found = Pressure.of(world.planner.config, world.planner, world.room, world.slots, 10)
+    assert found is not None
+    world.pressure = found
     world.add("a", 25)
     world.add("b", 20)
     world.room.num_lacking = 50
@@ -366,7 +368,7 @@ def test_a_task_may_wait_for_pressure_and_the_other_not() -> None:
     assert config is not None
     assert parse_config(config.to_dict()) == config
     world = World()
-    found = Pressure.of(config, world.planner, world.room, world.slots)
+    found = Pressure.of(config, world.planner, world.room, world.slots, 0)
     assert found is not None and found._high == 90
     assert config.by_task["localization"].pressure.when == 0.9
-    assert Pressure.of(parse_config("windowkv"), world.planner, world.room, world.slots) is None
+    assert Pressure.of(parse_config("windowkv"), world.planner, world.room, world.slots, 0) is None

@@ -83,7 +83,10 @@ class Loop:
         cache = KVCacheConfig(num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         config.cache_config.num_gpu_blocks = num_blocks
         with set_current_vllm_config(config):
-            scheduler = kind(config, cache, StructuredOutputManager(config), BLOCK, BLOCK)
+            scheduler = kind(  # with keywords, as vLLM's engine makes it
+                vllm_config=config, kv_cache_config=cache, block_size=BLOCK, hash_block_size=BLOCK,
+                structured_output_manager=StructuredOutputManager(config),
+            )  # fmt: skip
         self._begin(scheduler)
 
     def _begin(self, scheduler: Any) -> None:

@@ -7,9 +7,10 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request, RequestStatus
 
-from tests.core.test_scheduler_loop import BLOCK, LOOPS, prompt
+from tests.core.test_scheduler_loop import BLOCK, LOOPS, STOP, prompt
 from tests.core.watched_loop import UNEVEN, Watched, watch
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core.kept_cache import Kind, Outcome
 
 WINDOW = {**UNEVEN, "preset": "snapkv", "observation_window": 8}
 EVERYWHERE = {**WINDOW, "trigger": "all", "prompt_interval": 64, "interval": 16}
@@ -288,6 +289,63 @@ def test_what_was_hashed_before_a_late_compaction_is_not_written(probe_model: st
     # The whole of what is common is in the prefix cache as well, exact: that is taken.
     assert chats.hits["edited"] <= inside
     chats.ask("reader", [*text[:230], *prompt(40, 1)], xargs={"kv_compression": "none"})
+
+
+def test_the_prefix_cache_is_preferred_where_it_has_as_much(probe_model: str) -> None:
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
+    text = chats.ask("first", prompt(200))
+    request = chats.add("second", [*text, *prompt(90, 3)], 8, CHAT)
+    tracked, find = chats.scheduler.planner.requests["second"], chats.scheduler.reuse.find
+    found = find(request, 0)
+    assert found is not None and found.num_tokens == len(text) - 1
+    assert find(request, found.num_tokens) is None
+    assert tracked.session_outcome == Outcome.PREFIX_CACHE
+    assert find(request, found.num_tokens - 1) is not None
+    assert tracked.session_outcome == Outcome.REUSED
+
+
+@pytest.mark.parametrize(("length", "expected"), [(220, 208), (209, 208), (205, None)])
+@pytest.mark.parametrize("is_hashed", [False, True])
+def test_a_block_that_others_read_is_not_written(
+    is_hashed: bool, length: int, expected: int | None, probe_model: str
+) -> None:
+    """It goes on from the last whole block, if all that was compacted is before that."""
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
+    text = chats.ask("first", prompt(200), 30)
+    ((_, kept),) = chats.scheduler.reuse.kept.of(Kind.SESSION)
+    request = chats.add("second", [*text[:length], 999, *prompt(60, 3)], 8, CHAT)
+    tracked, find = chats.scheduler.planner.requests["second"], chats.scheduler.reuse.find
+    found = find(request, 0)
+    assert found is not None and found.num_tokens == length
+    # 200 tokens were compacted; each group holds what was evicted less, in whole blocks.
+    written = kept.blocks[1][-(-(length - kept.held.evicted[1]) // BLOCK) - 1]
+    if is_hashed:
+        written._block_hash = b"somebody finds it"
+    else:
+        chats.pool.touch([written])
+    found = find(request, 0)
+    assert (None if found is None else found.num_tokens) == expected
+    outcome = Outcome.SHARED_BLOCK if expected is None else Outcome.REUSED
+    assert tracked.session_outcome == outcome
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_turn_without_an_answer_is_kept(kind: str, probe_model: str) -> None:
+    """Its first token ends it, in the step that compacts it."""
+    chats = watch(Chats(probe_model, *LOOPS[kind], 200))
+    tokens, chats._tokens = chats._tokens, lambda name, output: [STOP]  # type: ignore[method-assign]
+    text = chats.ask("first", prompt(200))
+    chats._tokens = tokens  # type: ignore[method-assign]
+    assert len(text) == 201 and chats.stats.sessions_kept == 1
+    chats.ask("second", [*text, *prompt(50, 3)])
+    assert chats.hits["second"] == 200 and chats.stats.session_requests["reused"] == 1
+
+
+def test_nothing_is_kept_where_there_is_no_room_for_it(probe_model: str) -> None:
+    setting = {**UNEVEN, "sessions": {"max_blocks_ratio": 0}}
+    chats = watch(Chats(probe_model, *LOOPS["sync"], 200, setting=setting))
+    chats.ask("first", prompt(200))
+    assert not chats.stats.sessions_kept and not chats.stats.sessions_given_back
 
 
 @pytest.mark.parametrize("name", LOOPS)

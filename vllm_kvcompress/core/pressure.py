@@ -56,7 +56,7 @@ class Pressure:
         planner: Planner,
         room: Room,
         slots: QuerySlots,
-        num_kept_free: int = 0,
+        num_kept_free: int,
     ) -> None:
         self._resting, self._room, self._slots = Resting(planner), room, slots
         self._num_kept_free = num_kept_free
@@ -72,7 +72,7 @@ class Pressure:
         planner: Planner,
         room: Room,
         slots: QuerySlots,
-        num_kept_free: int = 0,
+        num_kept_free: int,
     ) -> "Pressure | None":
         """What the server's setting needs, or one of its tasks'."""
         settings = config.by_task.values() or (config,)

@@ -28,6 +28,14 @@ def test_fewer_drafts_than_asked_for_teach_nothing_about_more() -> None:
     assert history.length == 5
 
 
+@pytest.mark.parametrize(("num_drafts", "num_accepted"), [(0, 0), (2, 3), (2, -1)])
+def test_what_cannot_be_is_not_counted(num_drafts: int, num_accepted: int) -> None:
+    history = DraftHistory(limit=4)
+    with pytest.raises(AssertionError):
+        history.observe(num_drafts, num_accepted)
+    assert history == DraftHistory(limit=4)
+
+
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=40))
 def test_lengths_and_rates_stay_in_range(steps: list[tuple[int, int]]) -> None:
     history = DraftHistory(limit=6)

@@ -6,7 +6,7 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.draft.views import ViewSchedule, links_blocks
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
-from vllm_kvcompress.plans import Purpose
+from vllm_kvcompress.plans import GroupLengths, Purpose
 from vllm_kvcompress.request_options import parse_request
 
 BLOCK = 32
@@ -73,6 +73,7 @@ def test_adaptive_lengths_follow_acceptance() -> None:
     view = add(plan, 2000).view
     view.observe(4, 1)  # without a view there is nothing to learn
     do_work(plan, 2000)
+    assert view.num_drafts == view.num_draft_steps == 4, "it begins with what was asked for"
     view.observe(4, 1)
     assert (view.num_drafts, view.num_draft_steps) == (2, 3)
     assert plan.view_of("nobody") is None
@@ -99,6 +100,10 @@ def test_a_view_is_taken_again_when_drafts_fare_badly() -> None:
     for _ in range(3):
         view.observe(4, 0)
         assert not plan.note_progress("r", 2050), "too early to tell"
+    view.observe(4, 0)
+    assert view.drafts is not None and view.drafts.rate < 0.5
+    view.drafts.rate = 0.5
+    assert not plan.note_progress("r", 2050), "it is no less than was asked for"
     view.observe(4, 0)
     do_work(plan, 2050)
     assert not plan.note_progress("r", 2060), "the new view starts with a clean record"
@@ -188,6 +193,16 @@ def test_a_view_as_large_as_the_cache_is_none(view_tokens: int) -> None:
     plan.note_planned(tracked)
     plan.commit(tracked)
     assert tracked.view.num_drafts == 0 and not list(plan.idle_views())
+
+
+def test_layer_groups_that_keep_everything_may_have_a_smaller_view() -> None:
+    view = add(beside(128), 2000).view
+    lengths = [GroupLengths(1984, 128), GroupLengths(1984, 1984), None, GroupLengths(1984, 128)]
+    evicted = [None, None, GroupLengths(1984, 512), GroupLengths(1984, 96)]
+    view.fit(lambda config: lengths, [], evicted, BLOCK)
+    assert view.lengths == [lengths[0], None, None, None]
+    view.fit(lambda config: lengths, [], [None] * 4, BLOCK)
+    assert view.lengths == [], "nothing is evicted, so no view is taken with it"
 
 
 def test_an_eviction_goes_on_without_the_view_there_is_no_room_for() -> None:

@@ -184,3 +184,18 @@ def test_a_shared_prefix_is_whole_blocks() -> None:
     assert RequestOptions(shared_prefix=111).shared_len(BLOCK) == 96
     assert RequestOptions(shared_prefix=112).shared_len(BLOCK) == 112
     assert RequestOptions().shared_len(BLOCK) is None
+
+
+def test_a_codebook_grows_with_what_is_generated() -> None:
+    """160 tokens take 5 blocks of entries and one of codes; the other group stays as it is."""
+    setting = config(trigger="end_of_prompt", codebook={"shallow": 0.5})
+    sizes = setting, 2, BLOCK, 16
+    prompt, later = compactions(320, 420, *sizes)
+    assert compaction_lengths(320, *sizes) == prompt.lengths
+    assert [each.num_tokens for each in prompt.after] == [48, 64]
+    grown = GroupLengths(144, 96, BookLengths(160, 80, 16), 64, 48)
+    assert (later.position, later.lengths) == (420, [grown, None])
+    assert [each.num_tokens for each in later.before] == [148, 164]
+    assert [each.num_tokens for each in later.after] == [100, 164]
+    assert first_kept(320, 420, *sizes) == [48, 64]
+    assert peak_tokens(320, 700, *sizes)[1] == 64 + 380

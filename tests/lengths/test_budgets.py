@@ -55,7 +55,7 @@ def test_budgets_by_hand() -> None:
     assert budget_tokens(2000, config(budget={"tokens": 512})) == 512
     assert budget_tokens(300, config(budget={"tokens": 512})) == 300
     assert budget_tokens(2000, config(budget={"ratio": 0.01, "floor": 64})) == 64
-    assert budgets_of(2000, config(budget={"tokens": 1}), 2) == [1, 1]
+    assert budgets_of(2000, config(budget={"tokens": 1, "floor": 1}), 2) == [1, 1]
 
 
 WINDOWKV = {  # average: released form at gamma 8, printed form; from the paper's table

@@ -11,6 +11,7 @@ from vllm_kvcompress.lengths.budgets import (
     compacts_again,
     continued_cache,
     evicting_marks,
+    forced_ranges,
     group_lengths,
     linked_lengths,
     next_lengths,
@@ -127,6 +128,7 @@ def test_touching_ranges_are_one() -> None:
     setting = config(pinned=[[4, 8], [20, 200], [30, 40]])
     assert permanent_ranges(100, setting) == ((0, 8), (20, 100))
     assert permanent_ranges(20, setting) == ((0, 8),)
+    assert forced_ranges(GroupCache(10, ()), 16) == ((0, 10),), "a window longer than the cache"
 
 
 @pytest.mark.parametrize(
@@ -199,3 +201,12 @@ def test_a_codebook_grows_with_what_is_generated() -> None:
     assert [each.num_tokens for each in later.after] == [100, 164]
     assert first_kept(320, 420, *sizes) == [48, 64]
     assert peak_tokens(320, 700, *sizes)[1] == 64 + 380
+
+
+def test_other_groups_go_back_to_their_budget_beside_a_codebook() -> None:
+    caches = [GroupCache(148, (), BookLengths(64, 32, 16)), GroupCache(164, SINKS)]
+    grown = GroupLengths(144, 96, BookLengths(160, 80, 16), 64, 48)
+    for extend, first in ((True, grown), (False, None)):
+        setting = config(codebook={"shallow": 0.5, "extend": extend})
+        found = next_lengths(320, 420, caches, setting, BLOCK, 16)
+        assert found == [first, GroupLengths(160, 64)]

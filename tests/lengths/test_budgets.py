@@ -89,9 +89,13 @@ def test_linear_by_hand() -> None:
         (420, [770, 537, 303, 70]),
         (820, [1020, 887, 753, 620]),
         (50, [50, 50, 50, 50]),
+        (520, [970, 670, 370, 70]),  # r = 0.5: 0.95 .. 0.05
     ):
         setting = config(**fields, budget={"tokens": tokens, "floor": 1})
         assert budgets_of(1020, setting, 4) == expected
+    fields |= {"budget": {"tokens": 420, "floor": 1}}
+    wider = config(**{**fields, "layer_budget": {"shape": "linear", "beta": 0.1}})
+    assert budgets_of(1020, wider, 4) == [720, 520, 320, 120]
 
 
 def test_preferences_by_hand() -> None:

@@ -121,7 +121,8 @@ def test_pyramid_by_hand() -> None:
     assert budgets_of(2000, config(**fields), 4) == [371, 257, 143, 29]
     assert budgets_of(2000, config(**fields), 1) == [200]
     fields["layer_budget"] = {"shape": "pyramid"}  # beta is 20 unless told
-    assert budgets_of(2000, config(**fields), 4) == [371, 257, 143, 29]
+    fields["budget"] = {"tokens": 2020, "floor": 1}
+    assert budgets_of(8000, config(**fields), 4)[-1] == 100 + 20
 
 
 def test_a_pyramid_wider_than_the_prompt_is_clipped_and_keeps_its_mean() -> None:

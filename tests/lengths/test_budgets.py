@@ -55,6 +55,7 @@ def test_budgets_by_hand() -> None:
     assert budget_tokens(2000, config(budget={"tokens": 512})) == 512
     assert budget_tokens(300, config(budget={"tokens": 512})) == 300
     assert budget_tokens(2000, config(budget={"ratio": 0.01, "floor": 64})) == 64
+    assert budgets_of(2000, config(budget={"tokens": 1, "floor": 1}), 2) == [1, 1]
 
 
 WINDOWKV = {  # average: released form at gamma 8, printed form; from the paper's table
@@ -88,9 +89,13 @@ def test_linear_by_hand() -> None:
         (420, [770, 537, 303, 70]),
         (820, [1020, 887, 753, 620]),
         (50, [50, 50, 50, 50]),
+        (520, [970, 670, 370, 70]),  # r = 0.5: 0.95 .. 0.05
     ):
         setting = config(**fields, budget={"tokens": tokens, "floor": 1})
         assert budgets_of(1020, setting, 4) == expected
+    fields |= {"budget": {"tokens": 420, "floor": 1}}
+    wider = config(**{**fields, "layer_budget": {"shape": "linear", "beta": 0.1}})
+    assert budgets_of(1020, wider, 4) == [720, 520, 320, 120]
 
 
 def test_preferences_by_hand() -> None:
@@ -115,6 +120,9 @@ def test_pyramid_by_hand() -> None:
     }
     assert budgets_of(2000, config(**fields), 4) == [371, 257, 143, 29]
     assert budgets_of(2000, config(**fields), 1) == [200]
+    fields["layer_budget"] = {"shape": "pyramid"}  # beta is 20 unless told
+    fields["budget"] = {"tokens": 2020, "floor": 1}
+    assert budgets_of(8000, config(**fields), 4)[-1] == 100 + 20
 
 
 def test_a_pyramid_wider_than_the_prompt_is_clipped_and_keeps_its_mean() -> None:

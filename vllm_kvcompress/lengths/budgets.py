@@ -259,7 +259,6 @@ def next_lengths(
                 assert codes_per_row is not None
                 kept = extended_lengths(cache, shares[group], block_size, codes_per_row)
         elif evicts:
-            budget = min(budget, cache.num_tokens)
             kept = group_lengths(cache.num_tokens, budget, forced, block_size)
             if group in shares and position == prompt_len:
                 assert codes_per_row is not None, "a codebook's size depends on the cache's rows"

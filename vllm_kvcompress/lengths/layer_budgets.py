@@ -2,6 +2,7 @@
 
 Every function takes the average C, the observation window w, the number n of tokens there are to
 keep from, and the number G of layer groups, and returns G targets in tokens, first group first.
+But for `uniform`, w < C <= n and G > 1: `group_budgets` sees to that.
 They are pure, so that scheduler and worker agree; the caller rounds and clips to [1, n]. The mean
 over groups is C wherever no group hits a limit. The window is kept by every group; what is spread
 is the rest, C - w of n - w tokens.
@@ -82,7 +83,7 @@ def linear(
     """
     beta = 0.05 if config.beta is None else config.beta
     past = num_tokens - window
-    ratio = (average - window) / past if past > 0 else 1.0
+    ratio = (average - window) / past
     if ratio <= beta:
         return uniform(average, window, num_tokens, count, config)
     first, last = (2 * ratio - beta, beta) if ratio <= (1 + beta) / 2 else (1.0, 2 * ratio - 1)

@@ -186,7 +186,8 @@ def run(args: argparse.Namespace, console: Console) -> Report:
         command = server_command(args.model, port, args.server_args, COMPRESSION)
         command += [SHUTDOWN_TIMEOUT, str(args.shutdown_timeout)]
         report.about = provenance(args.command, ROOT, has_nvidia_gpu())
-        report.about["server"] = public_command(command, port)
+        words = [f"{name}={value}" for name, value in inside.NO_COMPILED_SHAPES.items()]
+        report.about["server"] = " ".join([*words, public_command(command, port)])
         console.print(f"starting: {report.about['server']}", highlight=False, soft_wrap=True)
         environment = inside.environment(folder, args.fault)
         start = time.monotonic()

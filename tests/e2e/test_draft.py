@@ -288,6 +288,42 @@ def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) 
         assert engine.core.batch_queue is not None
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert_idle(engine)
+        drafts_fail_once(engine, mixed, stock)
+
+
+@pytest.mark.parametrize("preset", ["snapkv", "windowkv"])
+def test_drafts_that_fail(engine: Engine, mixed, stock, preset: str) -> None:
+    """Over copied views, and over views of the request's own blocks."""
+    drafts_fail_once(engine, mixed, stock, {"kv_compression": preset})
+
+
+def drafts_fail_once(
+    engine: Engine, mixed: list[list[int]], stock: list[list[int]], xargs: Any = None
+) -> None:
+    """In the middle of a step's drafts: all that drafted in it go on without, and are counted."""
+    engine.scheduler.stats.clear()
+    step, failed = engine.runner.speculator.step, []
+    real, left = step.run, 6
+
+    def run(count: int, attention: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            failed.append(count)
+            raise RuntimeError("Triton Error [CUDA]: out of resources")
+        real(count, attention)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "run", run)
+        assert engine.generate(mixed, NUM_TOKENS, xargs, ignore_eos=True) == stock
+    stats = engine.scheduler.stats
+    assert failed == [3] and stats.failures == {"drafting": 3}
+    assert stats.uncompressed == {"short_prompt": 2} and not stats.views_given_up
+    assert left == 0, "nobody drafts again"
+    assert_idle(engine)
+    before = engine.num_steps
+    assert engine.generate(mixed[:1], NUM_TOKENS, ignore_eos=True) == stock[:1]
+    assert engine.num_steps - before <= 2 + NUM_TOKENS // 2, "later requests draft"
 
 
 def test_speculation_beside_draft_mode_is_refused(probe_model: str) -> None:

@@ -302,24 +302,26 @@ def drafts_fail_once(
 ) -> None:
     """In the middle of a step's drafts: all that drafted in it go on without, and are counted."""
     engine.scheduler.stats.clear()
-    step, failed = engine.runner.speculator.step, []
+    step, failed, later = engine.runner.speculator.step, set[int](), set[int]()
     real, left = step.run, 6
 
     def run(count: int, attention: Any) -> None:
         nonlocal left
         left -= 1
+        rows = set(step._rows.requests_np.tolist())
         if left == 0:
-            failed.append(count)
+            failed.update(rows)
             raise RuntimeError("Triton Error [CUDA]: out of resources")
+        later.update(rows if left < 0 else ())
         real(count, attention)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "run", run)
         assert engine.generate(mixed, NUM_TOKENS, xargs, ignore_eos=True) == stock
     stats = engine.scheduler.stats
-    assert failed == [3] and stats.failures == {"drafting": 3}
+    assert failed and stats.failures == {"drafting": len(failed)}
     assert stats.uncompressed == {"short_prompt": 2} and not stats.views_given_up
-    assert left == 0, "nobody drafts again"
+    assert not failed & later, "one of them drafts again"
     assert_idle(engine)
     before = engine.num_steps
     assert engine.generate(mixed[:1], NUM_TOKENS, ignore_eos=True) == stock[:1]

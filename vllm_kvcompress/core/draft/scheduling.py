@@ -88,10 +88,12 @@ class DraftMixin(Scheduler):
         """Learn how each request's drafts fared."""
         if self.num_draft_tokens:
             self._observe_step(scheduler_output, model_runner_output)
-            for name in StepReport.of(model_runner_output).drafts_failed:
-                self.stats.record_failure("drafting")
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for name in StepReport.of(model_runner_output).drafts_failed:
+            self.stats.record_failure("drafting")
+            if name in self.requests:
                 self._drafts_failed.append(name)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        return outputs
 
     def _observe_step(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         """A verification yields one token more than it accepts; none for a request that is gone."""

@@ -83,8 +83,7 @@ COUNTERS: dict[str, Family] = {
     ),
     "failures": Family(
         "failures",
-        "Requests whose compression went wrong, which started again without, by what happened; "
-        "drafting: they went on without drafts.",
+        "Requests whose compression went wrong, which are served without, by what happened.",
         {"reason": FAILURES},
     ),
     "tasks": Family(

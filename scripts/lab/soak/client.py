@@ -71,9 +71,7 @@ class Client:
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
-        # A connection of its own each time: the server closes idle ones after five seconds, and
-        # on a busy machine just when the next request is on its way.
-        self.http = httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+        self.http = httpx.AsyncClient(timeout=60)
         self.openai = AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE
         )

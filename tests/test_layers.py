@@ -103,7 +103,7 @@ ALLOWED = {
     "host.model_checks": 2,
     "host.part_checks": 1,
     "host.pipeline_checks": 8,
-    "host.prometheus": 12,
+    "host.prometheus": 13,
     "host.speculation_checks": 15,
     "lengths.budgets": 6,
     "lengths.decode_queries": 4,

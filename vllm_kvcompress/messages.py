@@ -103,11 +103,14 @@ class StepReport:
         nothing was coded.
     failed : Mapping[str, str]
         By request id, why what this step did to its cache went wrong: it must not be read.
+    drafts_failed : tuple[str, ...]
+        Requests that the worker drafts for no longer, because that failed.
     """
 
     seconds: tuple[float, ...] = ()
     codebooks: Sequence[Sequence[float]] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
+    drafts_failed: tuple[str, ...] = ()
 
     def with_failed(self, failed: Mapping[str, str]) -> "StepReport":
         """The same, and what went wrong."""
@@ -115,7 +118,7 @@ class StepReport:
 
     def attach(self, model_runner_output: Any) -> None:
         """Send it with vLLM's ``ModelRunnerOutput``, if there is any news."""
-        if self.seconds or self.codebooks or self.failed:
+        if any(vars(self).values()):
             setattr(model_runner_output, _ATTRIBUTE, self)
 
     @classmethod

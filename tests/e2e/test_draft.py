@@ -177,6 +177,7 @@ def test_views_of_whole_blocks_copy_nothing(probe_model: str, mixed, stock) -> N
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert engine.scheduler.stats.views["windowkv/prompt"] == 4
         assert_idle(engine)
+        drafts_fail_once(engine, mixed, stock)
 
 
 def test_layer_groups_have_views_of_their_own(probe_model: str, mixed, stock) -> None:
@@ -288,6 +289,40 @@ def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) 
         assert engine.core.batch_queue is not None
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert_idle(engine)
+        drafts_fail_once(engine, mixed, stock)
+
+
+def test_drafts_that_fail(engine: Engine, mixed, stock) -> None:
+    drafts_fail_once(engine, mixed, stock)
+
+
+def drafts_fail_once(engine: Engine, mixed: list[list[int]], stock: list[list[int]]) -> None:
+    """In the middle of a step's drafts: all that drafted in it go on without, and are counted."""
+    engine.scheduler.stats.clear()
+    step, failed, later = engine.runner.speculator.step, set[int](), set[int]()
+    real, left = step.run, 6
+
+    def run(count: int, attention: Any) -> None:
+        nonlocal left
+        left -= 1
+        rows = set(step._rows.requests_np.tolist())
+        if left == 0:
+            failed.update(rows)
+            raise RuntimeError("Triton Error [CUDA]: out of resources")
+        later.update(rows if left < 0 else ())
+        real(count, attention)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "run", run)
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+    stats = engine.scheduler.stats
+    assert failed and stats.failures == {"drafting": len(failed)}
+    assert stats.uncompressed == {"short_prompt": 2} and not stats.views_given_up
+    assert not failed & later, "one of them drafts again"
+    assert_idle(engine)
+    before = engine.num_steps
+    assert engine.generate(mixed[:1], NUM_TOKENS, ignore_eos=True) == stock[:1]
+    assert engine.num_steps - before <= 2 + NUM_TOKENS // 2, "later requests draft"
 
 
 def test_speculation_beside_draft_mode_is_refused(probe_model: str) -> None:

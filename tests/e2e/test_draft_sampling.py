@@ -114,6 +114,9 @@ def test_sampled_tokens_follow_the_targets_distribution(model: Path, prompt, sam
         engine.drain()
         tokens = [engine.results[str(number)].token_ids for number in range(NUM_REQUESTS)]
         steps = engine.num_steps - before
+        if sample == "probabilistic":
+            what_is_no_number_is_drawn_exactly(engine)
+            failed_drafts_are_certain(engine)
     assert steps < NUM_TOKENS, "no drafts were accepted: the test shows nothing"
     assert len({tuple(each) for each in tokens}) == NUM_REQUESTS
     probabilities = target_probabilities(model, prompt, tokens)
@@ -124,6 +127,32 @@ def test_sampled_tokens_follow_the_targets_distribution(model: Path, prompt, sam
     sharper = probabilities**1.3
     sharper /= sharper.sum(axis=-1, keepdims=True)
     assert statistic(*by_rank(tokens, sharper)) > LIMIT
+
+
+def what_is_no_number_is_drawn_exactly(engine: Engine) -> None:
+    """Acceptance is exact for any draft that was drawn from the probabilities it is told."""
+    step = engine.runner.speculator.step
+    logits = torch.zeros(4, VOCAB)
+    logits[0], logits[1, 2], logits[2, 3] = float("nan"), float("nan"), float("inf")
+    step.requests[:4], step.temperature[:4] = torch.arange(4), 1.0
+    step.number.zero_()
+    with torch.inference_mode():
+        drawn = step._sample(logits)
+    told = step.draft_logits[:4, 0].softmax(dim=-1)
+    assert not told.isnan().any() and (told.gather(1, drawn[:, None]) > 0).all()
+    assert torch.equal(told[0], told[3]) and drawn[2] == 3
+
+
+def failed_drafts_are_certain(engine: Engine) -> None:
+    speculator = engine.runner.speculator
+    drafts = torch.full((3, 2), 5)
+    with torch.inference_mode():
+        speculator.draft_logits.fill_(1.0)
+        speculator._write_certain(np.array([0, 2]), np.array([4, 1, 7]), drafts)
+    assert drafts.tolist() == [[0, 0], [5, 5], [0, 0]]
+    told = speculator.draft_logits.softmax(dim=-1)
+    assert told[[4, 7]].tolist() == [[[1.0] + [0.0] * (VOCAB - 1)] * 2] * 2
+    assert (speculator.draft_logits[[1, 5]] == 1).all()
 
 
 TYPICAL: dict[str, Any] = {

@@ -19,6 +19,7 @@ from lab.soak.findings import Report, hold_against_stock
 from lab.soak.processes import Watch
 from lab.soak.questions import FATES, KINDS, LOSSLESS, Questions, Request, draw_requests
 from lab.soak.run import Soak
+from lab.soak.settings import SETTINGS
 from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
@@ -44,7 +45,7 @@ class Running:
 def running(probe_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder, port = tmp_path_factory.mktemp("soak"), free_port()
     url = f"http://127.0.0.1:{port}"
-    words = command.server_command(probe_model, port, DRAIN, command.COMPRESSION)
+    words = command.server_command(probe_model, port, DRAIN, SETTINGS["both"].flags)
     log, console = folder / "server.log", Console()
     environment = inside.environment(folder)
     with (

@@ -28,6 +28,8 @@ from lab.soak.questions import (
     draw_requests,
 )
 from lab.soak.report import as_json, rows
+from lab.soak.settings import SETTINGS
+from vllm_kvcompress.config.reading import parse_config
 
 PRESETS = ["keydiff", "snapkv", "tova"]
 REFERENCE = Reference([[7, 8, 9, 7, 6]])
@@ -287,3 +289,33 @@ def test_flags_of_the_server_follow_two_dashes() -> None:
     assert args.command == "python scripts/soak.py --requests 40 -- --max-num-seqs 4"
     with pytest.raises(SystemExit):
         parse_args(["--requests", "0"])
+
+
+# --- settings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_is_one_that_a_server_takes(name: str) -> None:
+    setting = SETTINGS[name]
+    assert parse_config({"preset": "snapkv", **setting.config}) is not None
+    drawn = {each.kind for each in Questions(0, PRESETS).draw(60, setting.without)}
+    assert drawn == KINDS.keys() - set(setting.without)
+
+
+def test_where_the_load_decides_the_length_is_certain() -> None:
+    others = Answer(tokens=[[1, 2, 3, 4]], reasons=["length"], num_counted=4)
+    few = replace(others, tokens=[[1, 2]], num_counted=2)
+    assert checks.wrong_answer(ASKED, REFERENCE, others)
+    assert not checks.wrong_answer(ASKED, checks.any_tokens(REFERENCE, others), others)
+    assert checks.wrong_answer(ASKED, checks.any_tokens(REFERENCE, few), few)
+    none = Answer(tokens=[], reasons=[], num_counted=0)
+    assert checks.wrong_answer(ASKED, checks.any_tokens(REFERENCE, none), none)
+
+
+def test_in_a_lossless_setting_all_answers_are_stocks() -> None:
+    report, question = Report(), Question("q", "server", [1], 5)
+    stock = {"q": [[7, 8, 9, 7, 5]]}
+    hold_against_stock(report, [question], {"q": REFERENCE}, stock)
+    assert not report.failures and report.changed_by_compression == 1
+    hold_against_stock(report, [question], {"q": REFERENCE}, stock, is_lossless=True)
+    assert [each["what"] for each in report.failures] == ["not stock's"]

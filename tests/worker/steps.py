@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config.compilation import CUDAGraphMode
 
@@ -132,6 +133,7 @@ def speculator(model: StandIn) -> ViewSpeculator:
     found.step = draft_step(model)
     found.step.run = lambda num_rows, attention: None
     found.drafts = torch.zeros(model.shape.max_num_reqs, 4, dtype=torch.int64, device=META)
+    found._broken = np.zeros(model.shape.max_num_reqs, dtype=bool)
     found._dispatch = lambda num_rows: SimpleNamespace(num_tokens=8, cg_mode=CUDAGraphMode.NONE)
     return found
 

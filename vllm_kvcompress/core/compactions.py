@@ -305,11 +305,21 @@ class Compactions:
         """Give back the view that was taken last; False if there is none."""
         for name, tracked in self.planner.idle_views():
             if sum(manager.give_up_view(name) for manager in self.managers):
-                self.planner.give_up_view(name)
-                self._given_up.append(name)
+                self._note_given_up(name)
                 self.stats.record_view_given_up(tracked.policy)
                 return True
         return False
+
+    def end_view(self, request_id: str) -> None:
+        """Give back the view of a request that will draft no more, and that no step takes."""
+        for manager in self.managers:
+            manager.give_up_view(request_id)
+        self._note_given_up(request_id)
+        self.room.note_change()
+
+    def _note_given_up(self, request_id: str) -> None:
+        self.planner.give_up_view(request_id)
+        self._given_up.append(request_id)
 
     def take_given_up(self) -> tuple[str, ...]:
         """Requests whose views were given up since the last call."""

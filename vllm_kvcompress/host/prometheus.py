@@ -19,7 +19,7 @@ SKIP_REASONS = (
 )  # fmt: skip
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
 
-FAILURES = ("error", "nan_scores", "planning")
+FAILURES = ("error", "nan_scores", "planning", "drafting")
 """What went wrong: worker/compaction/faults.py, and on the scheduler core/compactions.py."""
 
 SESSION_OUTCOMES = (
@@ -83,7 +83,7 @@ COUNTERS: dict[str, Family] = {
     ),
     "failures": Family(
         "failures",
-        "Requests whose compression went wrong, which started again without, by what happened.",
+        "Requests whose compression went wrong, which are served without, by what happened.",
         {"reason": FAILURES},
     ),
     "tasks": Family(

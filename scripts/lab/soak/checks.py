@@ -32,6 +32,14 @@ class Reference:
     second_turns: list[list[int]] = field(default_factory=list)
 
 
+def any_tokens(reference: Reference, answer: Answer) -> Reference:
+    """What an answer must be of which only the length is certain: its own tokens, and no fewer."""
+    given = [*answer.tokens, *([] for _ in reference.tokens[len(answer.tokens) :])]
+    return Reference(
+        [[*own, *tokens[len(own) :]] for own, tokens in zip(given, reference.tokens, strict=False)]
+    )
+
+
 def stop_token(request: Request, reference: Reference) -> list[int]:
     """Stop tokens of a request: one that the expected answer has."""
     if request.stop_at is None:

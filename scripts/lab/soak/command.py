@@ -49,17 +49,12 @@ from lab.soak.processes import Watch
 from lab.soak.questions import LOSSLESS, Question, Questions, Request, draw_requests
 from lab.soak.report import as_json, shown, table
 from lab.soak.run import Show, Soak
+from lab.soak.settings import SETTINGS
 from vllm_kvcompress.config.reading import preset_names
 from vllm_kvcompress.evaluation.provenance import provenance, public_words
 
 NAME = "soak"
 """The server's name for the model."""
-SETTING = (
-    '{"trigger": "both", "interval": 16, "observation_window": 8, "shared_blocks": "always", '
-    '"budget": {"ratio": 0.25, "floor": 32}, "min_prompt_len": 128}'
-)
-"""Under which answers do not depend on the load."""
-COMPRESSION = ["--kv-compression", "snapkv", "--kv-compression-config", SETTING]
 OPTIONS = [
     *["--max-model-len", "1024", "--max-num-seqs", "12", "--max-num-batched-tokens", "384"],
     *["--block-size", "32", "--dtype", "float32", "--num-gpu-blocks-override", "36"],
@@ -147,9 +142,12 @@ async def soak(
     try:
         watch = Watch(process.pid)
         watch.look()
-        questions = Questions(args.seed, await presets_of(client)).draw(args.questions)
+        setting = SETTINGS[args.setting]
+        drawn = Questions(args.seed, await presets_of(client))
+        questions = drawn.draw(args.questions, setting.without)
         requests = draw_requests(args.seed, questions, args.requests + TAIL)
         run_of.run = run = Soak(client, watch, folder, run_of.report, run_of.show, args.concurrency)
+        run.depends_on_load = setting.depends_on_load
         await run.alone(questions)
         await run.load(requests[: args.requests], 60 * args.minutes)
         await terminate(run, process, requests[args.requests :], args.shutdown_timeout)
@@ -183,10 +181,11 @@ def run(args: argparse.Namespace, console: Console) -> Report:
         filled, folder = Filled(report, show), Path(name)
         port, log = free_port(), LOGS / "soak.log"
         url = f"http://127.0.0.1:{port}"
-        command = server_command(args.model, port, args.server_args, COMPRESSION)
+        command = server_command(args.model, port, args.server_args, SETTINGS[args.setting].flags)
         command += [SHUTDOWN_TIMEOUT, str(args.shutdown_timeout)]
         report.about = provenance(args.command, ROOT, has_nvidia_gpu())
-        report.about["server"] = public_command(command, port)
+        words = [f"{name}={value}" for name, value in inside.NO_COMPILED_SHAPES.items()]
+        report.about["server"] = " ".join([*words, public_command(command, port)])
         console.print(f"starting: {report.about['server']}", highlight=False, soft_wrap=True)
         environment = inside.environment(folder, args.fault)
         start = time.monotonic()
@@ -218,7 +217,8 @@ def hold_against(args: argparse.Namespace, run: Soak, console: Console) -> None:
     url = f"http://127.0.0.1:{port}"
     with started(command, environment, LOGS / "soak_stock.log", url, console):
         stock = asyncio.run(ask_stock(port, questions))
-    hold_against_stock(run.report, questions, run.references, stock)
+    lossless = SETTINGS[args.setting].is_lossless
+    hold_against_stock(run.report, questions, run.references, stock, lossless)
 
 
 def public_command(command: Sequence[str], port: int) -> str:
@@ -241,6 +241,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help=text)
     parser.add_argument("--questions", type=int, default=100, help="asked alone (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other requests")
+    text = "what the server compresses when, or drafts over (default: both)"
+    parser.add_argument("--setting", choices=SETTINGS, default="both", help=text)
     parser.add_argument("--concurrency", type=int, default=20, help="requests at once (20)")
     text = "vLLM's: seconds in which requests may still end after SIGTERM (120)"
     parser.add_argument(SHUTDOWN_TIMEOUT, type=int, default=120, help=text)

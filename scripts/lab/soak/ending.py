@@ -97,11 +97,12 @@ def _judge(soak: Soak, request: Request, answer: Answer) -> None:
         soak.report.fail("ending", f"request {request.number} hung")
         return
     aborted = "abort" in answer.reasons
+    reference = soak.reference(request, answer)
     if answer.outcome == "finished" and not aborted:
-        wrong = checks.wrong_answer(request, soak.references[request.question], answer)
+        wrong = checks.wrong_answer(request, reference, answer)
     else:
         told = Answer("left", answer.tokens, answer.reasons)
-        wrong = checks.wrong_answer(request, soak.references[request.question], told)
+        wrong = checks.wrong_answer(request, reference, told)
         if not answer.error and not aborted:
             wrong = wrong or "ended without an error"
     if wrong:

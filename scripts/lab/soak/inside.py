@@ -21,6 +21,15 @@ FOLDER, FAULT = "KVCOMPRESS_SOAK_FOLDER", "KVCOMPRESS_SOAK_FAULT"
 """Environment variables."""
 ASK, BOOKS = "ask", "books.json"
 
+_PATIENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
+"""Else the server closes connections that were idle for five seconds, on a busy machine just when
+the next request is on its way, and the client, which does not retry, counts it as cut off."""
+
+NO_COMPILED_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
+"""oneDNN keeps what it has compiled for a matrix product's shape, for 1,024 of them. On a CPU each
+new number of tokens in a step is a new shape, for stock vLLM as well: a worker grows until it has
+met so many, and a growth of our own could not be told from it."""
+
 FAULTS = {
     "token": "every third compaction keeps the worst tokens in the place of the best",
     "block": "an aborted request leaves a reference to a block",
@@ -50,6 +59,7 @@ def environment(folder: Path, faults: Sequence[str] = ()) -> dict[str, str]:
     target = f"{__name__}:register"
     (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_soak = {target}\n")
     more = {FOLDER: str(folder), FAULT: ",".join(faults), "VLLM_SERVER_DEV_MODE": "1"}
+    more |= NO_COMPILED_SHAPES | _PATIENT
     dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING"}  # keeps engines in the process of tests
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return {**kept, **importable(folder), **more}

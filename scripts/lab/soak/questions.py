@@ -171,9 +171,11 @@ class Questions:
         ]
         self.count = self.named = 0
 
-    def draw(self, count: int) -> list[Question]:
+    def draw(self, count: int, without: Sequence[str] = ()) -> list[Question]:
         """So many, the kinds in their shares, and every preset named at least once if it fits."""
-        kinds = [kind for kind, share in KINDS.items() for _ in range(-(-share * count // 100))]
+        shares = {kind: share for kind, share in KINDS.items() if kind not in without}
+        whole = sum(shares.values())
+        kinds = [kind for kind, share in shares.items() for _ in range(-(-share * count // whole))]
         self.rng.shuffle(kinds)
         # One of each kind first: a few questions are of as many kinds as there can be.
         firsts = list(dict.fromkeys(kinds))

@@ -8,8 +8,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
+from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner
-from vllm_kvcompress.messages import StepPlan
+from vllm_kvcompress.messages import StepPlan, StepReport
+from vllm_kvcompress.metrics import CompressionStats
 
 
 class DraftMixin(Scheduler):
@@ -24,22 +26,40 @@ class DraftMixin(Scheduler):
     """
 
     planner: Planner
+    compactions: Compactions
+    stats: CompressionStats
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_draft_tokens = self.planner.config.num_draft_tokens
+        self._drafts_failed: list[str] = []
         if self.num_draft_tokens:
             # Drafts write keys behind the tokens that are scheduled: their slots must exist.
             self.num_lookahead_tokens = self.num_draft_tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Tell the workers how many draft steps are worth making behind this step."""
+        if self._drafts_failed:
+            self._end_failed_views()
         output = super().schedule(throttle_prefills)
         if self.num_draft_tokens:
             views = [self.planner.view_of(name) for name in output.num_scheduled_tokens]
             num_steps = max((view.num_draft_steps for view in views if view), default=0)
             replace(StepPlan.of(output), num_draft_steps=num_steps).attach(output)
         return output
+
+    def _end_failed_views(self) -> None:
+        """Those whose drafts failed draft no more; a view that is being taken is ended later."""
+        names, self._drafts_failed = self._drafts_failed, []
+        for name in names:
+            request, view = self.requests.get(name), self.planner.view_of(name)
+            if request is None or view is None or view.drafts is None:
+                continue  # gone, or started over without a view
+            request.spec_token_ids = []
+            if self.compactions.is_planned(name):
+                self._drafts_failed.append(name)
+            else:
+                self.compactions.end_view(name)
 
     def _clip_drafts(self, request_ids: Iterable[str]) -> None:
         """Leave each request the drafts it asked for, and none without a view to draft over."""
@@ -68,7 +88,12 @@ class DraftMixin(Scheduler):
         """Learn how each request's drafts fared."""
         if self.num_draft_tokens:
             self._observe_step(scheduler_output, model_runner_output)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for name in StepReport.of(model_runner_output).drafts_failed:
+            self.stats.record_failure("drafting")
+            if name in self.requests:
+                self._drafts_failed.append(name)
+        return outputs
 
     def _observe_step(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         """A verification yields one token more than it accepts; none for a request that is gone."""

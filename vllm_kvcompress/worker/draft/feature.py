@@ -80,6 +80,7 @@ class DraftFeature(Feature):
     def reset_row(self, req_index: int) -> None:
         if self.views is not None:
             self.views.reset_row(req_index)
+            self.runner.speculator.reset_row(req_index)
 
     def begin_step(self, step: StepPlan) -> None:
         """Forget views that the scheduler gave up: their blocks belong to others now."""
@@ -112,3 +113,7 @@ class DraftFeature(Feature):
             tokens[: counts.get(request_id, 0)]
             for request_id, tokens in zip(request_ids, drafts, strict=True)
         ]
+
+    def report(self) -> dict[str, Any]:
+        failed = self.runner.speculator.take_failed()
+        return {"drafts_failed": failed} if failed else {}

@@ -11,6 +11,7 @@ compressed cache likewise.)
 Dimensions: G KV cache groups, B batch rows, d rows that draft, k draft tokens, T tokens.
 """
 
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class ViewSpeculator(BaseSpeculator):
                 dtype=model_config.head_dtype, device=device,
             )  # fmt: skip
         self.step = DraftStep(vllm_config, model, state, device, self.draft_logits)
+        self._broken = np.zeros(max_num_reqs, dtype=bool)  # request rows that draft no more
+        self._failed: list[str] = []
         self.cudagraph_manager: CudaGraphManager | None = None
 
     def bind(
@@ -162,9 +165,36 @@ class ViewSpeculator(BaseSpeculator):
         if dummy_run or views is None:
             return drafts
         requests_np = input_batch.idx_mapping_np[: input_batch.num_reqs]
+        self._write_certain(np.flatnonzero(self._broken[requests_np]), requests_np, drafts)
         rows_np = np.flatnonzero(views.exists[requests_np])
         if not len(rows_np):
             return drafts
+        try:
+            self._propose(
+                input_batch, rows_np, drafts, num_rejected, last_sampled, temperature, seeds
+            )
+        except Exception as error:  # a kernel's, no memory: any of them
+            if self.vllm_config.parallel_config.world_size_across_dp > 1:
+                raise  # which sums over ranks the others are in nobody knows
+            self._note_failed([input_batch.req_ids[row] for row in rows_np], error)
+            views.exists[requests_np[rows_np]] = False
+            self._broken[requests_np[rows_np]] = True
+            self._write_certain(rows_np, requests_np, drafts)
+            self.counts = {}
+        return drafts
+
+    def _propose(
+        self,
+        input_batch: InputBatch,
+        rows_np: np.ndarray,
+        drafts: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+    ) -> None:
+        """Draft for these [d] rows of the batch into [B, k]."""
+        requests_np = input_batch.idx_mapping_np[: input_batch.num_reqs]
         rows = to_device(rows_np, torch.int64, self.device)
         requests = input_batch.idx_mapping[rows].long()
         batch = DraftRows(
@@ -184,7 +214,43 @@ class ViewSpeculator(BaseSpeculator):
             self.counts = dict(zip(ids, counts.tolist(), strict=True))  # waits: see DraftConfig
         else:
             self.counts = dict.fromkeys(ids, self.num_steps)
-        return drafts
+
+    # --- when drafting fails --------------------------------------------------------------
+
+    def _note_failed(self, request_ids: list[str], error: Exception) -> None:
+        self._failed += request_ids
+        logger.error(
+            "KV compression: drafting for requests %s failed (%s: %.300s); they go on without "
+            "drafts.\n%s",
+            ", ".join(request_ids), type(error).__name__, error,
+            "".join(traceback.format_exception(error)[-8:]),
+        )  # fmt: skip
+
+    def _write_certain(
+        self, rows_np: np.ndarray, requests_np: np.ndarray, drafts: torch.Tensor
+    ) -> None:
+        """Drafts that are exact to verify, and worth nothing: always the token 0.
+
+        With asynchronous scheduling drafts are verified before the scheduler knows that they
+        failed. What lies in the buffers may be another step's choice, or half written: it was not
+        drawn from the probabilities beside it, and what is sampled would be biased.
+        """
+        if not len(rows_np):
+            return
+        drafts[to_device(rows_np, torch.int64, self.device)] = 0
+        if self.draft_logits is not None:
+            requests = to_device(requests_np[rows_np], torch.int64, self.device)
+            self.draft_logits[requests] = float("-inf")
+            self.draft_logits[requests, :, 0] = 0.0
+
+    def reset_row(self, req_index: int) -> None:
+        """A row starts over, or the scheduler expects no drafts of it any more."""
+        self._broken[req_index] = False
+
+    def take_failed(self) -> tuple[str, ...]:
+        """Requests that draft no more since the last call."""
+        failed, self._failed = self._failed, []
+        return tuple(failed)
 
     def _draft(self, rows: torch.Tensor, batch: DraftRows, drafts: torch.Tensor) -> torch.Tensor:
         """Write drafts of [d] batch rows into [B, k]; return how many count, [d] int64."""

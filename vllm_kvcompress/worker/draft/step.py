@@ -239,7 +239,10 @@ class DraftStep:
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """[n] int64 draft tokens from [n, vocabulary] logits."""
         if not self._draws:
-            return logits.argmax(dim=-1)
+            return logits.argmax(dim=-1)  # of NaN: some token, which the target turns down
+        # Acceptance divides by these probabilities; with a NaN among them it decides anything, and
+        # the draw itself may be no token. Whatever stands here, what is drawn from it is exact.
+        logits = torch.nan_to_num(logits, nan=0.0, posinf=1e4, neginf=float("-inf"))
         return gumbel_sample(
             logits,
             self.requests[: len(logits)],

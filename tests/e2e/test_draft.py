@@ -158,6 +158,10 @@ def test_churn_leaves_nothing_behind(engine: Engine) -> None:
 # From here on, tests open engines of their own: the shared one must be closed by then.
 
 
+def test_drafts_that_fail(engine: Engine, mixed, stock) -> None:
+    drafts_fail_once(engine, mixed, stock)
+
+
 def test_views_of_whole_blocks_copy_nothing(probe_model: str, mixed, stock) -> None:
     """WindowKV's windows are blocks here: no block is held beyond those of an undrafted request."""
     setting = {**FOUR_GROUPS, "budget": {"ratio": 0.25}, **DRAFT}
@@ -290,10 +294,6 @@ def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) 
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert_idle(engine)
         drafts_fail_once(engine, mixed, stock)
-
-
-def test_drafts_that_fail(engine: Engine, mixed, stock) -> None:
-    drafts_fail_once(engine, mixed, stock)
 
 
 def drafts_fail_once(engine: Engine, mixed: list[list[int]], stock: list[list[int]]) -> None:

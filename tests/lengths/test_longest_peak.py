@@ -95,6 +95,21 @@ def test_long_prompts_with_a_budget_of_tokens_need_exactly_so_much() -> None:
     assert longest_prompt_peak(LONGEST, config, 1, 16) == [most] == [70 + 15 + 37]
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"min_prompt_len": 200, "budget": {"tokens": 40, "floor": 1}}, 199),  # has no mark inside
+        # 94 pinned tokens, in 6 whole blocks, are more than they and the window.
+        ({"pinned": [[0, 94]], "observation_window": 1}, 96 + 15 + 37),
+        ({"pinned": [[0, 94]], "observation_window": 8}, 102 + 15 + 37),
+    ],
+)
+def test_what_else_is_held_behind_a_mark(more: dict[str, Any], expected: int) -> None:
+    config = setting("tokens", "one group", **more)
+    found = longest_prompt_peak(LONGEST, config, 1, 16)
+    assert found == [expected] == every_peak(config, 1, 16)[-1] and isinstance(found[0], int)
+
+
 def test_it_is_what_the_page_says() -> None:
     """Budget in whole blocks, interval, at most one block (docs/long_prompts.md)."""
     for block_size in (16, 32):

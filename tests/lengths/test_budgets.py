@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config.settings import CompressionConfig, LayerGroupsConfig
+from vllm_kvcompress.config.settings import (
+    CompressionConfig,
+    LayerBudgetConfig,
+    LayerGroupsConfig,
+)
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
@@ -18,6 +22,7 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
     target_tokens,
 )
+from vllm_kvcompress.lengths.layer_budgets import preference
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 
 
@@ -96,6 +101,13 @@ def test_linear_by_hand() -> None:
     fields |= {"budget": {"tokens": 420, "floor": 1}}
     wider = config(**{**fields, "layer_budget": {"shape": "linear", "beta": 0.1}})
     assert budgets_of(1020, wider, 4) == [720, 520, 320, 120]
+
+
+def test_preferences_share_out_the_last_token() -> None:
+    """41 of 106 tokens, 8 of them the window's: 3 times 33, of which the first can use 98."""
+    config = LayerBudgetConfig(shape="preference", preferences=(1e9, 3, 1))
+    found = preference(41, 8, 106, 3, config)
+    assert found == pytest.approx([106, 8.75, 8.25]) and sum(found) == pytest.approx(3 * 41)
 
 
 def test_preferences_by_hand() -> None:

@@ -86,6 +86,17 @@ def test_entries_have_a_limit_in_whole_blocks(block_size: int, entries: int) -> 
     assert isinstance(found.kept_len, int)
 
 
+@pytest.mark.parametrize(("entries", "is_coded"), [(0.5, True), (0.75, False)])
+def test_a_book_as_large_as_its_tokens_is_none(entries: float, is_coded: bool) -> None:
+    """64 of 320 tokens are kept: 4 blocks, or 2 or 3 of entries and one of codes."""
+    setting = config(
+        budget={"tokens": 64, "floor": 1}, codebook={"shallow": 1.0, "entries": entries}
+    )
+    (found,) = next_lengths(320, 320, [GroupCache(320, ((0, 4),))], setting, 16, CODES)
+    book = BookLengths(64, 32, 16) if is_coded else None
+    assert found == GroupLengths(320, 48 if is_coded else 64, book)
+
+
 def test_an_extension_by_hand() -> None:
     """492 tokens in 4 + 1 blocks, and 8 + 40 behind them: 1 full block more, 524 tokens.
 

@@ -7,7 +7,8 @@ import pytest
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
+from vllm_kvcompress.lengths.budgets import group_budgets
+from vllm_kvcompress.lengths.longest_peak import _largest_shares, longest_prompt_peak
 from vllm_kvcompress.lengths.peak import peak_tokens
 
 LONGEST = 240
@@ -87,6 +88,20 @@ def test_no_prompt_needs_more_and_one_needs_nearly_so_much(name: str, shape: str
         found = longest_prompt_peak(max_len, config, num_groups, block_size)
         for peak, needed in zip(found, most, strict=True):
             assert needed <= peak <= max(needed + slack, block_size * 2 + step), max_len
+
+
+@pytest.mark.parametrize(
+    "shape", ["pyramid", "steep", "the last layers get most", "linear", "preference"]
+)
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_shares_are_the_largest_that_any_mark_of_a_long_prompt_leaves(
+    shape: str, ratio: float
+) -> None:
+    config = setting("share", shape, budget={"ratio": ratio, "floor": 1}, prompt_interval=700)
+    count, target = SHAPES[shape][0], int(4000 * ratio)
+    every = [group_budgets(mark, target, config, count) for mark in range(target, 3300 + 1)]
+    largest = [max(shares) for shares in zip(*every, strict=True)]
+    assert _largest_shares(4000, config, count) == largest
 
 
 def test_long_prompts_with_a_budget_of_tokens_need_exactly_so_much() -> None:

@@ -27,7 +27,7 @@ def test_full_layers_of_gemma_4(tmp_path: Path, form: str, shares_keys: bool) ->
 
 
 def test_heads_of_gemma_4_in_a_multimodal_file(tmp_path: Path) -> None:
-    """Transformers make them of it, with whole numbers for names of layers."""
+    """Transformers make them of it, layer by layer."""
     text = {**CONFIGS["gemma4"], "attention_k_eq_v": True}
     fields = {"model_type": "gemma4", "dtype": "float16", "text_config": text}
     found = read(tmp_path, json.loads(json.dumps(fields, default=str)))

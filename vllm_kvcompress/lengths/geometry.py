@@ -242,8 +242,7 @@ def _own_heads(text: dict[str, Any], types: Sequence[str]) -> dict[str, Any]:
     """
     by_layer = text.get("per_layer_config")
     if isinstance(by_layer, dict):
-        number = types.index(FULL)
-        own = by_layer.get(str(number), by_layer.get(number))
+        own = by_layer.get(str(types.index(FULL)))
         return dict(own) if isinstance(own, dict) else {}
     found = {"head_dim": text.get("global_head_dim")}
     if text.get("attention_k_eq_v"):

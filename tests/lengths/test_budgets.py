@@ -22,7 +22,7 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
     target_tokens,
 )
-from vllm_kvcompress.lengths.layer_budgets import preference
+from vllm_kvcompress.lengths.layer_budgets import Shape, preference, pyramid, windowkv
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 
 
@@ -101,6 +101,23 @@ def test_linear_by_hand() -> None:
     fields |= {"budget": {"tokens": 420, "floor": 1}}
     wider = config(**{**fields, "layer_budget": {"shape": "linear", "beta": 0.1}})
     assert budgets_of(1020, wider, 4) == [720, 520, 320, 120]
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "expected"),
+    [
+        (pyramid, {"beta": 20}, [300, 40 + 520 / 3, 40 + 260 / 3, 40]),
+        (windowkv, {"beta": 20, "form": "printed"}, [300, 40 + 520 / 3, 40 + 260 / 3, 40]),
+        # 39 / 20 of 150 are 292 for the last; whole steps of 86 between.
+        (windowkv, {"beta": 20, "gamma": 39, "form": "released"}, [40, 126, 212, 300]),
+    ],
+)
+def test_a_group_larger_than_the_cache_is_clipped_and_the_other_end_raised(
+    shape: Shape, fields: dict, expected: list[float]
+) -> None:
+    """C = 170, w = 20 of 300 tokens: 292 past the window would be more than the 280 that are."""
+    config = LayerBudgetConfig(shape=shape.__name__, **fields)
+    assert shape(170, 20, 300, 4, config) == pytest.approx(expected)
 
 
 def test_preferences_share_out_the_last_token() -> None:

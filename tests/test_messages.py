@@ -36,6 +36,26 @@ def test_a_report_is_counted_once_and_nothing_is_sent_without_news() -> None:
     assert stats.codebooks["key/vectors"] == 10 and stats.codebooks["value/entries"] == 5
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        StepReport(seconds=(0.5,)),
+        StepReport(codebooks=[[10, 4, 2, 0.5], [10, 5, 0, 0.0]]),
+        StepReport(failed={"r": "it went wrong"}),
+    ],
+)
+def test_each_kind_of_news_is_sent(report: StepReport) -> None:
+    output, stats = SimpleNamespace(), CompressionStats()
+    report.attach(output)
+    assert StepReport.of(output) is report
+    for _ in range(2):
+        report.count_into(stats)
+    assert list(stats.seconds) == 2 * list(report.seconds)
+    assert bool(stats.codebooks) == bool(report.codebooks)
+    failed = report.with_failed({"s": "out of memory"})
+    assert failed == StepReport(report.seconds, report.codebooks, {"s": "out of memory"})
+
+
 @pytest.mark.parametrize("others", [None, {"connector": {}}])
 def test_counts_are_taken_out_before_vllm_looks(others: dict | None) -> None:
     stats, mail = CompressionStats(deferrals=2), SimpleNamespace(kv_connector_stats=others)

@@ -5,26 +5,28 @@ from typing import Any
 
 import pytest
 
+from vllm_kvcompress.core import longest
 from vllm_kvcompress.core.longest import LongestSequence
 
 
 class Pool:
-    """Needs a block for each 10 tokens, of which requests hold 100 at most."""
+    """Needs a block for each 10 tokens, of which requests hold so many at most, or a share."""
 
-    def __init__(self, most: int = 10**6) -> None:
-        self.most = most
+    def __init__(self, most: int = 10**6, share: float = 1.0) -> None:
+        self.most, self.share = most, share
 
     def num_growth(self, request_id: str, num_tokens: int) -> int:
-        return -(-(min(num_tokens, self.most) if request_id else num_tokens) // 10)
+        held = min(num_tokens, self.most) * self.share if request_id else num_tokens
+        return int(-(-held // 10))
 
 
 def request(prompt_len: int, max_tokens: int) -> Any:
     return SimpleNamespace(request_id="r", num_prompt_tokens=prompt_len, max_tokens=max_tokens)
 
 
-def bounded(longest: LongestSequence, *lengths: int) -> int | None:
+def bounded(sequence: LongestSequence, *lengths: int) -> int | None:
     each = request(*lengths)
-    return each.max_tokens if longest.bound(each) else None
+    return each.max_tokens if sequence.bound(each) else None
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,15 @@ def test_what_is_compressed_on_its_way_runs_to_its_end() -> None:
 
 
 def test_drafts_need_slots_behind_the_last_token() -> None:
-    longest = LongestSequence(Pool(), 20, 500, num_lookahead=5)
-    assert bounded(longest, 100, 200) == 95
-    assert longest._fits("", 500) is False
+    drafting = LongestSequence(Pool(), 20, 500, num_lookahead=5)
+    assert bounded(drafting, 100, 200) == 95
+    assert drafting._fits("", 500) is False
+
+
+def test_the_end_is_that_of_the_requests_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    info = SimpleNamespace(info=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(longest, "logger", info)
+    assert bounded(LongestSequence(Pool(share=0.5), 20, 500, 0), 100, 400) == 300
+    (line,) = said
+    assert "request r ends after 300 output tokens instead of 400: the pool of 20 blocks" in line

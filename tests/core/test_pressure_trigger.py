@@ -14,6 +14,7 @@ from vllm_kvcompress.core.compactions import Compactions
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.pressure import Pressure
 from vllm_kvcompress.core.query_slots import QuerySlots
+from vllm_kvcompress.core.resting import Resting
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
 from vllm_kvcompress.messages import RequestSetup
 from vllm_kvcompress.metrics import CompressionStats
@@ -348,6 +349,12 @@ def test_a_budget_that_frees_nothing_is_no_ample_memory() -> None:
     world.steps(2)
     gone = world.remove("a")
     assert gone is not None and gone.skip_reason == SkipReason.UNDER_BUDGET
+
+
+def test_a_request_that_nobody_knows_is_left_alone() -> None:
+    resting = Resting(World().planner)
+    resting.start("nobody", True)
+    assert resting.candidate("nobody", 10**6) is None and not resting.is_chosen("nobody")
 
 
 # --- settings -----------------------------------------------------------------------------

@@ -11,7 +11,14 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.tracked_request import SkipReason
-from vllm_kvcompress.lengths.decode_queries import MIN_SLOTS, decode_gap, decode_window, ring_shape
+from vllm_kvcompress.lengths.decode_queries import (
+    MIN_SLOTS,
+    RingShape,
+    decode_gap,
+    decode_window,
+    query_bytes,
+    ring_shape,
+)
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.request_options import parse_request
 
@@ -219,13 +226,13 @@ def vllm_config(max_num_seqs: int, num_drafts: int = 0) -> SimpleNamespace:
         hf_text_config=SimpleNamespace(num_hidden_layers=32),
         use_mla=False,
         max_model_len=131072,
-        get_num_attention_heads=lambda parallel: 32,
+        get_num_attention_heads=lambda parallel: 32 // parallel.tensor_parallel_size,
         get_head_size=lambda: 128,
         dtype=torch.bfloat16,
     )
     return SimpleNamespace(
         model_config=model,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
         num_speculative_tokens=num_drafts,
     )
@@ -246,8 +253,21 @@ def test_snapkv_with_1024_requests_stays_within_the_limit() -> None:
     """A ring for every request took 17 GB."""
     config = parse_config("snapkv", {"trigger": "both", "observation_window": 64})
     shape = ring_shape(vllm_config(1024), config)
-    assert (shape.window, shape.num_slots) == (64, 64)
+    assert (shape.window, shape.num_slots) == (64, 64) and isinstance(shape.num_slots, int)
     assert ring_bytes(shape) == 2**30
+    server = vllm_config(1024)
+    server.parallel_config.tensor_parallel_size = 4
+    assert ring_shape(server, config).num_slots == 4 * 64, "a rank keeps a quarter of the heads"
+
+
+def test_queries_of_latent_attention_are_as_wide_as_the_heads_have_them() -> None:
+    """Of DeepSeek-V2-Lite: a head's query has 128 and 64 numbers, a cached row 576."""
+    server = vllm_config(8)
+    server.model_config.use_mla = True
+    server.model_config.hf_text_config = SimpleNamespace(
+        num_hidden_layers=27, qk_nope_head_dim=128, qk_rope_head_dim=64
+    )
+    assert query_bytes(server) == 27 * 32 * (128 + 64) * 2
 
 
 def test_few_requests_have_a_slot_each() -> None:
@@ -260,7 +280,7 @@ def test_few_requests_have_a_slot_each() -> None:
 def test_drafts_lengthen_slots_and_no_window_needs_none() -> None:
     shape = ring_shape(vllm_config(64, num_drafts=4), parse_config("rkv"))
     assert shape.slot_len == 8 + 2 * 5
-    assert ring_shape(vllm_config(64), parse_config("snapkv")).num_slots == 0
+    assert ring_shape(vllm_config(64), parse_config("snapkv")) == RingShape(0, 0, 0)
 
 
 def test_views_that_may_be_taken_again_at_any_time_record_always() -> None:
@@ -270,3 +290,7 @@ def test_views_that_may_be_taken_again_at_any_time_record_always() -> None:
     assert ring_shape(vllm_config(32), config).num_slots == 32
     every = parse_config("snapkv", {"mode": "draft", "draft": {"refresh_every": 256}})
     assert decode_gap(every) == 256
+    both = parse_config(
+        "snapkv", {"mode": "draft", "draft": {**fields["draft"], "refresh_every": 9}}
+    )
+    assert decode_gap(both) == 0

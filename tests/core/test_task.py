@@ -32,13 +32,14 @@ def request(text: str | None) -> SimpleNamespace:
 
 def test_the_two_classes_one_after_the_other(loads) -> None:
     """A rival's first request decided for all that followed."""
-    classifier = RequestClassifier(SimpleNamespace(skip_tokenizer_init=False))
+    model = SimpleNamespace(skip_tokenizer_init=False)
+    classifier = RequestClassifier(model)
     passage = "The tower was built by a mason from the next valley. " * 40
     asked = QUESTION + passage + "\n\nQuestion: Who built the tower?\nAnswer:"
     told = SUMMARY + passage + "\n\nSummary:"
     found = [classifier.classify(request(text)) for text in (asked, told, told, asked)]
     assert found == ["localization", "aggregation", "aggregation", "localization"]
-    assert len(loads) == 1, "the tokenizer is loaded once"
+    assert loads == [model], "the tokenizer is loaded once"
 
 
 def test_images_do_not_hide_what_is_asked(loads) -> None:
@@ -53,6 +54,27 @@ def test_images_do_not_hide_what_is_asked(loads) -> None:
     classifier = RequestClassifier(SimpleNamespace(skip_tokenizer_init=False))
     assert classifier.classify(asked) == "aggregation"
     assert task._text_of(asked) == given
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([], "abcdefgh"),
+        ([(0, 2)], "cdefgh"),
+        ([(3, 2)], "abcfgh"),
+        ([(1, 2), (4, 1), (7, 1)], "adfg"),
+        ([(0, 8)], ""),
+    ],
+)
+def test_text_before_between_and_behind_images(
+    places: list[tuple[int, int]], expected: str
+) -> None:
+    asked = request("abcdefgh")
+    asked.mm_features = [
+        SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=length))
+        for offset, length in places
+    ]
+    assert "".join(map(chr, task._text_of(asked))) == expected
 
 
 def test_where_there_is_no_text_nobody_is_asked(loads) -> None:

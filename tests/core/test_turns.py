@@ -7,8 +7,9 @@ import pytest
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import CompactionSchedule, Phase, TrackedRequest
-from vllm_kvcompress.core.turns import continue_from, num_reusable, pins_alike
+from vllm_kvcompress.core.turns import begin_with, continue_from, num_reusable, pins_alike
 from vllm_kvcompress.lengths.peak import peak_tokens
+from vllm_kvcompress.lengths.schedule import Start, grown
 from vllm_kvcompress.plans import GroupCache
 from vllm_kvcompress.request_options import parse_request
 
@@ -43,6 +44,7 @@ def continued(planner: Planner, num_tokens: int) -> TrackedRequest:
     [
         (500, 320, 300, 320),  # all that is common
         (330, 320, 300, 314),  # the window's queries are computed again
+        (316, 315, 300, 300),  # just a window since
         (310, 305, 300, 305),  # fewer than a window since: its end goes without
         (301, 301, 300, 300),  # one token at least
         (300, 300, 300, None),
@@ -88,6 +90,14 @@ def test_a_turn_that_gains_nothing_is_left_alone() -> None:
     assert planner.remove("r") is None, "it was compressed, by an earlier turn"
 
 
+def test_a_mark_that_frees_nothing_is_none() -> None:
+    """80 slots and 30 tokens behind them are within the budget."""
+    planner, _ = armed(330, budget={"tokens": 120, "floor": 1})
+    continued(planner, 305)
+    tracked = planner.requests["r"]
+    assert (tracked.phase, tracked.marks, tracked.next_at) == (Phase.DONE, (), 330)
+
+
 def test_generated_tokens_trigger_what_the_prompt_did_not() -> None:
     planner, _ = armed(310, trigger="both", interval=32)
     continued(planner, 305)
@@ -105,9 +115,27 @@ def test_marks_inside_the_rest_of_the_prompt() -> None:
     start = tracked.start
     assert peak_tokens(900, 450, planner.config, 1, BLOCK, start=start) == [230]
     planner, _ = armed(900, trigger="prompt", prompt_interval=200)
+    continued(planner, 484)
+    assert planner.requests["r"].marks == (500, 700, 900), "just the window is computed"
+    planner, _ = armed(900, trigger="prompt", prompt_interval=200)
     continued(planner, 485)
     assert planner.requests["r"].marks == (700, 900), "the window before 500 is not all computed"
     assert planner.most_held(0, "r", 900) == 480
+
+
+def test_a_request_behind_a_shared_prefix_is_compacted_no_more() -> None:
+    planner, tracked = armed(500, trigger="prompt", prompt_interval=200)
+    assert tracked.marks == (100, 300, 500) and planner.most_held(0, "r", 500) < 280
+    before = planner.set_aside("r")
+    begin_with(planner.requests["r"], prefix := held(80, 300), 300)
+    tracked = planner.requests["r"]
+    assert (tracked.phase, tracked.marks, tracked.next_at) == (Phase.DONE, (), 300)
+    assert tracked.start == Start(300, prefix.caches, ())
+    assert planner.setups_of(["r"])["r"].evicted == (220,)
+    assert tracked.compaction.caches_at(320) == grown(prefix.caches, 20)
+    assert [planner.most_held(0, "r", length) for length in (500, 900)] == [280, 680]
+    assert not any(planner.note_progress("r", length) for length in (300, 500, 900))
+    assert before.start is None and prefix.caches == held(80, 300).caches
 
 
 def test_pins_of_the_new_part_join_those_that_are_held() -> None:

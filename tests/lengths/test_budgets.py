@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config.settings import CompressionConfig, LayerGroupsConfig
+from vllm_kvcompress.config.settings import (
+    CompressionConfig,
+    LayerBudgetConfig,
+    LayerGroupsConfig,
+)
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.lengths.budgets import (
     after_compaction,
@@ -18,6 +22,7 @@ from vllm_kvcompress.lengths.budgets import (
     permanent_ranges,
     target_tokens,
 )
+from vllm_kvcompress.lengths.layer_budgets import Shape, preference, pyramid, windowkv
 from vllm_kvcompress.plans import GroupCache, GroupLengths
 
 
@@ -96,6 +101,30 @@ def test_linear_by_hand() -> None:
     fields |= {"budget": {"tokens": 420, "floor": 1}}
     wider = config(**{**fields, "layer_budget": {"shape": "linear", "beta": 0.1}})
     assert budgets_of(1020, wider, 4) == [720, 520, 320, 120]
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "expected"),
+    [
+        (pyramid, {"beta": 20}, [300, 40 + 520 / 3, 40 + 260 / 3, 40]),
+        (windowkv, {"beta": 20, "form": "printed"}, [300, 40 + 520 / 3, 40 + 260 / 3, 40]),
+        # 39 / 20 of 150 are 292 for the last; whole steps of 86 between.
+        (windowkv, {"beta": 20, "gamma": 39, "form": "released"}, [40, 126, 212, 300]),
+    ],
+)
+def test_a_group_larger_than_the_cache_is_clipped_and_the_other_end_raised(
+    shape: Shape, fields: dict, expected: list[float]
+) -> None:
+    """C = 170, w = 20 of 300 tokens: 292 past the window would be more than the 280 that are."""
+    config = LayerBudgetConfig(shape=shape.__name__, **fields)
+    assert shape(170, 20, 300, 4, config) == pytest.approx(expected)
+
+
+def test_preferences_share_out_the_last_token() -> None:
+    """41 of 106 tokens, 8 of them the window's: 3 times 33, of which the first can use 98."""
+    config = LayerBudgetConfig(shape="preference", preferences=(1e9, 3, 1))
+    found = preference(41, 8, 106, 3, config)
+    assert found == pytest.approx([106, 8.75, 8.25]) and sum(found) == pytest.approx(3 * 41)
 
 
 def test_preferences_by_hand() -> None:

@@ -70,6 +70,33 @@ def test_forced_tokens_are_coded_whatever_the_budget() -> None:
     assert found.book == BookLengths(302, 96, 32), "2 of the last 10 are in the region"
 
 
+def test_one_token_is_coded_where_the_tail_is_all_of_the_budget() -> None:
+    """A region of 31 blocks must leave something: a block of entries and a block of codes."""
+    found = book_lengths(1000, 3, [], 0.25, 32, CODES)
+    assert found == GroupLengths(31 * 32, 2 * 32, BookLengths(1, 32, 32))
+
+
+@pytest.mark.parametrize(("block_size", "entries"), [(16, 65_536), (48, 65_520)])
+def test_entries_have_a_limit_in_whole_blocks(block_size: int, entries: int) -> None:
+    """Codes are 16 bits wide."""
+    num_tokens = 480_000
+    found = book_lengths(num_tokens, num_tokens, [], 0.5, block_size, CODES)
+    rows = -(-num_tokens // CODES // block_size) * block_size
+    assert found is not None and found.book == BookLengths(num_tokens, entries, rows)
+    assert isinstance(found.kept_len, int)
+
+
+@pytest.mark.parametrize(("entries", "is_coded"), [(0.5, True), (0.75, False)])
+def test_a_book_as_large_as_its_tokens_is_none(entries: float, is_coded: bool) -> None:
+    """64 of 320 tokens are kept: 4 blocks, or 2 or 3 of entries and one of codes."""
+    setting = config(
+        budget={"tokens": 64, "floor": 1}, codebook={"shallow": 1.0, "entries": entries}
+    )
+    (found,) = next_lengths(320, 320, [GroupCache(320, ((0, 4),))], setting, 16, CODES)
+    book = BookLengths(64, 32, 16) if is_coded else None
+    assert found == GroupLengths(320, 48 if is_coded else 64, book)
+
+
 def test_an_extension_by_hand() -> None:
     """492 tokens in 4 + 1 blocks, and 8 + 40 behind them: 1 full block more, 524 tokens.
 

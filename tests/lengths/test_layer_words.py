@@ -60,6 +60,15 @@ def test_a_configuration_may_not_tell_layers_apart(fields: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [{"full_attention_interval": 1}, {"attn_layer_period": 1, "attn_layer_offset": 0}],
+    ids=str,
+)
+def test_a_period_of_one_layer_leaves_no_state(fields: dict[str, Any]) -> None:
+    assert named_layers(text(**fields)) == (FULL,) * 4
+
+
+@pytest.mark.parametrize(
     "config",
     [
         "Lfm2Config", "GraniteMoeHybridConfig", "JambaConfig", "NemotronHConfig",
@@ -82,12 +91,14 @@ def test_configurations_of_transformers_are_understood(config: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
+        ({}, False),
         ({"model_type": "llama"}, False),
         ({"model_type": "jamba"}, True),
         ({"model_type": "nemotron_h"}, True),
         ({"model_type": "granitemoehybrid"}, True),
         ({"model_type": "granitemoehybrid", "position_embedding_type": "nope"}, True),
         ({"model_type": "granitemoehybrid", "position_embedding_type": "rope"}, False),
+        ({"model_type": "olmo_hybrid"}, True),
         ({"model_type": "olmo_hybrid", "rope_parameters": None}, True),
         ({"model_type": "olmo_hybrid", "rope_parameters": {"rope_theta": None}}, True),
         ({"model_type": "olmo_hybrid", "rope_parameters": {"rope_theta": 1e6}}, False),

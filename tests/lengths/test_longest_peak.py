@@ -7,7 +7,8 @@ import pytest
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
-from vllm_kvcompress.lengths.longest_peak import longest_prompt_peak
+from vllm_kvcompress.lengths.budgets import group_budgets
+from vllm_kvcompress.lengths.longest_peak import _largest_shares, longest_prompt_peak
 from vllm_kvcompress.lengths.peak import peak_tokens
 
 LONGEST = 240
@@ -89,10 +90,39 @@ def test_no_prompt_needs_more_and_one_needs_nearly_so_much(name: str, shape: str
             assert needed <= peak <= max(needed + slack, block_size * 2 + step), max_len
 
 
+@pytest.mark.parametrize(
+    "shape", ["pyramid", "steep", "the last layers get most", "linear", "preference"]
+)
+@pytest.mark.parametrize("ratio", [0.1, 0.4])
+def test_shares_are_the_largest_that_any_mark_of_a_long_prompt_leaves(
+    shape: str, ratio: float
+) -> None:
+    config = setting("share", shape, budget={"ratio": ratio, "floor": 1}, prompt_interval=700)
+    count, target = SHAPES[shape][0], int(4000 * ratio)
+    every = [group_budgets(mark, target, config, count) for mark in range(target, 3300 + 1)]
+    largest = [max(shares) for shares in zip(*every, strict=True)]
+    assert _largest_shares(4000, config, count) == largest
+
+
 def test_long_prompts_with_a_budget_of_tokens_need_exactly_so_much() -> None:
     config = setting("tokens", "one group")
     (most,) = every_peak(config, 1, 16)[-1]
     assert longest_prompt_peak(LONGEST, config, 1, 16) == [most] == [70 + 15 + 37]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"min_prompt_len": 200, "budget": {"tokens": 40, "floor": 1}}, 199),  # has no mark inside
+        # 94 pinned tokens, in 6 whole blocks, are more than they and the window.
+        ({"pinned": [[0, 94]], "observation_window": 1}, 96 + 15 + 37),
+        ({"pinned": [[0, 94]], "observation_window": 8}, 102 + 15 + 37),
+    ],
+)
+def test_what_else_is_held_behind_a_mark(more: dict[str, Any], expected: int) -> None:
+    config = setting("tokens", "one group", **more)
+    found = longest_prompt_peak(LONGEST, config, 1, 16)
+    assert found == [expected] == every_peak(config, 1, 16)[-1] and isinstance(found[0], int)
 
 
 def test_it_is_what_the_page_says() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.lengths.geometry import ModelGeometry
-from vllm_kvcompress.lengths.layer_words import FULL, NO_CACHE, STATE
+from vllm_kvcompress.lengths.layer_words import FULL, NO_CACHE, STATE, WINDOWED
 from vllm_kvcompress.lengths.windowed_tables import (
     LayersBeside,
     count_tables,
@@ -75,6 +75,8 @@ def test_the_warning_says_what_is_multiplied() -> None:
     assert groups_warning(config, 10, LayersBeside()) is None, "no layers of other kinds"
     one = parse_config("snapkv")
     assert one is not None and groups_warning(one, 10, LayersBeside(52)) is None
+    two = parse_config({"preset": "snapkv", "layer_groups": {"count": 2}})
+    assert two is not None and groups_warning(two, 2, LayersBeside(1)) is None, "3 tables both ways"
 
 
 def test_layers_are_called_what_they_are() -> None:
@@ -85,6 +87,8 @@ def test_layers_are_called_what_they_are() -> None:
     assert "2 layer groups beside 36 recurrent layers make 8 block tables" in recurrent
     both = groups_warning(config, 6, LayersBeside(6, 12))
     assert both is not None and "beside 6 windowed layers and 12 recurrent layers make 8" in both
+    every = [WINDOWED, FULL, STATE, NO_CACHE, WINDOWED, WINDOWED, STATE]
+    assert LayersBeside.among(every) == LayersBeside(windowed=3, recurrent=2)
     # Feed-forward layers that are counted as layers (Nemotron-H) have no block table.
     assert LayersBeside.among([NO_CACHE, FULL] * 4) == LayersBeside()
 

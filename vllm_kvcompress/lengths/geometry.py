@@ -200,8 +200,9 @@ def read_geometry(
     is_latent = text.get("kv_lora_rank") is not None
     if is_latent:
         _check_latent(text, folder, latent)
-    count, positions = config.whole_number("num_hidden_layers"), _positions(text)
-    types = _layer_types(count, config, positions)
+    config.whole_number("num_hidden_layers")  # which `layer_types` counts on
+    positions = _positions(text)
+    types = _layer_types(config, positions)
     config = replace(config, text={**text, **_own_heads(text, types)})
     text = config.text
     num_heads = config.whole_number("num_attention_heads")
@@ -240,9 +241,8 @@ def _own_heads(text: dict[str, Any], types: Sequence[str]) -> dict[str, Any]:
     Gemma 4: as published, and as transformers write it (layer by layer).
     """
     by_layer = text.get("per_layer_config")
-    if isinstance(by_layer, dict) and FULL in types:
-        number = types.index(FULL)
-        own = by_layer.get(str(number), by_layer.get(number))
+    if isinstance(by_layer, dict):
+        own = by_layer.get(str(types.index(FULL)))
         return dict(own) if isinstance(own, dict) else {}
     found = {"head_dim": text.get("global_head_dim")}
     if text.get("attention_k_eq_v"):
@@ -255,7 +255,7 @@ def _positions(text: dict[str, Any]) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def _layer_types(count: int, config: ConfigFile, positions: int | None) -> tuple[str, ...]:
+def _layer_types(config: ConfigFile, positions: int | None) -> tuple[str, ...]:
     """What each layer attends to.
 
     Raises
@@ -263,7 +263,7 @@ def _layer_types(count: int, config: ConfigFile, positions: int | None) -> tuple
     UnsupportedModelError
         If no layer attends to everything, or one is of a kind that is not served.
     """
-    text = SimpleNamespace(**{**config.text, "num_hidden_layers": count})
+    text = SimpleNamespace(**config.text)
     types, names = layer_types(text, positions), config.data.get("architectures") or ()
     strange = sorted(set(types) - SERVED)
     untried = STATE in types and not set(names) & set(TRIED_HYBRIDS)

@@ -45,11 +45,11 @@ def layer_types(text: Any, max_len: int | None = None) -> tuple[str, ...]:
     named = named_layers(text)
     if named is not None:
         found = named
-    elif pattern := _pattern(text, window):
+    elif pattern := _pattern(text):
         # One layer in so many attends to everything, the last of them.
         found = tuple(FULL if (i + 1) % pattern == 0 else WINDOWED for i in range(count))
     else:
-        found = (WINDOWED if window else FULL,) * count
+        found = (WINDOWED,) * count
     if not window or (max_len is not None and window >= max_len):
         return tuple(FULL if each == WINDOWED else each for each in found)
     return found
@@ -70,10 +70,8 @@ UNTURNED = ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe")
 """Model types whose windowed layers alone turn queries and keys, if they have any."""
 
 
-def _pattern(text: Any, window: int | None) -> int | None:
+def _pattern(text: Any) -> int | None:
     """Older configurations have a number in the place of a word per layer, or nothing at all."""
-    if not window:
-        return None
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:

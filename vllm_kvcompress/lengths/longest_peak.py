@@ -25,14 +25,13 @@ def longest_prompt_peak(
         if not each.compresses_in_prompts:
             return [max_len] * num_groups  # all of it, until its end
         step, window = each.prompt_interval, each.observation_window
-        # The longest that have no mark inside.
-        whole = max(step + window, each.min_prompt_len) - 1
-        before_mark = permanent_ranges(max(max_len - step, 0), each)
+        before_mark = permanent_ranges(max_len - step, each)
         permanent = sum(end - start for start, end in before_mark)
         in_blocks = -(-permanent // block_size) * block_size
         for group, share in enumerate(_largest_shares(max_len, each, num_groups)):
             kept = max(share, permanent + window, in_blocks, block_size)
-            most = max(kept + block_size - 1 + step, whole)
+            # Prompts below `min_prompt_len` have no mark inside.
+            most = max(kept + block_size - 1 + step, each.min_prompt_len - 1)
             peaks[group] = max(peaks[group], min(most, max_len))
     return peaks
 

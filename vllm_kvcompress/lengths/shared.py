@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.lengths.geometry import ModelGeometry
-from vllm_kvcompress.lengths.sizing import RequestUsage, request_usage
+from vllm_kvcompress.lengths.sizing import request_usage
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def shared_capacity(
 ) -> SharedCapacity:
     """Fill a pool of `memory` bytes per worker; vLLM keeps one block back.
 
+    What follows the text stays whole.
+
     Parameters
     ----------
     memory : int
@@ -53,17 +55,20 @@ def shared_capacity(
         Tokens that all prompts begin with, and tokens of one request, its output included.
     """
     whole = shared_len // block_size * block_size
-    config = setting_of_prefix(config)
-    sizes = block_size, tensor_parallel_size
-
-    def usage(length: int, setting: CompressionConfig) -> RequestUsage:
-        return request_usage(geometry, setting, length, 0, *sizes)
-
     # One token at least follows the text: the answer's first.
-    text, rest = usage(max(whole, 1), config), max(request_len - whole, 1)
-    own = usage(rest, config.model_copy(update={"min_prompt_len": rest + 1}))
-    stock = max(memory // text.stock_block_bytes - 1, 0) - whole // block_size
-    pool = max(memory // text.block_bytes - 1, 0) - text.blocks_after
+    rest = max(request_len - whole, 1)
+    text, own = (
+        request_usage(
+            geometry,
+            setting,
+            length,
+            block_size=block_size,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        for setting, length in ((setting_of_prefix(config), whole), (config, rest))
+    )
+    stock = memory // text.stock_block_bytes - 1 - text.stock_blocks_prompt
+    pool = memory // text.block_bytes - 1 - text.blocks_after
     return SharedCapacity(
         tokens=whole,
         blocks_before=text.blocks_before,

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from pathlib import Path
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
 from tests.needs import OPTIONAL, is_missing, needed
@@ -25,8 +25,9 @@ __all__ = [
 
 # For mutmut: whether a test fails is what counts, not by how little, and each time the same.
 settings.register_profile(
-    "mutation", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None
-)
+    "mutation", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None,
+    deadline=None, suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"

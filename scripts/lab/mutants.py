@@ -105,6 +105,7 @@ class Judge:
     def pytest_runtestloop(self, session: Any) -> bool:
         if session.testsfailed:
             raise SystemExit("the tests cannot be collected")
+        session.config.pluginmanager.unregister(name="terminalreporter")  # a dot for each test
         items = {item.nodeid: item for item in session.items}
         for name in self.names:
             if name in self.verdicts:

@@ -6,8 +6,9 @@
 
 mutmut's own `run` collects the tests anew for every mutant and takes the shortest first. Here one
 process collects, a fork judges each mutant, and tests that killed its neighbours come first. A
-mutant is judged by the tests that reach its function, and by all that are newer than mutants/.
-What OUT.json has is not judged again.
+mutant is judged by the tests that reach its function, and by all that are newer than mutants/;
+by the first `--seconds` of them, as one that lives would cost minutes otherwise. What OUT.json has
+is not judged again.
 """
 
 import argparse
@@ -48,10 +49,13 @@ class Order:
         Tests by function.
     seconds : Mapping[str, float]
         By test. One that is missing is new, and judges every mutant.
+    limit : float
+        Seconds of tests for one mutant; a test that does not fit any more is left out.
     """
 
     reached_by: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float]
+    limit: float = float("inf")
     kills: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def tests(self, mutant: str, collected: Sequence[str]) -> list[str]:
@@ -63,10 +67,15 @@ class Order:
         def worth(test: str) -> float:
             return (4 * near[test] + far[test] + 0.1) / (self.seconds.get(test, 0.1) + 0.03)
 
-        return sorted([*new, *reaching], key=worth, reverse=True)
+        chosen, left = list[str](), self.limit
+        for test in sorted([*new, *reaching], key=worth, reverse=True):
+            if not chosen or self.took([test]) <= left:
+                chosen.append(test)
+                left -= self.took([test])
+        return chosen
 
     def took(self, tests: Sequence[str]) -> float:
-        return sum(self.seconds.get(test, 1.0) for test in tests)
+        return sum(self.seconds.get(test, 0.1) for test in tests)
 
     def killed(self, mutant: str, test: str) -> None:
         self.kills[function_of(mutant)][test] += 1
@@ -107,6 +116,7 @@ class Judge:
             raise SystemExit("the tests cannot be collected")
         session.config.pluginmanager.unregister(name="terminalreporter")  # a dot for each test
         items = {item.nodeid: item for item in session.items}
+        self.warm_up(session.items)
         for name in self.names:
             if name in self.verdicts:
                 continue
@@ -119,6 +129,14 @@ class Judge:
             if verdict != KILLED:
                 print(f"{verdict}: {name}", file=sys.stderr, flush=True)
         return True
+
+    def warm_up(self, items: Sequence[Any]) -> None:
+        """One test of each file: what it imports late no fork imports again."""
+        first = {item.path: item for item in reversed(items)}
+        for item in first.values():
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        if self.failed:
+            raise SystemExit("a test fails without a mutant")
 
     def judge(self, name: str, items: Sequence[Any]) -> tuple[str, str]:
         """A verdict, and the test that killed it."""
@@ -163,12 +181,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="verdicts; those that it has stand")
     parser.add_argument("patterns", nargs="*", default=["*"], help="names of mutants")
-    args = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=6, help="of tests for one (default: 6)")
+    args = parser.parse_intermixed_args()
     if not (MUTANTS / "mutmut-stats.json").is_file():
         parser.error("no mutants/ here: python -m mutmut run no.such.mutant makes it")
     settings = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
     stats = json.loads((MUTANTS / "mutmut-stats.json").read_text(encoding="utf-8"))
-    order = Order(stats["tests_by_mangled_function_name"], stats["duration_by_test"])
+    order = Order(stats["tests_by_mangled_function_name"], stats["duration_by_test"], args.seconds)
     out = args.out.absolute()
     verdicts = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     judge = Judge(list(mutants(args.patterns)), order, out, verdicts)

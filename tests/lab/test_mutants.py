@@ -25,6 +25,14 @@ def test_new_tests_judge_every_mutant() -> None:
     assert order.tests(f"{GROW}__mutmut_1", ["old", "new"]) == ["new"]
 
 
+def test_a_mutant_that_lives_costs_so_many_seconds() -> None:
+    seconds = {"short": 0.5, "long": 9.0, "other": 0.6}
+    reached_by = {CLIP: list(seconds), GROW: ["long"]}
+    tests = Order(reached_by, seconds, limit=1.2).tests
+    assert tests(f"{CLIP}__mutmut_1", list(seconds)) == ["short", "other"]
+    assert tests(f"{GROW}__mutmut_1", list(seconds)) == ["long"], "one is asked in any case"
+
+
 def test_the_score_is_by_module() -> None:
     verdicts = {
         f"{CLIP}__mutmut_1": ["killed", "a test"],

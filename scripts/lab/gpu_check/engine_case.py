@@ -5,6 +5,7 @@ python -m lab.gpu_check.engine_case CASE OUT.json --model FOLDER
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,15 @@ def cache_options(model: str, rehearse: bool) -> dict[str, Any]:
     return found
 
 
+def mend_rotary_kernel() -> None:
+    """vLLM's rotary kernel for CPUs misreads queries of three dimensions, as LFM2's are: tokens
+    depend on what lies in memory. The engine must be in this process."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)  # noqa: B010
+
+
 def prompts_of(model: str, llm: Any, length: int) -> list[list[int]]:
     """Four prompts of about that many tokens."""
     from vllm_kvcompress.evaluation.tasks.needle import make_samples
@@ -138,6 +148,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     case = (CASES | MODEL_CASES)[args.case]
     sizes = SMALL if args.rehearse else FULL
+    if case.model == "recurrent" and args.rehearse:
+        mend_rotary_kernel()
     setting = setting_of(case.kind, sizes)
     options: dict[str, Any] = {
         "dtype": args.dtype,

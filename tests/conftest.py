@@ -7,10 +7,10 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 
 from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
 from tests.needs import OPTIONAL, is_missing, needed
@@ -23,11 +23,14 @@ __all__ = [
     "pytest_collection_modifyitems",
 ]
 
-# For mutmut: whether a test fails is what counts, not by how little, and each time the same.
-settings.register_profile(
-    "mutation", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None,
-    deadline=None, suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+if find_spec("hypothesis") is not None:  # a GPU machine may do without
+    from hypothesis import HealthCheck, Phase, settings
+
+    # For mutmut: whether a test fails is what counts, not by how little, and each time the same.
+    settings.register_profile(
+        "mutation", phases=(Phase.explicit, Phase.generate), derandomize=True, database=None,
+        deadline=None, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 PROBE_MODEL = ROOT / "examples" / "probe-model"

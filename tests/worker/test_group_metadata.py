@@ -140,6 +140,16 @@ def test_metadata_of_another_kind_is_made_anew() -> None:
         del derived
 
 
+def test_bounds_may_come_in_the_same_list() -> None:
+    families, bounds = Families(0, (1,), (), (["one"],)), [60, 40, 8]
+    build = next(iter(BUILDERS.values())).build
+    for bound in (40, 41):
+        bounds[1] = bound
+        derived = families.derive(build(0, common(0)), LENGTHS, bounds, TABLES, SLOTS)
+        assert derived["one"].max_seq_len == bound
+        del derived
+
+
 @pytest.mark.parametrize(
     "used", [{"scheduler_metadata": torch.zeros(1)}, {"max_dcp_context_kv_len": 7}]
 )

@@ -147,7 +147,8 @@ class _Objects:
                 for _, each in self._fields:
                     each[name] = value
         for name, values in own.items():
-            if self._own.get(name) is not values:
+            # The same list may have other numbers in it by now; a tuple has not.
+            if self._own.get(name) is not values or not isinstance(values, tuple):
                 for group, each in self._fields:
                     each[name] = values[group]
         self._own = dict(own)

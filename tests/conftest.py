@@ -12,13 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.heap import modules_stay_apart, nobody_else_sets_apart, pytest_collection_finish
+from tests.heap import (
+    modules_stay_apart,
+    nobody_else_sets_apart,
+    nothing_dies_at_the_limit,
+    pytest_collection_finish,
+)
 from tests.needs import OPTIONAL, is_missing, needed
 from tests.order import pytest_collection_modifyitems
 
 __all__ = [
     "modules_stay_apart",
     "nobody_else_sets_apart",
+    "nothing_dies_at_the_limit",
     "pytest_collection_finish",
     "pytest_collection_modifyitems",
 ]

@@ -40,7 +40,7 @@ def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"[" * 100_000, "not valid JSON"),
+        pytest.param(b"[" * 100_000, "not valid JSON", marks=pytest.mark.deep),
         (b"9" * 5000, "not valid JSON"),
         (b"\xff", "not UTF-8 text"),
         (b'"\\ud800"', "half a character"),
@@ -77,7 +77,14 @@ def test_what_is_no_file(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[" * 100_000, "[1]", '{"asked": 1}', "{", '{"x": 1}'],
+    [
+        "",
+        pytest.param("[" * 100_000, marks=pytest.mark.deep),
+        "[1]",
+        '{"asked": 1}',
+        "{",
+        '{"x": 1}',
+    ],
     ids=["empty", "deep", "list", "number", "cut", "other"],
 )
 def test_a_folder_of_somebody_elses(tmp_path: Path, content: str) -> None:

@@ -110,6 +110,7 @@ def test_numbers_of_things_are_whole(tmp_path: Path, value: object) -> None:
         read(tmp_path, PLAIN | {name: value})
 
 
+@pytest.mark.deep
 def test_an_unknown_type_and_a_file_that_nests_too_deep(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: dtype 'int8' is unknown"):
         read(tmp_path, PLAIN | {"dtype": "int8"})

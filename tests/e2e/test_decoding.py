@@ -10,8 +10,11 @@ import torch
 from lab.scenarios import churn
 from tests.e2e.conftest import assert_idle, opened
 from tests.inside import managers, preempt
+from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.evaluation.engine import Engine
+from vllm_kvcompress.evaluation.replay import Replay
 from vllm_kvcompress.lengths import decode_queries
+from vllm_kvcompress.request_options import parse_request, resolve_request
 
 pytestmark = pytest.mark.engine
 
@@ -97,6 +100,25 @@ def test_each_alone_gives_the_same_tokens(engine: Engine, run, requests) -> None
     expected, _ = run
     prompt, xargs = requests[0]
     assert engine.generate([prompt], NUM_TOKENS, xargs, ignore_eos=True) == expected[:1]
+
+
+def test_a_replay_gives_the_same_tokens(engine: Engine, run, requests, probe_model) -> None:
+    """So what ``kvcompress eval`` measures of settings that compact while decoding is served."""
+    replay = Replay(probe_model, BLOCK)
+    server = parse_config(SETTING)
+    assert server is not None
+    cases = [
+        (prompt, xargs, tokens) for (prompt, xargs), tokens in zip(requests, run[0], strict=True)
+    ]
+    rkv = {"kv_compression": "rkv", "kv_budget_ratio": 0.05}  # 64 tokens, every 128
+    [tokens] = engine.generate([requests[0][0]], 150, rkv, ignore_eos=True)
+    cases.append((requests[0][0], rkv, tokens))
+    for prompt, xargs, tokens in cases:
+        config = resolve_request(server, parse_request(xargs))
+        assert replay.generate(replay.prefill(prompt), config, len(tokens)) == tokens
+    assert engine.scheduler.stats.compactions["rkv/decode"] == 1
+    whole = replay.generate(replay.prefill(requests[0][0]), None, 150)
+    assert whole[:128] == tokens[:128] and whole != tokens
 
 
 def test_preempted_requests_give_the_same_tokens(probe_model, run, requests) -> None:

@@ -1,4 +1,4 @@
-"""Prompts that are compacted inside, against plain attention over explicit sets of survivors.
+"""Prompts and what follows them, compacted on the way, against plain attention over explicit sets.
 
 The reference computes the whole prompt anew after every compaction. A table says which tokens each
 token sees in each layer and KV head; a compaction takes what it evicts away from all later tokens.
@@ -20,6 +20,7 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.evaluation.quality.variants import kept_share
 from vllm_kvcompress.evaluation.replay import Replay
+from vllm_kvcompress.evaluation.replay_decoding import Decoding
 from vllm_kvcompress.evaluation.replay_latent import LatentReplay
 from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.lengths.budgets import group_budgets, layer_groups
@@ -125,13 +126,11 @@ def by_hand(
     groups = layer_groups(len(layers), config.layer_groups)
     # Positions in the order in which they lie in the cache.
     held = [[torch.empty(0, dtype=torch.int64)] * plain.heads for _ in plain.seen]
-    stays = torch.zeros(LENGTH, dtype=torch.bool)
+    stays = torch.zeros(LENGTH + num_tokens, dtype=torch.bool)
     for start, end in [(0, SINKS), *config.pinned]:
         stays[start:end] = True
-    marks = MARKS if config.compresses_in_prompts else MARKS[-1:]
-    first, done = -1, 0
-    for mark in marks:
-        rows, first = plain.run(tokens[:mark])
+
+    def compact(rows: list[torch.Tensor], done: int, mark: int) -> None:
         budgets = group_budgets(mark, int(LENGTH * 0.2), config, max(groups) + 1)
         for layer, group in zip(layers, groups, strict=True):
             scores = score(plain, rows, layer)
@@ -152,11 +151,23 @@ def by_hand(
                     )
                 held[layer][head] = cached
                 plain.seen[layer][head, mark:, lost] = False
-        done = mark
+
+    first, done = -1, 0
+    marks = MARKS if config.compresses_in_prompts else MARKS[-1:]
+    for mark in marks:
+        rows, first = plain.run(tokens[:mark])
+        if config.compresses_prompts:
+            compact(rows, done, mark)
+            done = mark
+    survivors = [list(heads) for heads in held]
     said = [first]
     while len(said) < num_tokens:
-        said.append(plain.run([*tokens, *said])[1])
-    return held, said
+        rows, token = plain.run([*tokens, *said])
+        if config.compacts_at_intervals and len(said) % config.interval == 0:
+            compact(rows, done, LENGTH + len(said))
+            done = LENGTH + len(said)
+        said.append(token)
+    return survivors, said
 
 
 # --- comparisons --------------------------------------------------------------------------
@@ -208,6 +219,44 @@ def test_survivors_and_tokens_are_those_of_plain_attention(case: str, folder_of:
     full = replay.full_layers
     assert any(kept[n].shape == at_the_end[n].shape for n in full)
     assert any(set(kept[n][0].tolist()) != set(at_the_end[n][0].tolist()) for n in full)
+
+
+FOLLOWING = {
+    "the prompt's end, and behind it": ("llama", {"trigger": "both"}, shortest),
+    "behind the prompt alone": ("llama", {"trigger": "interval"}, shortest),
+    "inside the prompt, too": ("llama", {"trigger": "all", **PYRAMID}, shortest),
+    "the window's queries": ("llama", {**TOVA, "trigger": "both"}, last_query),
+    "pins": ("llama", {"trigger": "both", "pinned": [list(pin) for pin in PINS]}, shortest),
+    "windowed layers": ("gemma3", {"trigger": "both"}, shortest),
+    "latents": ("deepseek_v3", {"trigger": "both"}, shortest),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWING)
+def test_what_is_compacted_while_decoding_is_that_of_plain_attention(
+    case: str, folder_of: Any
+) -> None:
+    name, more, score = FOLLOWING[case]
+    interval, num_tokens = 20, 50
+    folder, tokens = folder_of(name), distinct_tokens(LENGTH, seed=3)
+    config = setting(**more, interval=interval)
+    plain = Plain(folder, LENGTH + num_tokens)
+    _, said = by_hand(plain, tokens, config, score, num_tokens)
+    replay = replay_of(folder, name)
+    prompt = replay.prefill(tokens)
+    assert replay.generate(prompt, config, num_tokens) == said
+    request = Decoding(replay, prompt, config)
+    several = request.extend(said[:-1]).argmax(-1).tolist()
+    assert [request.prompt.first_token, *several] == said
+    full = [request.kept[layer].positions for layer in replay.full_layers]
+    assert any(each.shape[1] < LENGTH // 2 for each in full) and 0 < request.mean_kept < 1
+    # Something was evicted that had survived the prompt, or had been generated.
+    before = replay.survivors(prompt, config)
+    lost = [set(before[n][0].tolist()) - set(request.kept[n].positions[0].tolist())
+            for n in replay.full_layers]  # fmt: skip
+    assert all(lost)
+    with_all = setting(**{**more, "trigger": "end_of_prompt"})
+    assert replay.generate(prompt, with_all, num_tokens) != said
 
 
 def test_the_reference_agrees_without_marks(folder_of: Any) -> None:

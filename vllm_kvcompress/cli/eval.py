@@ -67,7 +67,10 @@ def run_eval(args: argparse.Namespace) -> int:
     from vllm_kvcompress.evaluation.quality.run import Stopped
     from vllm_kvcompress.evaluation.quality.variants import make_variants
 
-    variants = _server_variants(args) if args.url else make_variants(args.policies, args.budgets)
+    if args.url:
+        variants = _server_variants(args)
+    else:
+        variants = make_variants(args.policies, args.budgets, by_replay=args.runner == "replay")
     protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     if "hidden" in protocols and (args.url or args.runner == "engine"):
         raise ConfigError(

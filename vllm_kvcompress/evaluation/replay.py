@@ -24,6 +24,7 @@ from vllm_kvcompress.evaluation.replay_attention import (
     softmax_terms,
 )
 from vllm_kvcompress.evaluation.replay_compaction import compact
+from vllm_kvcompress.evaluation.replay_decoding import Decoding, is_compacted_behind
 from vllm_kvcompress.evaluation.replay_marks import Held, computed_under
 from vllm_kvcompress.evaluation.replay_rows import KeptRows
 from vllm_kvcompress.evaluation.replay_states import (
@@ -55,6 +56,8 @@ class Prefilled:
         The model's rotary embedding.
     first_token : int
         What the model says next, from the whole cache.
+    logits : torch.Tensor
+        [n, vocabulary] float, of the last tokens.
     keys, values, queries : list[torch.Tensor]
         Per layer [KV, n, D], [KV, n, D] and [H, n, D]; keys and queries after RoPE. Of a windowed
         layer the cache holds the last tokens only, of a recurrent one none.
@@ -67,6 +70,7 @@ class Prefilled:
     token_ids: list[int]
     rotary: Rotary | None
     first_token: int = -1
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     queries: list[torch.Tensor] = field(default_factory=list)
@@ -186,10 +190,12 @@ class Replay:
         kept: Sequence[KeptRows] = (),
         start: int = 0,
         states: dict[int, Any] | None = None,
+        logits_to_keep: int = 1,
     ) -> Prefilled:
         """Run tokens from position `start` on over what is kept of those before them.
 
-        Keys and values are then those that are kept, and the new ones; queries are the new ones.
+        Keys and values are then those that are kept, and the new ones; queries are the new ones,
+        and logits those of every step's last `logits_to_keep` tokens, 0 for all.
         """
         cache, steps = None, [token_ids]
         if kept:
@@ -198,6 +204,7 @@ class Replay:
             if states:  # from which transformers go on by single tokens only
                 steps = [[token] for token in token_ids]
         collected: list[dict[int, torch.Tensor]] = []
+        logits: list[torch.Tensor] = []
         for step in steps:
             masks = None
             if kept and len(step) > 1:
@@ -210,9 +217,10 @@ class Replay:
                     past_key_values=cache,
                     position_ids=torch.arange(start, start + len(step), device=self.device)[None],
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=logits_to_keep,
                 )
             collected.append(self._queries)
+            logits.append(output.logits[0])
             cache, self._queries, start = output.past_key_values, None, start + len(step)
         keys, values = zip(*rows_of(cache), strict=True)
         queries = {
@@ -222,7 +230,8 @@ class Replay:
         return Prefilled(
             token_ids=token_ids,
             rotary=self.rotary,
-            first_token=int(output.logits[0, -1].argmax()),
+            first_token=int(logits[-1][-1].argmax()),
+            logits=torch.cat(logits),
             keys=list(keys),
             values=list(values),
             queries=[queries.get(number, none) for number in range(len(keys))],
@@ -247,6 +256,8 @@ class Replay:
         `seed` is what the scheduler makes of the prompt, for policies that draw random numbers.
         """
         prompt = self.under(prompt, config, seed)
+        if config is not None and is_compacted_behind(config, max_tokens - 1):
+            return Decoding(self, prompt, config, seed).greedy(prompt.first_token, max_tokens)
         return self.decode(prompt, self.view(prompt, config, seed), max_tokens)
 
     @torch.inference_mode()

@@ -31,9 +31,10 @@ class LatentReplay(Replay):
         kept: Sequence[KeptRows] = (),
         start: int = 0,
         states: dict[int, Any] | None = None,
+        logits_to_keep: int = 1,
     ) -> Prefilled:
         """Run tokens over what is kept of those before them."""
-        prompt = super().forward(token_ids, kept, start, states)
+        prompt = super().forward(token_ids, kept, start, states, logits_to_keep)
         pairs = zip(prompt.keys, prompt.values, strict=True)
         rows = [torch.cat([latent, rotated], dim=-1) for latent, rotated in pairs]
         prompt.values = prompt.keys

@@ -5,6 +5,7 @@ computed anew for every such setting: part by part, up to each length at which i
 whole cache of the prompt is never there, and nothing of it can be made up for later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def computed_under(
     for start, end in pairwise((0, *marks)):
         part = replay.forward(token_ids[start:end], kept, start, states)
         grown = tuple(replace(each, num_tokens=each.num_tokens + end - start) for each in caches)
-        positions = _positions(part, kept, start, end)
+        positions = positions_of(part, kept, start, end)
         part = replace(part, token_ids=token_ids, held=Held(config, seed, end, grown, positions))
         states = part.states
         if end < len(token_ids):
@@ -95,7 +96,9 @@ def computed_under(
     return part
 
 
-def _positions(part: "Prefilled", kept: list[KeptRows], start: int, end: int) -> list[torch.Tensor]:
+def positions_of(
+    part: "Prefilled", kept: Sequence[KeptRows], start: int, end: int
+) -> list[torch.Tensor]:
     """Of every layer's rows: what was kept, then the new tokens; windowed layers hold the last."""
     found = []
     for layer, keys in enumerate(part.keys):

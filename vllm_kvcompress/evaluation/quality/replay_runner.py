@@ -1,7 +1,7 @@
 """Samples answered by transformers over caches that the worker's own code has compressed."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant, kept_share
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch, Rows
+from vllm_kvcompress.evaluation.replay_decoding import Decoding, is_compacted_behind
 from vllm_kvcompress.kernels.codebook.format import codes_per_row
 
 BATCH_TOKENS = 16_384
@@ -45,7 +46,9 @@ class _Asked:
     def setting(self, variant: Variant) -> CompressionConfig | None:
         """A variant's setting for this prompt; None where the server would leave it alone."""
         setting = variant.setting(self.task)
-        return None if setting is None or self.length < setting.min_prompt_len else setting
+        if setting is None or setting.compacts_at_intervals:
+            return setting  # which counts a short prompt's generated tokens
+        return None if self.length < setting.min_prompt_len else setting
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class _Result:
     seconds: float
     nll: float | None = None
     kl: float | None = None
+    kept: float | None = None
 
 
 class ReplayRunner:
@@ -103,7 +107,8 @@ class ReplayRunner:
         Raises
         ------
         ConfigError
-            If the prompt is longer than the model, or more than memory holds.
+            If the prompt is longer than the model, or more than memory holds; or, once the others
+            are measured, if there are settings that this sample cannot measure.
         """
         prompt = self.prompter.of(sample, self.longest)
         try:
@@ -123,9 +128,22 @@ class ReplayRunner:
         compressed = prompt.token_ids if protocol == "visible" else prompt.context
         task = self._task(compressed, variants)
         asked = _Asked(sample, protocol, prompt, self.replay.prefill(compressed), task)
-        results = self._continue if sample.metric == CONTINUATION else self._answer
-        for variant, result in results(asked, variants):
+        tokens, results = self.prompter.continuation(sample.continuation), self._continue
+        num_following = len(tokens) - 1
+        if sample.metric != CONTINUATION:
+            results, num_following = self._answer, sample.max_tokens - 1
+            num_following += len(prompt.rest) if protocol == "hidden" else 0
+        told: dict[Variant, bool] = {}
+        refused: list[str] = []
+        for variant in variants:
+            try:
+                told[variant] = _is_compacted_behind(asked.setting(variant), num_following)
+            except ConfigError as error:
+                refused.append(f"{variant.label}: {error}")
+        for variant, result in results(asked, told):
             yield self._record(asked, variant, result)
+        if refused:
+            raise ConfigError(" ".join(dict.fromkeys(refused)))
 
     def _task(self, token_ids: list[int], variants: Sequence[Variant]) -> str | None:
         """What the server's classifier says of a prompt, if a setting wants to know."""
@@ -140,10 +158,23 @@ class ReplayRunner:
     # --- answers --------------------------------------------------------------------------
 
     def _answer(
-        self, asked: _Asked, variants: Sequence[Variant]
+        self, asked: _Asked, variants: Mapping[Variant, bool]
     ) -> Iterator[tuple[Variant, _Result]]:
+        """True: one that is compacted again meanwhile, and so is decoded alone."""
         metric = METRICS[asked.sample.metric]
-        for batch in _batches(variants, asked.length):
+        for variant in (each for each, is_again in variants.items() if is_again):
+            start = time.perf_counter()
+            request = Decoding(self.replay, asked.prefilled, asked.setting(variant))
+            first = request.prompt.first_token
+            if asked.protocol == "hidden":
+                first = int(request.extend(asked.prompt.rest)[-1].argmax())
+            tokens = request.greedy(first, asked.sample.max_tokens, self.stop)
+            seconds, answer = time.perf_counter() - start, self.prompter.text(tokens)
+            score = metric(answer, asked.sample)
+            kept = request.mean_kept
+            yield variant, _Result(answer, len(tokens), score, seconds, kept=kept)
+        alike = [each for each, is_again in variants.items() if not is_again]
+        for batch in _batches(alike, asked.length):
             start = time.perf_counter()
             settings = [asked.setting(variant) for variant in batch]
             prompts = [self.replay.under(asked.prefilled, setting) for setting in settings]
@@ -172,7 +203,7 @@ class ReplayRunner:
     # --- continuations --------------------------------------------------------------------
 
     def _continue(
-        self, asked: _Asked, variants: Sequence[Variant]
+        self, asked: _Asked, variants: Mapping[Variant, bool]
     ) -> Iterator[tuple[Variant, _Result]]:
         """How each cache predicts the text that follows, token by token, beside the whole one.
 
@@ -180,32 +211,43 @@ class ReplayRunner:
         end does not change.
         """
         tokens = self.prompter.continuation(asked.sample.continuation)
-        whole = self._log_probabilities(asked, None, tokens)
+        whole, _ = self._log_probabilities(asked, None, False, tokens)
         best, truth = whole.argmax(-1), torch.tensor(tokens[1:], device=whole.device)
-        for variant in variants:
+        for variant, is_again in variants.items():
             start = time.perf_counter()
-            found = self._log_probabilities(asked, asked.setting(variant), tokens)
+            found, kept = self._log_probabilities(asked, asked.setting(variant), is_again, tokens)
             agreement = float((found.argmax(-1) == best).double().mean())
             nll = float(-found.gather(1, truth[:, None]).double().mean())
             kl = float((whole.exp() * (whole - found)).sum(-1).double().mean())
             seconds = time.perf_counter() - start
-            yield variant, _Result("", len(truth), agreement, seconds, nll, max(kl, 0.0))
+            yield variant, _Result("", len(truth), agreement, seconds, nll, max(kl, 0.0), kept)
 
     def _log_probabilities(
-        self, asked: _Asked, setting: CompressionConfig | None, tokens: list[int]
-    ) -> torch.Tensor:
-        """Of the tokens behind each of `tokens` but the last: [n - 1, vocabulary] float32."""
+        self, asked: _Asked, setting: CompressionConfig | None, is_again: bool, tokens: list[int]
+    ) -> tuple[torch.Tensor, float | None]:
+        """Of the tokens behind each of `tokens` but the last: [n - 1, vocabulary] float32.
+
+        And, where the cache is compacted again meanwhile, the share of it that was held.
+        """
+        if is_again:
+            assert setting is not None
+            request = Decoding(self.replay, asked.prefilled, setting)
+            logits = request.extend(tokens[:-1])
+            return logits.float().log_softmax(-1), request.mean_kept
         rows = self.replay.rows(asked.prefilled, setting)[0]
         batch = ReplayBatch(self.replay, [rows], asked.length)
         given = torch.tensor([tokens[:-1]], device=self.replay.device)
-        return batch.extend(given)[0].float().log_softmax(-1)
+        return batch.extend(given)[0].float().log_softmax(-1), None
 
     # --- records --------------------------------------------------------------------------
 
     def _record(self, asked: _Asked, variant: Variant, result: _Result) -> Record:
         # Of layers that attend to everything; what others hold no setting changes.
         num_layers = len(self.replay.full_layers)
-        sizes = asked.length, num_layers, self.replay.block_size, self.codes_per_row
+        kept = result.kept
+        if kept is None:
+            sizes = asked.length, num_layers, self.replay.block_size, self.codes_per_row
+            kept = kept_share(asked.setting(variant), *sizes)
         return Record(
             task=asked.sample.task,
             sample=asked.sample.name,
@@ -214,7 +256,7 @@ class ReplayRunner:
             protocol=asked.protocol,
             policy=variant.label,
             budget=variant.budget,
-            kept=round(kept_share(asked.setting(variant), *sizes), 5),
+            kept=round(kept, 5),
             prompt_tokens=len(asked.prompt.token_ids),
             answer=result.answer,
             answer_tokens=result.num_tokens,
@@ -223,6 +265,17 @@ class ReplayRunner:
             nll=result.nll,
             kl=result.kl,
         )
+
+
+def _is_compacted_behind(setting: CompressionConfig | None, num_tokens: int) -> bool:
+    """As `is_compacted_behind`; ConfigError, too, where a setting would compress nothing at all."""
+    found = is_compacted_behind(setting, num_tokens)
+    if setting is not None and not setting.compresses_prompts and not found:
+        raise ConfigError(
+            f"it compresses only while decoding, every {setting.interval} tokens, and {num_tokens} "
+            "tokens follow: predict more of a text (--continuation)."
+        )
+    return found
 
 
 def _is_out_of_memory(error: Exception) -> bool:

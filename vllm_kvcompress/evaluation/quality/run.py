@@ -78,9 +78,12 @@ def run(
             sample = each.make()
             for protocol in dict.fromkeys(p for p, _ in _missing(each, variants, protocols, done)):
                 left = [v for p, v in _missing(each, variants, protocols, done) if p == protocol]
-                records = list(runner.measure(sample, protocol, left))
-                folder.add(records)
-                num_records += len(records)
+                records: list[Record] = []
+                try:
+                    records.extend(runner.measure(sample, protocol, left))
+                finally:  # what some settings gave, if others cannot be measured
+                    folder.add(records)
+                    num_records += len(records)
         except ConfigError as error:
             folder.add_failure(each.task, each.name, str(error))
             num_failures += 1

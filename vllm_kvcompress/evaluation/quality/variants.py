@@ -56,13 +56,20 @@ class Variant:
         return resolve_request(self.config, parse_request({"kv_budget_ratio": self.budget}), task)
 
 
-def make_variants(policies: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
+def make_variants(
+    policies: Sequence[str], budgets: Sequence[float], by_replay: bool = False
+) -> list[Variant]:
     """All combinations, the baseline once, whether or not it is named.
+
+    Parameters
+    ----------
+    by_replay : bool
+        Whether texts can be predicted, which are long enough for compactions while decoding.
 
     Raises
     ------
     ConfigError
-        If there is no such policy, one does not always compress prompts, or two have one name.
+        If there is no such policy, one compresses nothing here, or two have one name.
     """
     variants = [Variant(BASELINE)]
     named: dict[str, str] = {}
@@ -73,10 +80,11 @@ def make_variants(policies: Sequence[str], budgets: Sequence[float]) -> list[Var
         label, config = each[0].label, each[0].config
         if named.setdefault(label, policy) != policy:
             raise ConfigError(f"--policies: {named[label]} and {policy} are both called {label}.")
-        if config is not None and config.trigger == "interval":
+        if config is not None and config.trigger == "interval" and not by_replay:
             raise ConfigError(
                 f"--policies: {policy} compresses only while decoding (trigger: interval), and "
-                "answers are short; leave it out, or give a file with another trigger."
+                "answers are short: measure it on texts (--tasks text:FILE --continuation 512, "
+                "--runner replay), or give a file with another trigger."
             )
         if config is not None and config.waits_for_pressure:
             raise ConfigError(

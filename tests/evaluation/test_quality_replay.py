@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers import AutoTokenizer
 
 from vllm_kvcompress.cli.main import main
 from vllm_kvcompress.errors import ConfigError
+from vllm_kvcompress.evaluation.quality.plan import Planned
 from vllm_kvcompress.evaluation.quality.prompts import Prompter
-from vllm_kvcompress.evaluation.quality.records import read_records
+from vllm_kvcompress.evaluation.quality.records import RecordFolder, read_records
 from vllm_kvcompress.evaluation.quality.replay_runner import ReplayRunner, _batches
+from vllm_kvcompress.evaluation.quality.run import Outcome, run
 from vllm_kvcompress.evaluation.quality.sample import Sample
 from vllm_kvcompress.evaluation.quality.variants import Variant
 
@@ -118,6 +121,72 @@ def test_a_continuation_is_measured_against_the_whole_cache(runner: ReplayRunner
     assert whole.answer_tokens == len(tokens) - 1
     lossy = found[0.12]
     assert 0 <= lossy.score <= 1 and lossy.kl > whole.kl and math.isfinite(lossy.nll)
+
+
+INTERVALS = [Variant("none"), Variant("rkv", 0.12), Variant("keydiff", 0.12)]
+
+
+def test_a_continuation_is_compacted_on_its_way(runner: ReplayRunner, tmp_path: Path) -> None:
+    """The reference: the model's own cache, cut down by hand to the last tokens and the sinks."""
+    file = tmp_path / "recent.yaml"
+    fields = "version: 1\npolicy: {name: streaming_llm}\nbudget: {ratio: 0.25}\ntrigger: both\n"
+    file.write_text(fields + "interval: 64\nnum_sink_tokens: 4\n", encoding="utf-8")
+    more = " " + words(runner, 170, 11)
+    sample = Sample("1", "text", words(runner, 600), "", (), "continuation", 0, continuation=more)
+    variants = [*INTERVALS, Variant(str(file), 0.25)]
+    found = {r.policy: r for r in runner.measure(sample, "visible", variants)}
+    assert found["none"].kept == 1 and found["none"].score == 1
+    assert 0.12 < found["keydiff"].kept < found["recent"].kept < found["rkv"].kept < 1
+
+    prompt = runner.prompter.of(sample).token_ids
+    tokens = [*prompt, *runner.prompter.continuation(more)]
+    budget, size = math.ceil(0.25 * len(prompt)), len(tokens)
+    seen = torch.ones(size, size, dtype=torch.bool).tril()
+    held, shares = torch.arange(0), []
+    for mark in range(len(prompt), size, 64):
+        held = torch.cat([held, torch.arange(held[-1] + 1 if len(held) else 0, mark)])
+        tail = len(held) % 32
+        keep = math.ceil((budget - tail) / 32) * 32
+        region, behind = held[: len(held) - tail], held[len(held) - tail :]
+        held = torch.cat([region[:4], region[len(region) - keep + 4 :], behind])
+        lost = torch.ones(mark, dtype=torch.bool)
+        lost[held] = False
+        seen[mark:, :mark][:, lost] = False
+    with runner.replay.masked([seen[None, None]] * len(runner.replay.layers)):
+        logits = runner.replay.model(torch.tensor([tokens])).logits[0].detach()
+    expected = logits[len(prompt) : -1].log_softmax(-1)
+    nll = -expected.gather(1, torch.tensor(tokens[len(prompt) + 1 :])[:, None]).mean()
+    assert found["recent"].nll == pytest.approx(float(nll), rel=1e-4)
+    assert abs(found["recent"].nll - found["none"].nll) > 0.01
+    shares = seen[len(prompt) : -1].sum(1) / torch.arange(len(prompt) + 1, size)
+    assert found["recent"].kept == pytest.approx(float(shares.mean()), abs=1e-4)
+
+
+def test_settings_that_a_sample_cannot_measure_leave_the_others(
+    runner: ReplayRunner, tmp_path: Path
+) -> None:
+    text, more = words(runner, 600), " " + words(runner, 60, 11)
+    sample = Sample("1", "text", text, "", (), "continuation", 0, continuation=more)
+    folder = RecordFolder(tmp_path)
+    planned = [Planned("text", "1", lambda: sample)]
+    assert run(runner, planned, INTERVALS, ["visible"], folder, [], list) == Outcome(2, 1)
+    assert [r.policy for r in read_records(tmp_path)] == ["none", "keydiff"]
+    [failure] = (tmp_path / "failures.jsonl").read_text().splitlines()
+    assert "rkv: it compresses only while decoding, every 128 tokens, and" in failure
+    long = replace(sample, continuation=" " + words(runner, 170, 11))
+    with pytest.raises(ConfigError, match=r"^spindlekv: codebook\.extend: \d+ tokens follow"):
+        list(runner.measure(long, "visible", [Variant("spindlekv", 0.5)]))
+
+
+def test_answers_that_are_compacted_on_their_way(runner: ReplayRunner) -> None:
+    sample = sample_of(runner, max_tokens=140)
+    for protocol in ("visible", "hidden"):
+        found = {r.policy: r for r in runner.measure(sample, protocol, INTERVALS[:2])}
+        assert 0.8 < found["rkv"].kept < found["none"].kept == 1
+        if protocol == "visible":
+            prefilled = runner.replay.prefill(runner.prompter.of(sample).token_ids)
+            tokens = runner.replay.generate(prefilled, INTERVALS[1].setting(), 140)
+            assert found["rkv"].answer == runner.prompter.text(tokens)
 
 
 def test_a_prompt_longer_than_the_model_is_refused(runner: ReplayRunner, monkeypatch) -> None:

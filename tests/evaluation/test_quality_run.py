@@ -201,6 +201,7 @@ def test_files_are_policies_by_their_stem(tmp_path: Path) -> None:
 def test_policies_without_a_prompts_compaction_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rkv compresses only while decoding"):
         make_variants(["rkv"], [0.5])
+    assert make_variants(["rkv"], [0.5], is_long=True)[1:] == [Variant("rkv", 0.5)]
     path = tmp_path / "rests.yaml"
     path.write_text("policy: {name: keydiff}\nbudget: {tokens: 300}\ntrigger: pressure\n")
     with pytest.raises(ConfigError, match="only while memory is scarce"):

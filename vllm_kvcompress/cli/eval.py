@@ -41,7 +41,7 @@ def add_eval_options(option: Callable[..., Any]) -> None:
     number: dict[str, Any] = {"metavar": "N", "type": at_least(1)}
     option("--samples", default=20, **number, help="per task and length (default %(default)s)")
     option("--depths", default=5, **number, help="places of a needle (default %(default)s)")
-    predicted = "tokens of own texts that are predicted (default %(default)s)"
+    predicted = "tokens of own texts that are predicted (default %(default)s; rkv needs 129 or more)"
     option("--continuation", default=128, metavar="N", type=at_least(2), help=predicted)
     option("--seed", default=0, metavar="N", type=at_least(0), help="of the samples (default 0)")
     hidden = "is the question compressed with the text (visible), or asked later (hidden)?"
@@ -70,7 +70,9 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.url:
         variants = _server_variants(args)
     else:
-        variants = make_variants(args.policies, args.budgets, by_replay=args.runner == "replay")
+        is_long = any(task.startswith(("text:", "longbench:")) for task in args.tasks)
+        is_long &= args.runner == "replay"
+        variants = make_variants(args.policies, args.budgets, is_long)
     protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     if "hidden" in protocols and (args.url or args.runner == "engine"):
         raise ConfigError(

@@ -57,14 +57,14 @@ class Variant:
 
 
 def make_variants(
-    policies: Sequence[str], budgets: Sequence[float], by_replay: bool = False
+    policies: Sequence[str], budgets: Sequence[float], is_long: bool = False
 ) -> list[Variant]:
     """All combinations, the baseline once, whether or not it is named.
 
     Parameters
     ----------
-    by_replay : bool
-        Whether texts can be predicted, which are long enough for compactions while decoding.
+    is_long : bool
+        Whether enough tokens may follow a prompt that compactions while decoding are seen.
 
     Raises
     ------
@@ -80,11 +80,11 @@ def make_variants(
         label, config = each[0].label, each[0].config
         if named.setdefault(label, policy) != policy:
             raise ConfigError(f"--policies: {named[label]} and {policy} are both called {label}.")
-        if config is not None and config.trigger == "interval" and not by_replay:
+        if config is not None and config.trigger == "interval" and not is_long:
             raise ConfigError(
                 f"--policies: {policy} compresses only while decoding (trigger: interval), and "
-                "answers are short: measure it on texts (--tasks text:FILE --continuation 512, "
-                "--runner replay), or give a file with another trigger."
+                "answers are short: measure it by --runner replay on texts (--tasks text:FILE "
+                "--continuation 512), or give a file with another trigger."
             )
         if config is not None and config.waits_for_pressure:
             raise ConfigError(

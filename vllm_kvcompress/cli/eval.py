@@ -41,7 +41,7 @@ def add_eval_options(option: Callable[..., Any]) -> None:
     number: dict[str, Any] = {"metavar": "N", "type": at_least(1)}
     option("--samples", default=20, **number, help="per task and length (default %(default)s)")
     option("--depths", default=5, **number, help="places of a needle (default %(default)s)")
-    predicted = "tokens of own texts that are predicted (default %(default)s; rkv needs 129 or more)"
+    predicted = "tokens of own texts that are predicted (default %(default)s; rkv needs 130)"
     option("--continuation", default=128, metavar="N", type=at_least(2), help=predicted)
     option("--seed", default=0, metavar="N", type=at_least(0), help="of the samples (default 0)")
     hidden = "is the question compressed with the text (visible), or asked later (hidden)?"

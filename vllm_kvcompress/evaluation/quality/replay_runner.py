@@ -164,7 +164,9 @@ class ReplayRunner:
         metric = METRICS[asked.sample.metric]
         for variant in (each for each, is_again in variants.items() if is_again):
             start = time.perf_counter()
-            request = Decoding(self.replay, asked.prefilled, asked.setting(variant))
+            setting = asked.setting(variant)
+            assert setting is not None
+            request = Decoding(self.replay, asked.prefilled, setting)
             first = request.prompt.first_token
             if asked.protocol == "hidden":
                 first = int(request.extend(asked.prompt.rest)[-1].argmax())

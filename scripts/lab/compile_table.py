@@ -5,7 +5,8 @@
 One row per compiled variant: registers per thread, bytes of stack (0: nothing is spilled), shared
 memory, and the widest accesses to global memory. Variants that do not depend on the row's type or
 head_dim are compiled once and stand in the first row that meets them. Exits with 1 if a variant
-spills, or needs more shared memory than a block of the GPU can have.
+spills, needs more shared memory than a block of the GPU can have, or reads or writes rows of a cache
+in parts of less than 16 bytes.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,6 @@ from vllm_kvcompress.evaluation.provenance import commit_of, public_words  # noq
 
 del os.environ["TRITON_INTERPRET"]
 backends.pop("cpu", None)  # the interpreter's stand-in, which compiles nothing
-
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Shared memory that one block may have, bytes (CUDA's table of compute capabilities)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MORE = [{"preset": "spindlekv-evict", "policy": {"name": "spindlekv", "selection": "union"}}]
@@ -93,9 +92,19 @@ class Table:
         self.rows.append(row)
 
     def bad(self) -> list[dict[str, Any]]:
-        """Variants that spill or do not fit."""
-        limit = {f"sm_{target}": size for target, size in SHARED.items()}
-        return [row for row in self.rows if row["stack"] or row["shared"] > limit[row["target"]]]
+        """Variants that spill, do not fit, or move rows in parts of less than 16 bytes."""
+        return [row for row in self.rows if is_bad(row)]
+
+
+def is_bad(row: Mapping[str, Any]) -> bool:
+    """Of a row of the table, whose numbers may be text."""
+    kernel, target = row["kernel"], int(row["target"].removeprefix("sm_"))
+    return (
+        int(row["stack"]) > 0
+        or int(row["shared"]) > sm90.SHARED[target]
+        or (kernel in sm90.READ_ROWS and int(row["widest_load"]) < 16)
+        or (kernel in sm90.WRITE_ROWS and int(row["widest_store"]) < 16)
+    )
 
 
 def compile_for(
@@ -148,8 +157,8 @@ def main() -> int:
         compile_for(target, args.dtypes.split(","), dims, settings, table)
     bad = table.bad()
     for row in bad:
-        print("does not fit:", row)
-    print(f"{len(table.rows)} variants, {len(bad)} that spill or do not fit; in {args.out}")
+        print("spills, does not fit or is narrow:", row)
+    print(f"{len(table.rows)} variants, {len(bad)} of them bad; in {args.out}")
     return int(bool(bad))
 
 

@@ -24,6 +24,17 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 FIRST_WITH_E4M3 = 89
 
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Shared memory that one block may have, bytes (CUDA's table of compute capabilities)."""
+
+READ_ROWS = {
+    "_stats_kernel", "_token_kernel", "_copy_kernel", "_rotate_kernel", "_unit_sum_kernel",
+    "_similarity_kernel", "_lag_kernel", "_store_kernel", "_split_kernel", "_tail_kernel",
+    "_length_kernel", "_latest_kernel", "_mean_kernel", "_key_sum_kernel",
+}  # fmt: skip
+WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
+"""Kernels that read, or write, rows of a cache or of queries: 16 bytes at a time."""
+
 
 def _dtype(argument: Any) -> Any:
     return getattr(argument, "dtype", None)

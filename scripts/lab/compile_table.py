@@ -5,8 +5,8 @@
 One row per compiled variant: registers per thread, bytes of stack (0: nothing is spilled), shared
 memory, and the widest accesses to global memory. Variants that do not depend on the row's type or
 head_dim are compiled once and stand in the first row that meets them. Exits with 1 if a variant
-spills, needs more shared memory than a block of the GPU can have, or reads or writes rows of a cache
-in parts of less than 16 bytes.
+spills, needs more shared memory than a block of the GPU can have, or moves rows of a cache in parts
+of less than 16 bytes.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,11 @@ class Table:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        commit = commit_of(ROOT)  # before the file of an earlier run is changed
         self._file = path.open("w", encoding="utf-8", newline="")
         self._file.write(f"# python {' '.join(public_words(sys.argv, ROOT))}\n")
         self._file.write(
-            f"# commit {commit_of(ROOT)}, triton {triton.__version__}, torch {torch.__version__}\n"
+            f"# commit {commit}, triton {triton.__version__}, torch {torch.__version__}\n"
         )
         self._writer: Any = None
 
@@ -93,18 +93,7 @@ class Table:
 
     def bad(self) -> list[dict[str, Any]]:
         """Variants that spill, do not fit, or move rows in parts of less than 16 bytes."""
-        return [row for row in self.rows if is_bad(row)]
-
-
-def is_bad(row: Mapping[str, Any]) -> bool:
-    """Of a row of the table, whose numbers may be text."""
-    kernel, target = row["kernel"], int(row["target"].removeprefix("sm_"))
-    return (
-        int(row["stack"]) > 0
-        or int(row["shared"]) > sm90.SHARED[target]
-        or (kernel in sm90.READ_ROWS and int(row["widest_load"]) < 16)
-        or (kernel in sm90.WRITE_ROWS and int(row["widest_store"]) < 16)
-    )
+        return [row for row in self.rows if sm90.is_bad(row)]
 
 
 def compile_for(

@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -86,6 +86,17 @@ def describe(kernel: Any) -> dict[str, Any]:
         "mma": bool(re.search(r"wgmma|mma\.sync|tcgen05\.mma", ptx)),
         **_resources(kernel.asm["cubin"]),
     }
+
+
+def is_bad(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `scripts/lab/compile_table.py` spills, does not fit, or is narrow."""
+    kernel, target = row["kernel"], int(row["target"].removeprefix("sm_"))
+    return (
+        int(row["stack"]) > 0
+        or int(row["shared"]) > SHARED[target]
+        or (kernel in READ_ROWS and int(row["widest_load"]) < 16)
+        or (kernel in WRITE_ROWS and int(row["widest_store"]) < 16)
+    )
 
 
 def compile_instead(target: int, record: Callable[[str, Any], None]) -> None:

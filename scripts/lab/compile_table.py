@@ -28,6 +28,7 @@ for _path in sorted((ROOT / "kernels").rglob("[a-z]*.py")):
     _name = ".".join(_path.relative_to(ROOT).with_suffix("").parts)
     importlib.import_module(f"vllm_kvcompress.{_name}")
 from tests.kernels import sm90  # noqa: E402
+from tests.kernels.variants import is_bad  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -93,7 +94,7 @@ class Table:
 
     def bad(self) -> list[dict[str, Any]]:
         """Variants that spill, do not fit, or move rows in parts of less than 16 bytes."""
-        return [row for row in self.rows if sm90.is_bad(row)]
+        return [row for row in self.rows if is_bad(row)]
 
 
 def compile_for(

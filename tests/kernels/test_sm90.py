@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.sm90 import READ_ROWS, SHARED, WRITE_ROWS
+from tests.kernels.variants import READ_ROWS, SHARED, WRITE_ROWS
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import sm90
+from tests.kernels.variants import is_bad
 
 TABLE = Path("docs", "benchmarks", "compile_keys", "table.csv")
 TARGETS, DTYPES, DIMS = (80, 90, 100), ("bf16", "fp16", "fp32"), (64, 96, 128, 256)
@@ -33,7 +33,7 @@ def test_its_kernels_are_those_there_are(root: Path, rows) -> None:
 
 
 def test_nothing_spills_all_fit_and_rows_move_16_bytes_at_a_time(rows) -> None:
-    assert not [each for each in rows if sm90.is_bad(each)]
+    assert not [each for each in rows if is_bad(each)]
 
 
 def test_a_bad_row_is_known_for_one(rows) -> None:
@@ -44,4 +44,4 @@ def test_a_bad_row_is_known_for_one(rows) -> None:
         ("widest_load", "8"),
         ("widest_store", "4"),
     ):
-        assert sm90.is_bad({**good, field: value})
+        assert is_bad({**good, field: value})

@@ -207,9 +207,9 @@ def key_redundancy(pages: Pages, threshold: float) -> torch.Tensor:
     tile = 128
     while 4 * tile * block_d * element > _SHARED_BYTES:  # own keys, 3 tiles of others
         tile //= 2
-    if element == 4:
-        tile = 32  # without tensor cores, threads hold whole keys; larger tiles would spill
     columns = min(tile, 64)  # 128 x 128 products would spill on sm_100
+    if element == 4:  # without tensor cores, threads hold whole keys; larger tiles would spill
+        tile, columns = 64 if block_d <= 64 else 32, 32  # and short rows' smaller ones, on sm_90
     narrow = max(4096 // block_d, 16)
     shape = {"N": pages.block_size, "BLOCK_D": block_d}
     where = (*keys.stride(), pages.block_table.stride(0), pages.max_tokens)

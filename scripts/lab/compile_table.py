@@ -5,7 +5,8 @@
 One row per compiled variant: registers per thread, bytes of stack (0: nothing is spilled), shared
 memory, and the widest accesses to global memory. Variants that do not depend on the row's type or
 head_dim are compiled once and stand in the first row that meets them. Exits with 1 if a variant
-spills, or needs more shared memory than a block of the GPU can have.
+spills, needs more shared memory than a block of the GPU can have, or moves rows of a cache in parts
+of less than 16 bytes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ for _path in sorted((ROOT / "kernels").rglob("[a-z]*.py")):
     _name = ".".join(_path.relative_to(ROOT).with_suffix("").parts)
     importlib.import_module(f"vllm_kvcompress.{_name}")
 from tests.kernels import sm90  # noqa: E402
+from tests.kernels.variants import is_bad  # noqa: E402
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -41,9 +43,6 @@ from vllm_kvcompress.evaluation.provenance import commit_of, public_words  # noq
 
 del os.environ["TRITON_INTERPRET"]
 backends.pop("cpu", None)  # the interpreter's stand-in, which compiles nothing
-
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Shared memory that one block may have, bytes (CUDA's table of compute capabilities)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MORE = [{"preset": "spindlekv-evict", "policy": {"name": "spindlekv", "selection": "union"}}]
@@ -76,10 +75,11 @@ class Table:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows: list[dict[str, Any]] = []
+        commit = commit_of(ROOT)  # before the file of an earlier run is changed
         self._file = path.open("w", encoding="utf-8", newline="")
         self._file.write(f"# python {' '.join(public_words(sys.argv, ROOT))}\n")
         self._file.write(
-            f"# commit {commit_of(ROOT)}, triton {triton.__version__}, torch {torch.__version__}\n"
+            f"# commit {commit}, triton {triton.__version__}, torch {torch.__version__}\n"
         )
         self._writer: Any = None
 
@@ -93,9 +93,8 @@ class Table:
         self.rows.append(row)
 
     def bad(self) -> list[dict[str, Any]]:
-        """Variants that spill or do not fit."""
-        limit = {f"sm_{target}": size for target, size in SHARED.items()}
-        return [row for row in self.rows if row["stack"] or row["shared"] > limit[row["target"]]]
+        """Variants that spill, do not fit, or move rows in parts of less than 16 bytes."""
+        return [row for row in self.rows if is_bad(row)]
 
 
 def compile_for(
@@ -148,8 +147,8 @@ def main() -> int:
         compile_for(target, args.dtypes.split(","), dims, settings, table)
     bad = table.bad()
     for row in bad:
-        print("does not fit:", row)
-    print(f"{len(table.rows)} variants, {len(bad)} that spill or do not fit; in {args.out}")
+        print("spills, does not fit or is narrow:", row)
+    print(f"{len(table.rows)} variants, {len(bad)} of them bad; in {args.out}")
     return int(bool(bad))
 
 

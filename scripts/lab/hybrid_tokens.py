@@ -3,8 +3,7 @@
     python scripts/hybrid_tokens.py nemotron_h
 
 Without prefix caching, with which vLLM 0.32 does not run Mamba 2 models on a CPU, and in float32,
-for which linear attention has lab/delta_rule.py. LFM2 differs on a CPU (see
-tests/e2e/test_linear_layers.py).
+for which linear attention has lab/delta_rule.py; LFM2 has lab/torch_rotary.py.
 """
 
 import argparse
@@ -15,6 +14,7 @@ from lab.delta_rule import in_any_precision
 from lab.random_hybrids import HYBRIDS, write_random_hybrid
 from lab.random_models import distinct_tokens
 from lab.text_of_multimodal import served_as_text
+from lab.torch_rotary import rotary_in_torch
 
 SETTING = {"preset": "snapkv", "budget": {"ratio": 0.25, "floor": 1}, "min_prompt_len": 64}
 PROMPT_LEN, NUM_TOKENS = 500, 12
@@ -35,6 +35,8 @@ def main() -> int:
         if name.startswith("qwen3"):
             stack.enter_context(served_as_text(name.removesuffix("_moe")))
             stack.enter_context(in_any_precision())
+        if name == "lfm2":
+            stack.enter_context(rotary_in_torch())
         model = str(write_random_hybrid(folder, name))
         engine = Engine(
             model, SETTING, dtype="float32",

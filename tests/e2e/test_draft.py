@@ -11,6 +11,7 @@ from tests.e2e.conftest import FOUR_GROUPS, assert_idle, feature_of, opened, ser
 from tests.inside import preempt
 from vllm_kvcompress.evaluation.engine import Engine, Result
 from vllm_kvcompress.worker.draft.feature import DraftFeature
+from vllm_kvcompress.worker.draft.step import DraftStep
 
 pytestmark = pytest.mark.engine
 
@@ -211,6 +212,24 @@ def test_preempted_requests_give_the_same_tokens(probe_model: str, mixed, stock)
         assert_idle(engine)
 
 
+def watch_lengths(step: DraftStep) -> list[bool]:
+    """One entry per draft step: do its rows read what they hold, and no slot more?"""
+    found: list[bool] = []
+    prepare = step.prepare
+
+    def watched(number: int) -> Any:
+        attention = prepare(number)
+        rows = step._rows.requests_np
+        ends = step.positions[: len(rows)].numpy() + 1
+        for group, lengths in enumerate(step.seq_lens[:, : len(rows)].numpy()):
+            lost = step._evicted.np[group, rows] + step._views.num_dropped_np(group, rows)
+            found.append(bool((lengths == ends - lost).all()))
+        return attention
+
+    step.prepare = watched  # type: ignore[method-assign]
+    return found
+
+
 def test_drafting_over_a_cache_that_evicts(probe_model: str, mixed) -> None:
     """Tokens are those of the evicting server without drafts, from fewer steps."""
     evicting = {"preset": "snapkv", "budget": {"ratio": 0.5}, "min_prompt_len": 128}
@@ -220,8 +239,9 @@ def test_drafting_over_a_cache_that_evicts(probe_model: str, mixed) -> None:
         steps = engine.num_steps
     both = {**evicting, "draft": {"tokens": 4, "budget": {"ratio": 0.12}}}
     with opened(probe_model, both) as engine:
+        lengths = watch_lengths(engine.runner.speculator.step)
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == expected
-        assert engine.num_steps < steps
+        assert engine.num_steps < steps and len(lengths) > 8 and all(lengths)
         stats = engine.scheduler.stats
         assert stats.compactions["snapkv/prompt"] == stats.views["snapkv/prompt"] == 3
         assert_idle(engine)

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.platforms import current_platform
 
 from lab.latent_engine import ENGINE, as_on_a_gpu
 from lab.random_models import distinct_tokens, write_random_model
+from lab.torch_rotary import rotary_in_torch
 from tests.e2e.conftest import assert_idle, held, opened, serving
 from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
@@ -237,19 +236,15 @@ def test_the_absorbed_queries_are_those_of_the_heads(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "glm4_moe_lite"])
-def test_other_families_with_two_layer_groups(
-    tmp_path: Path, prompt: list[int], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_other_families_with_two_layer_groups(tmp_path: Path, prompt: list[int], name: str) -> None:
     """V2 Lite does not compress queries, GLM-4.7-Flash has no YaRN."""
-    if current_platform.is_cpu():  # its kernel for plain rotary embeddings wants whole heads
-        monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
     other = str(write_random_model(tmp_path, name))
     replay = LatentReplay(other, BLOCK)
     prefilled = replay.prefill(prompt)
     whole = replay.generate(prefilled, None, NUM_TOKENS)
     setting = {**TWO_GROUPS, "trigger": "end_of_prompt"}
     expected = replay.generate(prefilled, parse_config(setting), NUM_TOKENS)
-    with as_on_a_gpu(), opened(other, setting, **OPTIONS) as engine:
+    with as_on_a_gpu(), rotary_in_torch(), opened(other, setting, **OPTIONS) as engine:
         assert [type(each.kv_cache_spec) for each in managers(engine)] == [CompressedMLASpec] * 2
         for run, xargs in (("kept", {"kv_compression": "none"}), ("cold", None), ("warm", None)):
             engine.add(run, prompt, NUM_TOKENS, xargs, ignore_eos=True)

@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.platforms import current_platform
 
 from lab.delta_rule import in_any_precision
 from lab.random_hybrids import write_random_hybrid
 from lab.random_models import distinct_tokens
 from lab.text_of_multimodal import served_as_text
+from lab.torch_rotary import rotary_in_torch
 from tests.e2e.conftest import assert_idle, held, opened, serving
 from tests.e2e.crowd import check_crowd
 from tests.inside import managers, preempt
@@ -62,7 +62,7 @@ def without_faults_of_the_cpu() -> Iterator[None]:
         yield
         return
     spec = MambaMixer2.get_kv_cache_spec
-    with pytest.MonkeyPatch.context() as patch:
+    with rotary_in_torch(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             MambaMixer2,
             "get_kv_cache_spec",
@@ -72,7 +72,6 @@ def without_faults_of_the_cpu() -> Iterator[None]:
                 prefill_checkpoint_alignment=None,
             ),
         )
-        patch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
         yield
 
 

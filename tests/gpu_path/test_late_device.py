@@ -10,22 +10,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from vllm.config import VllmConfig
+from vllm.v1.worker.gpu import buffer_utils
 
 from lab.gpu_path.plugin import gpu_path
 from tests.e2e.conftest import opened
 from tests.gpu_path.late_device import LateDevice, late_device, ready
-from tests.gpu_path.scenarios import CODES, DECODING, ENGINE, VIEWS_OF_EVICTED
+from tests.gpu_path.scenarios import CODES, DECODING, ENGINE, VIEWS_OF_EVICTED, WINDOW
 from vllm_kvcompress.evaluation.engine import Engine
-from vllm_kvcompress.worker import model_runner
+from vllm_kvcompress.host import hooks
+from vllm_kvcompress.worker import lengths, model_runner
+from vllm_kvcompress.worker.draft.step import DraftStep
 
 pytestmark = pytest.mark.engine
 
 NUM_TOKENS = 18
+DRAFTS = "drafts over an evicted cache"
 SETTINGS = {
     "decoding": {**DECODING, "interval": 16},
     "codebooks": CODES,
-    "drafts over an evicted cache": {**VIEWS_OF_EVICTED, "budget": {"tokens": 64, "floor": 1}},
+    DRAFTS: {
+        **VIEWS_OF_EVICTED,
+        "observation_window": WINDOW,
+        "budget": {"tokens": 64, "floor": 1},
+        "draft": {"tokens": 4, "budget": {"tokens": 32, "floor": 1}},
+    },
 }
 NUM_PROMPTS = {"codebooks": 2}  # the interpreter is slow in making books
 SMALL = {**ENGINE, "max_num_batched_tokens": 160, "enable_prefix_caching": False}
@@ -59,12 +69,12 @@ def run(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]], int]
 
 
 @contextmanager
-def adversary(model: str, setting: Any) -> Iterator[tuple[Engine, LateDevice]]:
+def adversary(model: str, setting: Any, **more: Any) -> Iterator[tuple[Engine, LateDevice]]:
     """An engine that schedules ahead, on a device that is late."""
     with (
         gpu_path(),
         late_device() as device,
-        opened(model, setting, async_scheduling=True, **SMALL) as engine,
+        opened(model, setting, async_scheduling=True, **SMALL | more) as engine,
     ):
         assert engine.core.batch_queue is not None, "asynchronous scheduling is off"
         ready(engine)
@@ -88,14 +98,35 @@ def expected(probe_model: str, prompts: list[list[int]]) -> Callable[[str], list
     return of
 
 
+def counts_read_by_drafts(device: LateDevice, patch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry per draft step that has run: did it find the evicted counts of its launch?"""
+    found: list[bool] = []
+    prepare = DraftStep.prepare
+
+    def watched(step: DraftStep, number: int) -> Any:
+        attention = prepare(step, number)
+        rows = step._rows.requests_np
+        read, sent = step._evicted.gpu, step._evicted.np[:, rows]
+        device.put(lambda: found.append(bool((read.numpy()[:, rows] == sent).all())))
+        return attention
+
+    patch.setattr(DraftStep, "prepare", watched)
+    return found
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_two_steps_in_flight(probe_model: str, prompts, expected, name: str) -> None:
+def test_two_steps_in_flight(
+    probe_model: str, prompts, expected, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = prompts[: NUM_PROMPTS.get(name)]
     with adversary(probe_model, SETTINGS[name]) as (engine, device):
+        counts = counts_read_by_drafts(device, monkeypatch)
         tokens, _ = run(engine, asked)
         stats = engine.scheduler.stats
-        assert sum(stats.compactions.values()) + sum(stats.views.values()) >= len(asked)
-    assert tokens == expected(name)
+        assert sum(stats.compactions.values()) >= len(asked)
+        if name == DRAFTS:
+            assert sum(stats.views.values()) >= len(asked) and len(counts) >= NUM_TOKENS
+    assert tokens == expected(name) and all(counts)
     assert not waits(device), "the host waited for a number"
     assert device.longest > 300, "operations of a whole step waited in the queue"
 
@@ -134,3 +165,45 @@ def test_vllms_own_pools_are_too_small_for_a_compaction(
     monkeypatch.setattr(model_runner, "pools_for_writes_per_step", as_they_are)
     found = outcome(probe_model, SETTINGS["decoding"], prompts)
     assert isinstance(found, Exception) or found[0] != expected("decoding")
+
+
+class ReadInPlace:
+    """What `HostMirror` was: memory of the host that kernels read when they run."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._pool = buffer_utils.UvaBufferPool(shape, torch.int32)
+        self.np = np.zeros(shape, dtype=np.int32)
+        self.send()
+
+    def send(self) -> None:
+        self.gpu = self._pool.copy_to_uva(self.np)
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+def test_drafts_must_not_read_counts_in_place(
+    probe_model: str, prompts, monkeypatch: pytest.MonkeyPatch, is_mended: bool
+) -> None:
+    """Requests come and go in every step. A request's last drafts run after the output of their
+    step, which lets the host give the row to another; what they write then is in others' blocks."""
+    if not is_mended:
+        monkeypatch.setattr(lengths, "HostMirror", ReadInPlace)
+    with adversary(probe_model, SETTINGS[DRAFTS], max_num_seqs=4) as (engine, device):
+        counts = counts_read_by_drafts(device, monkeypatch)
+        for number in range(12):
+            prompt = [7 + number, *prompts[0]]
+            engine.add(str(number), prompt, 4 + number % 3, ignore_eos=True)
+        engine.drain()
+    assert len(counts) > 40 and all(counts) is is_mended
+
+
+def test_ngrams_of_the_host_would_end_asynchronous_drafts(
+    probe_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM schedules ahead with one of its two n-gram methods, which carry our drafts."""
+    carrier = hooks._draft_carrier
+    monkeypatch.setattr(hooks, "_draft_carrier", lambda *a: {**carrier(*a), "method": "ngram"})
+    with (
+        pytest.raises(AssertionError, match="asynchronous scheduling is off"),
+        adversary(probe_model, SETTINGS[DRAFTS]),
+    ):
+        pass

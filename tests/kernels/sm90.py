@@ -6,6 +6,8 @@ imports the modules, calls each one's ``sm90_launches()`` with launches replaced
 and prints one JSON object: kernel name -> list of {loads, stores, registers, stack, shared, mma},
 one per compiled variant. A target is a compute capability times ten: 90 is an H100 or an H200, 80
 an A100, 100 a B200.
+
+To import this turns Triton's interpreter off: tests, which need it, start it as a program.
 """
 
 import argparse

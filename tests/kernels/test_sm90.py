@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.variants import READ_ROWS, SHARED, WRITE_ROWS
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MODULES = sorted(
@@ -19,18 +21,7 @@ MODULES = sorted(
     for path in HERE.glob("*/test_*.py")
     if "\ndef sm90_launches" in path.read_text()
 )
-# Kernels that read or write rows of a cache, or of queries: widest access they must contain.
-READ_ROWS = {
-    "_stats_kernel", "_token_kernel", "_copy_kernel", "_rotate_kernel", "_unit_sum_kernel",
-    "_similarity_kernel", "_lag_kernel", "_store_kernel", "_split_kernel", "_tail_kernel",
-    "_length_kernel", "_latest_kernel", "_mean_kernel", "_key_sum_kernel",
-}  # fmt: skip
 NARROW_TOO = {"_split_kernel"}  # a token's codes are six numbers of 16 bits
-WRITE_ROWS = {"_copy_kernel", "_rotate_kernel", "_store_kernel"}
-
-
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes that one block may have."""
 
 ELSEWHERE = [
     "cache.test_store_rows", "scores.test_window", "scores.test_keys", "codebook.test_build",

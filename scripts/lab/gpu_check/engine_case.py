@@ -7,12 +7,14 @@ import argparse
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lab.latent_engine import ENGINE as LATENT_ON_CPU
 from lab.random_models import distinct_tokens
+from lab.torch_rotary import rotary_in_torch
 
 BLOCK = 32
 COUNTED = "vllm:kv_compression_"
@@ -86,15 +88,6 @@ def cache_options(model: str, rehearse: bool) -> dict[str, Any]:
     return found
 
 
-def mend_rotary_kernel() -> None:
-    """vLLM's rotary kernel for CPUs misreads queries of three dimensions, as LFM2's are: tokens
-    depend on what lies in memory. The engine must be in this process."""
-    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)  # noqa: B010
-
-
 def prompts_of(model: str, llm: Any, length: int) -> list[list[int]]:
     """Four prompts of about that many tokens."""
     from vllm_kvcompress.evaluation.tasks.needle import make_samples
@@ -142,14 +135,15 @@ def requests_of(kind: str, sizes: Sizes) -> dict[str, tuple[int, dict[str, Any] 
     return {label: (n, None if kind == "stock" else xargs) for label, (n, xargs) in asked.items()}
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     """Open the engine, run every request alone and then all together; a rehearsal not alone."""
     from vllm import LLM, SamplingParams
 
     case = (CASES | MODEL_CASES)[args.case]
     sizes = SMALL if args.rehearse else FULL
-    if case.model == "recurrent" and args.rehearse:
-        mend_rotary_kernel()
+    if case.model == "recurrent" and args.rehearse:  # LFM2
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # where the patch is
+        stack.enter_context(rotary_in_torch())
     setting = setting_of(case.kind, sizes)
     options: dict[str, Any] = {
         "dtype": args.dtype,
@@ -218,7 +212,9 @@ def main() -> int:
     parser.add_argument("--engine-args", type=json.loads, default={})
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
-    args.out.write_text(json.dumps(run(args), indent=1) + "\n", encoding="utf-8")
+    with ExitStack() as stack:
+        found = run(args, stack)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -190,6 +190,9 @@ def sm90_launches() -> None:
         (256, torch.bfloat16),
         (128, torch.float8_e4m3fn),
         (128, torch.float32),
+        (64, torch.float32),
+        (96, torch.float32),
+        (256, torch.float32),
     ]:
         pages, _, _ = random_pages([64], 8, head_dim, dtype=dtype)
         kernel.key_redundancy(replace(pages, max_tokens=4096), 0.5)  # only shapes matter

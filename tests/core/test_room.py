@@ -90,6 +90,8 @@ def test_blocks_that_stay_with_others_are_not() -> None:
     pool.add("r", 12, "other", 10)
     assert worth(pool, {"r": due(12, 3)}) == set(), "2 come free, 3 are taken"
     pool.room.note_change()
+    assert worth(pool, {"r": due(12, 2)}) == set(), "2 are taken: that gains nothing"
+    pool.room.note_change()
     assert worth(pool, {"r": due(12, 1)}) == {"r"}, "1 is taken"
 
 
@@ -119,6 +121,29 @@ def test_siblings_need_room_for_all() -> None:
     assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}, "no owner has changed"
 
 
+def test_siblings_that_were_declined_in_steps_of_their_own_are_compacted_together() -> None:
+    pool = Pool()
+    pool.add("a", 10)
+    pool.add("b", 10, "a", 10)
+    a, b = {"a": due(10, 3)}, {"b": due(10, 3)}
+    for alone in (a, b, a, b):
+        assert worth(pool, alone) == set()
+    assert worth(pool, {**a, **b}) == {"a", "b"}, "no block has lost an owner meanwhile"
+
+
+def test_families_take_their_blocks_one_behind_the_other() -> None:
+    """Each takes 6 of what `alone` leaves, and gives 10 back one step later."""
+    for num_free, families in ((4 + 5, ""), (4 + 6, "ab"), (4 + 11, "ab"), (4 + 12, "abcd")):
+        pool = Pool(1 + 10 + 10 + 10 + num_free)
+        pool.add("alone", 10)
+        for first, second in ("ab", "cd"):
+            pool.add(first, 10)
+            pool.add(second, 10, first, 10)
+        lengths = {name: due(10, 4 if name == "alone" else 3) for name in ("alone", *"abcd")}
+        for _ in range(2):
+            assert worth(pool, lengths) == {"alone", *families}, num_free
+
+
 def test_what_some_free_anyway_does_not_speak_for_others() -> None:
     """a and b are worth it alone; the blocks that only they share are no gain of c's."""
     pool = Pool(1 + 100)
@@ -134,10 +159,12 @@ def test_a_declined_compaction_is_looked_at_again_when_an_owner_goes() -> None:
     pool = Pool()
     pool.add("other", 10)
     pool.add("r", 10, "other", 10)
+    pool.add("another", 10, "other", 10)
     lengths = {"r": due(10, 3)}
-    for _ in range(3):
-        assert worth(pool, lengths) == set()
-    pool.free("other")
+    for name in ("other", "another"):
+        for _ in range(3):
+            assert worth(pool, lengths) == set()
+        pool.free(name)
     assert worth(pool, lengths) == {"r"}
     pool.free("r")
     assert not has_declined(pool.room), "nothing is left behind"
@@ -258,3 +285,19 @@ def test_blocks_that_others_hold_are_never_overwritten() -> None:
     pool.add("r", 10, "other", 8)
     assert pool.room.own_destinations("r", due(10, 2)) == [2]
     assert pool.room.own_destinations("r", due(10, 3)) is None
+
+
+def test_what_is_set_aside_for_others_is_overwritten_by_nobody() -> None:
+    """4 blocks are free, 3 of them set aside; 2 of these for the request itself."""
+    pool = Pool(1 + 10 + 4)
+    pool.add("r", 10)
+    pool.set_aside(3, {"r": 2})
+    assert pool.room.own_destinations("r", due(10, 3)) == [0]
+    assert pool.room.own_destinations("r", due(10, 4)) == [1]
+    pool.set_aside(6)
+    assert pool.room.own_destinations("r", due(10, 3)) == [3], "more is set aside than is free"
+    pool.set_aside(3)
+    pool.take_view("r", 2)
+    assert pool.room.own_destinations("r", due(10, 3)) == [3] and pool.books.views
+    pool.set_aside(1)
+    assert pool.room.own_destinations("r", due(10, 3)) == [0] and not pool.books.views

@@ -222,6 +222,10 @@ class EqualPrompts:
 
     def forget_copies(self) -> None:
         """Whoever comes reads no copy that was made so far: weights may have changed."""
+        for name in {name for copy in self._copies.values() for name in copy.readers}:
+            for manager in self._managers:
+                if isinstance(manager, CompressedAttentionManager):
+                    self._pool.free_blocks(reversed(manager.promised.pop(name, [])))
         self._copies.clear()
         self._computing.clear()
         self._note_change()

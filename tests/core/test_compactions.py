@@ -114,14 +114,19 @@ def test_a_plan_says_what_the_worker_needs_and_its_commit_is_counted() -> None:
     assert list(stats.kept_ratios) == [("keydiff", 3 / 10), ("keydiff", 3 / 12)]
 
 
-def test_blocks_that_are_overwritten_are_not_counted_as_taken() -> None:
-    step = Step(4)
+@pytest.mark.parametrize(
+    ("num_free", "in_place"), [(4, [True, False]), (1, [True, True]), (0, [True, True])]
+)
+def test_blocks_that_are_overwritten_are_not_counted_as_taken(
+    num_free: int, in_place: list[bool]
+) -> None:
+    step = Step(num_free)
     (plan,) = step.plan()
-    assert [group.in_place for group in plan.groups[:2]] == [True, False]
+    assert [group.in_place for group in plan.groups[:2]] == in_place
     step.compactions.commit()
-    assert step.stats.blocks_taken == {"keydiff": 4}
-    assert step.stats.blocks_returned == {"keydiff": 18}
-    assert step.num_free == 18
+    assert step.stats.blocks_taken == {"keydiff": num_free}
+    assert step.stats.blocks_returned == {"keydiff": 20 - (6 - num_free)}
+    assert step.num_free == 20 - 6 + num_free
 
 
 def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:

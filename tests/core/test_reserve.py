@@ -2,6 +2,7 @@
 
 from itertools import permutations
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -176,9 +177,9 @@ def test_blocks_that_those_who_are_due_give_up_are_private_afterwards() -> None:
 
 
 def test_who_reads_what_an_equal_keeps_and_who_is_not_compressed_needs_no_blocks() -> None:
-    found = sharers((20, 5, 0), (20, 5, 20), (20, 5, 20))
-    assert found.reserve.num_blocks() == 10
-    found.adopting = {"b"}
+    found = sharers((20, 5, 0), (20, 7, 20), (20, 5, 20))
+    assert found.reserve.num_blocks() == 12
+    found.adopting.add("b")
     found.reserve.note_joined()
     assert found.reserve.num_blocks() == 10, "b holds its blocks for longer than the others"
     found = sharers((20, 5, 0), (20, 7, 20))
@@ -213,3 +214,48 @@ def test_a_cache_that_a_request_begins_with_changes_what_is_to_come_for_it() -> 
     found.reserve.note(b)
     found.reserve.note_joined()
     assert found.reserve.num_blocks() == 10, "it lost its blocks: this step does not compact it"
+
+
+def test_groups_that_are_never_compacted_need_nothing() -> None:
+    found = Sharers()
+    managers: list[Any] = [object(), found.books]
+    found.reserve = Reserve(found.planner, managers, [None, 0], 4096, lambda: ())
+    for name in "ab":
+        found.add(name, 20, 5, 20)
+    assert found.reserve.num_blocks() == 5
+
+
+def test_a_layer_group_that_is_compacted_late_is_looked_for_at_every_mark() -> None:
+    setting = {
+        "preset": "keydiff", "budget": {"tokens": 3 * BLOCK, "floor": 1}, "min_prompt_len": 0,
+        "num_sink_tokens": 0, "observation_window": 1, "trigger": "prompt",
+        "prompt_interval": 4 * BLOCK, "layer_budget": {"shape": "pyramid"},
+        "layer_groups": {"count": 2},
+    }  # fmt: skip
+    config = parse_config(setting)
+    assert config is not None
+    planner = Planner(config, num_layer_groups=2, block_size=BLOCK)
+    planner.add("r", 10 * BLOCK, RequestOptions())
+    books: list[Any] = [SimpleNamespace(block_size=BLOCK, req_to_blocks={}) for _ in range(2)]
+    reserve = Reserve(planner, books, [0, 1], 4096, lambda: ())
+    reserve.note(SimpleNamespace(request_id="r", num_prompt_tokens=10 * BLOCK, max_tokens=50))
+    assert planner.requests["r"].marks == (96, 160)
+    _, coming = reserve._coming["r"]
+    assert coming == ((1, 96, 6, 1), (0, 160, 10, 6)), "the lower layers keep more"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(2, 12), st.integers(1, 8), st.integers(0, 10)),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_it_is_enough_in_every_order(requests: list[tuple[int, int, int]]) -> None:
+    most = requests[0][0]
+    fitting = [(n, min(kept, n - 1), min(shared, n, most)) for n, kept, shared in requests]
+    fitting[0] = (*fitting[0][:2], 0)
+    found = sharers(*fitting)
+    aside = found.reserve.num_blocks()
+    assert all(found.most_lacking(order) <= aside for order in permutations(found.kept))

@@ -1,5 +1,6 @@
 """What a compaction gains, and where its survivors go: vLLM's real block pool."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,14 @@ class Pool:
         blocks, held = pool.get_new_blocks(num_blocks), CompactionSchedule(compacted_at=1)
         place = Place(str(len(self.room.waiting_blocks())), None, None, Kind.SESSION)
         self.room.kept.put(place, Kept(tokens_of([1]), [blocks], held, 1, None))
+
+    def keep_of(self, name: str) -> None:
+        """A cache that outlives its request, of blocks that another one holds, too."""
+        blocks = self.books.req_to_blocks[name]
+        self.books.block_pool.touch(blocks)
+        self.keep(0)
+        (place,) = self.room.kept._kept
+        self.room.kept.put(place, replace(self.room.kept.take(place), blocks=[list(blocks)]))
 
     def set_aside(self, num_blocks: int, own: dict[str, int] | None = None) -> None:
         """For coming compactions; `own` says what it is less by without that of a request."""
@@ -277,6 +286,22 @@ def test_views_give_way_before_a_block_is_overwritten() -> None:
     pool.take_view("a", 8)
     assert pool.room.own_destinations("a", due(10, 4)) == [0]
     assert not pool.books.views
+    pool = Pool(1 + 10 + 2)
+    pool.add("a", 10)
+    pool.take_view("a", 1)
+    assert pool.room.own_destinations("a", due(10, 2)) == [0] and not pool.books.views
+
+
+@pytest.mark.parametrize(("num_free", "num_own", "is_kept"), [(3, 0, True), (2, 1, False)])
+def test_a_kept_cache_gives_way_where_a_compaction_has_to_happen_and_lacks_blocks(
+    num_free: int, num_own: int, is_kept: bool
+) -> None:
+    pool = Pool(1 + 10 + num_free)
+    pool.add("r", 10)
+    pool.keep_of("r")
+    pool.set_aside(0)
+    assert pool.room.own_destinations("r", due(10, 3)) == [num_own]
+    assert bool(pool.room.waiting_blocks()) is is_kept
 
 
 def test_blocks_that_others_hold_are_never_overwritten() -> None:

@@ -169,11 +169,16 @@ def test_steps_that_draft_take_the_blocks_that_vllm_would_give(lookahead: int) -
 
 
 @pytest.mark.parametrize(
-    ("sizes", "records", "is_given"),
-    [((16, 16), False, True), ((16, 32), False, False), ((16, 16), True, False)],
+    ("sizes", "records", "num_aside", "is_given"),
+    [
+        ((16, 16), False, 7, True),
+        ((16, 16), False, 8, False),
+        ((16, 32), False, 0, False),
+        ((16, 16), True, 0, False),
+    ],
 )
-def test_blocks_of_several_sizes_and_those_to_be_cleared_are_vllms_to_give(
-    sizes: tuple[int, ...], records: bool, is_given: bool
+def test_blocks_of_several_sizes_set_aside_or_to_be_cleared_are_vllms_to_give(
+    sizes: tuple[int, ...], records: bool, num_aside: int, is_given: bool
 ) -> None:
     managers: list[Any] = [
         SimpleNamespace(
@@ -185,7 +190,7 @@ def test_blocks_of_several_sizes_and_those_to_be_cleared_are_vllms_to_give(
     pool = SimpleNamespace(
         get_num_free_blocks=lambda: 9, get_new_blocks=lambda count: [None] * count
     )
-    spare = SpareSlots(managers, pool, MAX_LEN, lambda: 0)
+    spare = SpareSlots(managers, pool, MAX_LEN, lambda: num_aside)
     request: Any = SimpleNamespace(request_id="r", num_computed_tokens=63, num_tokens=64)
     spare.note(request, 1)
     assert spare.take(request, 1, {}) is not None, "nothing is needed"

@@ -54,9 +54,7 @@ def scheduler(prompt_len: int, fields: dict[str, Any], reserve: Any = None) -> A
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("placeholders", "num_unverified_then"), [(0, 0), (1, 0), (2, 1), (4, 3)]
-)
+@pytest.mark.parametrize(("placeholders", "num_unverified_then"), [(0, 0), (1, 0), (2, 1), (4, 3)])
 def test_one_token_of_a_step_under_way_is_certain(
     placeholders: int, num_unverified_then: int
 ) -> None:

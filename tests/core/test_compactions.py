@@ -115,7 +115,8 @@ def test_a_plan_says_what_the_worker_needs_and_its_commit_is_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_free", "in_place"), [(4, [True, False]), (1, [True, True]), (0, [True, True])]
+    ("num_free", "in_place"),
+    [(5, [True, False]), (4, [True, False]), (2, [True, True]), (0, [True, True])],
 )
 def test_blocks_that_are_overwritten_are_not_counted_as_taken(
     num_free: int, in_place: list[bool]
@@ -127,6 +128,26 @@ def test_blocks_that_are_overwritten_are_not_counted_as_taken(
     assert step.stats.blocks_taken == {"keydiff": num_free}
     assert step.stats.blocks_returned == {"keydiff": 20 - (6 - num_free)}
     assert step.num_free == 20 - 6 + num_free
+
+
+@pytest.mark.parametrize("promised_to", ["r", "other"])
+def test_who_reads_what_an_equal_one_has_kept_takes_no_blocks(
+    promised_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(3 + 3)
+    promised = [step.pool.get_new_blocks(3) for _ in range(2)]
+    for manager, blocks in zip(step.managers[:2], promised, strict=True):
+        manager.promised["r"] = blocks
+    monkeypatch.setattr(step.compactions.equal, "reads", promised_to.__eq__)
+    (plan,) = step.plan()
+    assert (plan.purpose is Purpose.ADOPT) is (promised_to == "r")
+    assert [group.in_place for group in plan.groups[:2]] == [promised_to != "r"] * 2
+    if promised_to == "r":
+        found = [list(group.destination_blocks) for group in plan.groups[:2]]
+        assert found == [[block.block_id for block in blocks] for blocks in promised]
+        assert step.num_free == 0 and step.tracked.phase is Phase.PLANNED
+        step.compactions.commit()
+        assert step.num_free == 20 and step.stats.blocks_taken == {"keydiff": 0}
 
 
 def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:

@@ -238,3 +238,12 @@ def test_a_linked_view_has_room_for_every_block_with_a_token_that_must_stay() ->
     schedule = ViewSchedule(config, Purpose.COPIED_VIEW)
     schedule.fit(lambda _: [GroupLengths(192, 64)], [pinned], [], BLOCK)
     assert schedule.lengths == [GroupLengths(192, 64)], "tokens are chosen, not blocks"
+
+
+def test_a_views_share_of_accepted_drafts_counts_after_four_verifications() -> None:
+    plan = drafting(refresh_below=0.5)
+    tracked = add(plan, 2000)
+    do_work(plan, 2000)
+    for number in range(1, 5):
+        tracked.view.observe(4, 0)
+        assert plan.note_progress("r", 2000 + number) is (number == 4)

@@ -63,9 +63,12 @@ class Order:
         reaching = [test for test in self.reached_by.get(function_of(mutant), ()) if test in there]
         new = [test for test in collected if test not in self.seconds]
         near, far = self.kills[function_of(mutant)], self.kills[module_of(mutant)]
+        own = f"test_{module_of(mutant).rsplit('.', 1)[-1]}"
 
         def worth(test: str) -> float:
-            return (4 * near[test] + far[test] + 0.1) / (self.seconds.get(test, 0.1) + 0.03)
+            is_own = test.split("::")[0].rsplit("/", 1)[-1].startswith(own)
+            found = 4 * near[test] + far[test] + (1 if is_own else 0.1)
+            return found / (self.seconds.get(test, 0.1) + 0.03)
 
         chosen, left = list[str](), self.limit
         for test in sorted([*new, *reaching], key=worth, reverse=True):

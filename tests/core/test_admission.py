@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.core.admission import Admission
+from vllm_kvcompress.core.admission import Admission, logger
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason
 from vllm_kvcompress.metrics import CompressionStats
@@ -48,6 +48,7 @@ def test_workers_are_told_what_was_decided() -> None:
         (request({"kv_budget": 3}), SkipReason.INVALID_OPTIONS),
         (request([3]), SkipReason.INVALID_OPTIONS),
         (request({"kv_draft_tokens": 2}), SkipReason.INVALID_OPTIONS),
+        (request({"kv_pin": [0, 2001]}), SkipReason.INVALID_OPTIONS),
         (request({"kv_compression": "snapkv", "kv_task": "auto"}), SkipReason.INVALID_OPTIONS),
     ],
 )
@@ -56,6 +57,7 @@ def test_what_is_not_compressed_is_counted_once(arrives: Any, reason: str) -> No
     judge.admit(arrives)
     assert judge.stats.uncompressed == {reason: 1}
     assert not judge.planner.setups_of(["r"])
+    assert judge.planner.requests["r"].prompt_len == arrives.num_prompt_tokens
     assert judge.planner.remove("r") is None, "it is counted already"
 
 
@@ -68,8 +70,37 @@ def test_what_is_not_compressed_is_counted_once(arrives: Any, reason: str) -> No
     ],
 )
 def test_the_task_is_decided_here(extra: Any, classified: str | None, expected: str) -> None:
-    judge = admission("windowkv", classified)
-    judge.admit(request(extra))
+    judge, arrives = admission("windowkv", classified), request(extra)
+    judge.classifier = SimpleNamespace(  # type: ignore[assignment]
+        classify=lambda asked: classified if asked is arrives else "nobody's"
+    )
+    judge.admit(arrives)
     assert judge.stats.tasks == {expected: 1}
     (setup,) = judge.planner.setups_of(["r"]).values()
     assert setup.config.task == judge.planner.requests["r"].task == expected.split("/")[0]
+
+
+def test_a_setting_that_does_not_fit_the_model_is_refused(monkeypatch: Any) -> None:
+    """A model with latent attention has one cache for all heads; the named setting has many."""
+    judge, told = admission(), list[str]()
+    model = SimpleNamespace(
+        use_mla=True, model="latent", max_model_len=4096,
+        hf_text_config=SimpleNamespace(num_hidden_layers=4),
+    )  # fmt: skip
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    judge.vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
+    monkeypatch.setattr(logger, "warning", lambda text, *words: told.append(text % words))
+    judge.admit(request({"kv_budget_tokens": 600}))
+    assert not told, "the server's own setting has been checked"
+    judge.admit(request({"kv_compression": "adakv"}))
+    (text,) = told
+    assert "request r is served uncompressed" in text and "(ConfigError: " in text
+    assert "adakv shares a budget out between KV heads, and latent caches" in text
+    assert judge.stats.uncompressed == {SkipReason.INVALID_OPTIONS: 1}
+
+
+def test_a_request_without_sampling_parameters_runs_under_the_servers_setting() -> None:
+    judge, arrives = admission(), request()
+    arrives.sampling_params = None
+    judge.admit(arrives)
+    assert judge.planner.requests["r"].phase is Phase.ARMED

@@ -98,6 +98,7 @@ def test_a_plan_says_what_the_worker_needs_and_its_commit_is_counted() -> None:
     assert [dict(each.evicted) for each in step.managers] == [{"r": 7 * BLOCK}] * 2 + [{}]
     assert all("r" in each.lossy for each in step.managers), "windowed layers read what is above"
     assert step.tracked.compaction.compacted_at == 10 * BLOCK
+    assert step.stats.requests == {"keydiff": 1}
     for manager in step.managers[:2]:
         manager.allocate_new_blocks("r", 12 * BLOCK, 12 * BLOCK)
     assert step.planner.note_progress("r", 12 * BLOCK)
@@ -113,14 +114,40 @@ def test_a_plan_says_what_the_worker_needs_and_its_commit_is_counted() -> None:
     assert list(stats.kept_ratios) == [("keydiff", 3 / 10), ("keydiff", 3 / 12)]
 
 
-def test_blocks_that_are_overwritten_are_not_counted_as_taken() -> None:
-    step = Step(4)
+@pytest.mark.parametrize(
+    ("num_free", "in_place"),
+    [(5, [True, False]), (4, [True, False]), (2, [True, True]), (0, [True, True])],
+)
+def test_blocks_that_are_overwritten_are_not_counted_as_taken(
+    num_free: int, in_place: list[bool]
+) -> None:
+    step = Step(num_free)
     (plan,) = step.plan()
-    assert [group.in_place for group in plan.groups[:2]] == [True, False]
+    assert [group.in_place for group in plan.groups[:2]] == in_place
     step.compactions.commit()
-    assert step.stats.blocks_taken == {"keydiff": 4}
-    assert step.stats.blocks_returned == {"keydiff": 18}
-    assert step.num_free == 18
+    assert step.stats.blocks_taken == {"keydiff": num_free}
+    assert step.stats.blocks_returned == {"keydiff": 20 - (6 - num_free)}
+    assert step.num_free == 20 - 6 + num_free
+
+
+@pytest.mark.parametrize("promised_to", ["r", "other"])
+def test_who_reads_what_an_equal_one_has_kept_takes_no_blocks(
+    promised_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(3 + 3)
+    promised = [step.pool.get_new_blocks(3) for _ in range(2)]
+    for manager, blocks in zip(step.managers[:2], promised, strict=True):
+        manager.promised["r"] = blocks
+    monkeypatch.setattr(step.compactions.equal, "reads", promised_to.__eq__)
+    (plan,) = step.plan()
+    assert (plan.purpose is Purpose.ADOPT) is (promised_to == "r")
+    assert [group.in_place for group in plan.groups[:2]] == [promised_to != "r"] * 2
+    if promised_to == "r":
+        found = [list(group.destination_blocks) for group in plan.groups[:2]]
+        assert found == [[block.block_id for block in blocks] for blocks in promised]
+        assert step.num_free == 0 and step.tracked.phase is Phase.PLANNED
+        step.compactions.commit()
+        assert step.num_free == 20 and step.stats.blocks_taken == {"keydiff": 0}
 
 
 def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:
@@ -130,10 +157,25 @@ def test_every_group_is_admitted_with_the_most_that_it_will_hold() -> None:
     assert 12 * BLOCK > held[0] > held[1], "the pyramid's lower layers keep more"
 
 
-def test_a_prompt_of_embeddings_has_a_plan_too() -> None:
+@pytest.mark.parametrize("num_more", [None, 0, 40])
+def test_the_seed_is_of_the_tokens_that_are_compressed(num_more: int | None) -> None:
+    """A prefix that others have, too, goes on differently; embeddings have no tokens."""
     step = Step(8)
-    step.request.prompt_token_ids = None
-    assert step.plan()[0].seed == 0
+    text = None if num_more is None else list(range(10 * BLOCK + num_more))
+    step.request.prompt_token_ids = text
+    expected = 0 if text is None else zlib.crc32(array("q", range(10 * BLOCK)).tobytes())
+    assert step.plan()[0].seed == expected
+
+
+def test_a_group_that_keeps_everything_has_no_plan() -> None:
+    step = Step(3)
+    step.tracked.compaction.lengths[0] = None
+    (plan,) = step.plan()
+    assert [group is None for group in plan.groups] == [True, False, True]
+    step.compactions.commit()
+    assert step.num_free == 3 - 3 + 10
+    assert step.stats.tokens_evicted == {"keydiff/0": 0, "keydiff/1": 7 * BLOCK}
+    assert list(step.stats.kept_ratios) == [("keydiff", 13 / 20)]
 
 
 def test_who_shares_its_blocks_waits_or_starts_over() -> None:
@@ -144,6 +186,7 @@ def test_who_shares_its_blocks_waits_or_starts_over() -> None:
     assert step.plan() == [] and step.stats.deferrals == 1 and not step.tracked.is_shared
     assert step.compactions.take_starved() == ["r"] and step.compactions.take_starved() == []
     assert step.num_free == 5 and not step.compactions.is_planned("r")
+    assert step.plan() == [] and step.stats.deferrals == 2, "in every step"
     step = Step(6, num_sharers=1, shared_blocks="always")
     assert len(step.plan()) == 1 and step.compactions.take_starved() == []
 
@@ -181,6 +224,48 @@ def test_a_view_is_taken_where_nobody_is_preempted_for_it(
     assert step.compactions.take_given_up() == ("r",) and step.compactions.take_given_up() == ()
 
 
+def set_aside(step: Step, num_aside: int) -> None:
+    """For others; and one block for the request itself."""
+    num_blocks = lambda joining=None, without=None: num_aside + (without != "r")  # noqa: E731
+    note = lambda *_: None  # noqa: E731
+    step.compactions.room.reserve = SimpleNamespace(  # type: ignore[assignment]
+        num_blocks=num_blocks, note_change=note, begin_step=note
+    )
+
+
+@pytest.mark.parametrize(
+    ("purpose", "num_free", "is_taken"),
+    [
+        (Purpose.COPIED_VIEW, 6 + 3, True),
+        (Purpose.COPIED_VIEW, 6 + 2, False),
+        (Purpose.LINKED_VIEW, 0, True),  # of the request's own blocks
+    ],
+)
+def test_a_view_leaves_what_is_set_aside(purpose: Purpose, num_free: int, is_taken: bool) -> None:
+    step = Step(num_free, **ALONE)
+    set_aside(step, 2)
+    step.tracked.view.purpose = purpose
+    assert [plan.purpose for plan in step.plan()] == [purpose] * is_taken
+    assert step.compactions.take_starved() == [], "nobody starts over for a view"
+
+
+def test_views_are_counted_by_their_tokens_and_by_what_asked_for_them() -> None:
+    step = Step(20, mode="draft", draft={"tokens": 4, "refresh_every": 2 * BLOCK})
+    step.tracked.view.lengths[0] = None
+    step.plan()
+    step.compactions.commit()
+    assert step.stats.view_tokens == {"keydiff": (10 + 3) * BLOCK // 2}
+    assert isinstance(step.stats.view_tokens["keydiff"], int)
+    for manager in step.managers[:2]:
+        manager.allocate_new_blocks("r", 12 * BLOCK, 12 * BLOCK)
+    assert step.planner.note_progress("r", 12 * BLOCK)
+    step.plan()
+    room = step.compactions.room
+    assert not room.make_free(room.num_free + 1), "the step reads it while it takes the next one"
+    step.compactions.commit()
+    assert step.stats.views == {"keydiff/prompt": 1, "keydiff/refresh": 1}
+
+
 @pytest.mark.parametrize(
     ("num_free", "num_aside", "num_plans"), [(8, 0, 2), (7, 0, 1), (10, 2, 2), (9, 2, 1)]
 )
@@ -188,12 +273,8 @@ def test_an_eviction_does_not_wait_for_its_view(
     num_free: int, num_aside: int, num_plans: int
 ) -> None:
     step = Step(num_free, **BESIDE)
-    if num_aside:  # for others; and one for itself
-        num_blocks = lambda joining=None, without=None: num_aside + (without != "r")  # noqa: E731
-        note = lambda *_: None  # noqa: E731
-        step.compactions.room.reserve = SimpleNamespace(  # type: ignore[assignment]
-            num_blocks=num_blocks, note_change=note, begin_step=note
-        )
+    if num_aside:
+        set_aside(step, num_aside)
     plans = step.plan()
     assert [each.purpose for each in plans] == [Purpose.EVICT, Purpose.COPIED_VIEW][:num_plans]
     step.compactions.commit()

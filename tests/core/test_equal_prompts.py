@@ -188,6 +188,47 @@ def test_new_weights_make_new_copies(probe_model: str) -> None:
     assert taken(loop) == 2 * KEPT
 
 
+@pytest.mark.parametrize("more", [{}, {"shared_blocks": "always"}], ids=["default", "always"])
+@pytest.mark.parametrize("kind", LOOPS)
+def test_all_start_again_where_running_requests_are_reset(
+    kind: str, more: dict[str, str], probe_model: str
+) -> None:
+    loop = made(probe_model, kind=kind, setting={**PLAIN, **more})
+    texts = [PROMPT, PROMPT, PROMPT, prompt(100, 5)]
+    requests = [loop.add(f"r{number}", text, 30) for number, text in enumerate(texts)]
+    for wait in (1, 2, 3, 4, 5, 7, 9):
+        for _ in range(wait):
+            loop.step()
+        assert loop.scheduler.reset_prefix_cache(wait > 3, reset_connector=False) is (wait > 3)
+        loop.scheduler.check_integrity()
+        loop.check_blocks()
+        assert not copies(loop) and not any(each.promised for each in loop.scheduler._managers)
+        if wait > 3:
+            assert loop.pool.get_num_free_blocks() == loop.usable and not loop.scheduler.running
+    loop.run()
+    assert all(each.num_preemptions >= 3 and each.is_finished() for each in requests)
+    assert loop.pool.get_num_free_blocks() == loop.usable
+
+
+def test_a_promise_of_old_weights_is_not_kept(probe_model: str) -> None:
+    """Another's prompt leaves the reader 3 tokens of a step: it is not through with its own."""
+    loop = made(probe_model)
+    first = loop.add("first", PROMPT, 60)
+    while first.num_output_tokens < 2:
+        loop.step()
+    other, reader = loop.add("other", prompt(63 + 60, 9), 40), loop.add("reader", PROMPT, 40)
+    while not reader.num_computed_tokens:
+        loop.step()
+    promised = [len(each.promised["reader"]) for each in loop.scheduler._managers]
+    assert promised == [KEPT // 2] * 2
+    assert not loop.scheduler.reset_prefix_cache(), "they run"
+    assert not any(each.promised for each in loop.scheduler._managers)
+    loop.check_blocks()
+    loop.run()
+    assert taken(loop) == 3 * KEPT and other.is_finished() and reader.is_finished()
+    assert loop.pool.get_num_free_blocks() == loop.usable
+
+
 def test_nobody_waits_for_one_whose_compaction_does_not_pay(probe_model: str) -> None:
     """An uncompressed request holds its blocks; the default leaves it alone until that ends."""
     loop = made(probe_model)

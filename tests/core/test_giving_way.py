@@ -73,6 +73,7 @@ class Asked:
         self.asked: list[dict[str, Any]] = []
 
     def __call__(self, request: Any, num_new_tokens: int, **options: Any) -> Any:
+        assert request.request_id in ("r", "new")
         self.asked.append({"num_new_tokens": num_new_tokens, **options})
         return () if self.room.num_free >= self.num_wanted else None
 
@@ -127,13 +128,31 @@ def test_what_is_set_aside_is_kept_from_whoever_asks() -> None:
     asked = Asked(pool.room, 0)
     assert pool.room.allocate(asked, new, BLOCK) == ()
     assert pool.room.allocate(asked, new, BLOCK, reserved_blocks=2) == ()
-    assert [each["reserved_blocks"] for each in asked.asked] == [5, 7]
+    assert asked.asked == [
+        {"num_new_tokens": BLOCK, "reserved_blocks": number} for number in (5, 7)
+    ]
     for num_tokens, admitted in ((15 * BLOCK, True), (15 * BLOCK + 1, False)):
         new = request("r", num_tokens, RequestStatus.WAITING, 2 * BLOCK)
         given = pool.room.allocate(asked, new, BLOCK, full_sequence_must_fit=True)
         assert (given == ()) == admitted, "13 of 18 free blocks are not set aside"
     assert len(asked.asked) == 3, "vLLM would not have counted what is set aside"
     assert pool.room.num_lacking == 14
+
+
+def test_whoever_joins_blocks_is_counted_as_if_it_held_them() -> None:
+    pool = Pool(1 + 20)
+    pool.add("other", 4)
+    hits = KVCacheBlocks((pool.books.req_to_blocks["other"],))
+    joins = ("r", hits)
+    pool.room.reserve = SimpleNamespace(  # type: ignore[assignment]
+        num_blocks=lambda joining=None: 5 if joining == joins else 0,
+        note=lambda request: None, note_joined=lambda: None,
+    )  # fmt: skip
+    asked = Asked(pool.room, 0)
+    new = request("r", 20 * BLOCK, RequestStatus.WAITING)
+    for blocks in (hits, KVCacheBlocks(([],))):
+        pool.room.allocate(asked, new, BLOCK, new_computed_blocks=blocks)
+    assert [each.get("reserved_blocks", 0) for each in asked.asked] == [5, 0]
 
 
 @pytest.mark.parametrize(("num_aside", "is_enough"), [(0, True), (2, True), (3, False)])

@@ -9,7 +9,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from vllm_kvcompress.core.host_groups import HostGroup
+from vllm_kvcompress.core.host_groups import HostGroup, blocks_per_state
 
 BLOCK, WINDOW = 4, 8
 
@@ -64,3 +64,11 @@ def test_books_left_behind_are_found(manager: SlidingWindowManager) -> None:
     group.mark_lossy("gone")
     with pytest.raises(AssertionError, match="gone left its books"):
         group.check_integrity()
+
+
+@pytest.mark.parametrize(("mode", "count"), [("none", 1 + 3), ("all", 1 + 3), ("align", 2 + 3 + 5)])
+def test_a_recurrent_state_has_blocks_for_drafts_and_checkpoints(mode: str, count: int) -> None:
+    spec: Any = SimpleNamespace(
+        mamba_cache_mode=mode, num_speculative_blocks=3, num_prefill_checkpoint_blocks=5
+    )
+    assert blocks_per_state(spec) == count

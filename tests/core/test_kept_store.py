@@ -1,11 +1,23 @@
 """What is kept for those who come, over vLLM's real block pool: how much, and who gives way."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from vllm.v1.core.block_pool import BlockPool
 
 from tests.core.test_block_manager import BLOCK
 from vllm_kvcompress.config.reading import parse_config
-from vllm_kvcompress.core.kept_cache import Kept, Kind, Place, Reason, num_common, tokens_of
+from vllm_kvcompress.core.kept_cache import (
+    Kept,
+    Kind,
+    Place,
+    Reason,
+    is_served,
+    num_common,
+    place_of,
+    tokens_of,
+)
 from vllm_kvcompress.core.kept_store import KeptCaches
 from vllm_kvcompress.core.tracked_request import CompactionSchedule
 from vllm_kvcompress.metrics import CompressionStats
@@ -172,3 +184,25 @@ def test_how_much_two_texts_have_in_common(
     kept: list[int], prompt: list[int], expected: int
 ) -> None:
     assert num_common(tokens_of(kept), prompt) == expected
+
+
+def test_a_name_is_one_salts_and_one_adapters() -> None:
+    def place(salt: str | None, adapter: Any) -> Place:
+        request: Any = SimpleNamespace(cache_salt=salt, lora_request=adapter)
+        return place_of(request, "chat", Kind.SESSION)
+
+    adapters = [SimpleNamespace(lora_name="law", lora_int_id=number) for number in (1, 2)]
+    places = [place(salt, adapter) for salt in (None, "s") for adapter in (None, *adapters)]
+    assert len(set(places)) == 6
+    assert place("s", adapters[0]) == Place("chat", "s", ("law", 1), Kind.SESSION)
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "images", "expected"),
+    [([1], [], True), ([1], ["image"], False), (None, [], False), (None, ["image"], False)],
+)
+def test_only_prompts_of_token_ids_alone_are_kept(
+    token_ids: Any, images: Any, expected: bool
+) -> None:
+    request: Any = SimpleNamespace(prompt_token_ids=token_ids, mm_features=images)
+    assert is_served(request) is expected

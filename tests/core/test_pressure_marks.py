@@ -34,3 +34,37 @@ def test_tokens_that_may_come_to_nothing_do_not_count() -> None:
     assert world.pressure.is_on and tracked.phase is Phase.RESTING
     world.pressure.update(running, lambda request: 0)
     assert tracked.phase is Phase.ARMED
+
+
+def test_no_more_are_chosen_than_the_low_mark_needs() -> None:
+    """Of 87 held blocks a gives 37 back: that is the low mark; another block is too much."""
+    for num_more, names in ((27, ["a"]), (28, ["a", "b"])):
+        world = World()
+        world.add("a", 40)
+        world.add("b", 20)
+        world.pool.add("filler", num_more)
+        world.step()
+        assert world.names == names
+
+
+def test_a_window_of_one_query_needs_a_slot_too() -> None:
+    world = World(num_slots=1, preset="snapkv", observation_window=1)
+    for name in "abc":
+        world.add(name, 32)
+    world.step()
+    assert world.names == ["a"]
+    world.steps(2)
+    assert world.names == ["a", "b"]
+
+
+def test_what_a_family_will_give_back_counts_once() -> None:
+    world = World(num_slots=3, preset="snapkv", pressure={"when": 0.8, "until": 0.7})
+    world.add("a", 30)
+    world.add("b", 31, "a", 29)
+    world.add("c", 20)
+    world.pool.add("filler", 28)
+    for num_more, phase in ((0, Phase.RESTING), (16, Phase.RESTING), (1, Phase.ARMED)):
+        world.pool.add(f"{num_more} more", num_more)
+        world.step("")
+        assert [world.planner.requests[name].phase for name in "ab"] == [Phase.ARMED] * 2
+        assert world.planner.requests["c"].phase is phase, "26 of 80, 96 and 97 come back"

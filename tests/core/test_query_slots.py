@@ -130,8 +130,11 @@ def test_with_a_slot_each_nothing_waits(interval: int) -> None:
     assert world.stats.deferrals == 0
 
 
-def test_few_slots_go_round_and_whoever_waits_is_compacted_where_it_would_be_alone() -> None:
-    world = World(1, interval=20)
+@pytest.mark.parametrize("interval", [20, WINDOW + 1, WINDOW])
+def test_few_slots_go_round_and_whoever_waits_is_compacted_where_it_would_be_alone(
+    interval: int,
+) -> None:
+    world = World(1, interval)
     for name in "abcd":
         world.add(name, 60)
     world.step(dict.fromkeys("abcd", (60, 0)))
@@ -140,7 +143,8 @@ def test_few_slots_go_round_and_whoever_waits_is_compacted_where_it_would_be_alo
     for name in "abcd":
         # A slot serves one window after the other, with a step for each hand-over.
         assert len(world.compacted[name]) - 1 >= 200 // (4 * (WINDOW + 2))
-        assert world.compacted[name] == [60 + 20 * i for i in range(len(world.compacted[name]))]
+        marks = [60 + interval * i for i in range(len(world.compacted[name]))]
+        assert world.compacted[name] == marks
     assert world.stats.deferrals > 0
 
 
@@ -167,6 +171,51 @@ def test_who_waits_stands_before_the_first_token_of_its_window() -> None:
     assert world.computed == {"a": 80, "b": 80 - WINDOW}
     assert world.stats.deferrals == 20 - (20 - WINDOW)
     assert world.remove("b").skip_reason == SkipReason.SHORT_OUTPUT
+
+
+def test_who_finds_no_slot_computes_what_lies_before_its_window() -> None:
+    """Workers are told of slots that are taken back, but for requests that are gone."""
+    world = World(1, interval=20, trigger="interval")
+    for name in "ab":
+        world.add(name, 60)
+    assert world.slots.clip("a", 60, 40) == 40
+    assert world.slots.take_changes() == {"a": 0} and not world.slots.take_changes()
+    assert world.slots.clip("b", 60, 12) == 12 and world.stats.deferrals == 0
+    assert world.slots.clip("b", 60, 40) == 12 and world.stats.deferrals == 0
+    assert world.slots.clip("b", 73, 4) == 0 and world.stats.deferrals == 1
+    for num_computed, owned in ((73, {"a": 0}), (72, {})):
+        world.slots.release_idle({"a": num_computed}.__getitem__)
+        assert world.slots.owned == owned
+    assert world.slots.take_changes() == {"a": -1}
+    assert world.planner.requests["a"].queries_since is None
+    assert world.slots.clip("a", 60, 40) == 12, "the other waits for longer"
+    assert world.slots.clip("b", 72, 1) == 1
+    world.slots.release("b")
+    assert not world.slots.take_changes(), "a worker knows that it is gone"
+    world.slots.release("a")
+    world.slots.check_integrity()
+    world.planner.remove("a")
+    world.slots.check_integrity()
+
+
+def test_slots_that_are_left_go_to_views_that_wait_for_most_tokens() -> None:
+    config = parse_config("snapkv", {"mode": "draft", "draft": {"refresh_below": 0.5}})
+    assert config is not None
+    planner = Planner(config, 1, block_size=32, rations_queries=True)
+    slots = QuerySlots(planner, 2, CompressionStats())
+    for name in "abcd":
+        planner.add(name, 2000, parse_request(None))
+    ends = {"d": 1999, "a": 2001, "b": 2007, "c": 2003}
+    first = planner.queries_from("a")
+    assert first == 2000 - decode_window(config)
+    ends["d"] = first
+    slots.provide((name, end - 1, end) for name, end in ends.items())
+    assert slots.take_changes() == {"b": 0, "c": 1}
+    assert planner.requests["b"].queries_since == 2006
+    slots.release("b")
+    slots.provide([("d", first, first + 1), ("c", 2003, 2004), ("a", 2001, 2002)])
+    assert slots.owned == {"c": 1, "a": 0}
+    QuerySlots(planner, 0, CompressionStats()).provide([("d", first, first + 1)])
 
 
 def test_a_setting_without_a_decode_trigger_takes_no_slot() -> None:

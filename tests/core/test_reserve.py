@@ -2,6 +2,7 @@
 
 from itertools import permutations
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,8 @@ from tests.core.test_room import Pool
 from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.reserve import Reserve
-from vllm_kvcompress.plans import RequestOptions
+from vllm_kvcompress.lengths.schedule import Start
+from vllm_kvcompress.plans import GroupCache, RequestOptions
 
 CONFIG = parse_config(
     {
@@ -32,8 +34,11 @@ class Sharers:
         self.pool = Pool(1000)
         self.books = self.pool.books
         self.waiting: list[KVCacheBlock] = []
+        self.adopting: set[str] = set()
         self.planner = Planner(CONFIG, num_layer_groups=1, block_size=BLOCK)
-        self.reserve = Reserve(self.planner, [self.books], [0], 4096, lambda: self.waiting)
+        self.reserve = Reserve(
+            self.planner, [self.books], [0], 4096, lambda: self.waiting, self.adopting.__contains__
+        )
         self.kept: dict[str, int] = {}
 
     def add(self, name: str, num_blocks: int, num_kept: int, num_shared: int = 0) -> None:
@@ -141,6 +146,102 @@ def test_those_that_are_due_in_one_step_need_a_copy_each() -> None:
     assert found.reserve.num_blocks(without="a") == 5
     found.reserve.begin_step()
     assert found.reserve.hold(c, 319, 1, num_free=0) == 1, "who is first never waits"
+
+
+def test_who_is_not_due_never_waits() -> None:
+    found = sharers((20, 5, 0), (20, 5, 20), (20, 5, 20))
+    a, b, c = (found.request(name, 20) for name in "abc")
+    assert found.reserve.hold(a, 319, 1, num_free=0) == 1
+    assert found.reserve.hold(b, 300, 19, num_free=0) == 19
+    assert found.reserve.hold(c, 319, 1, num_free=0) == 0
+    found.reserve.begin_step()
+    found.planner.requests["a"].compaction.compacted_at = 320
+    assert found.reserve.hold(a, 320, 1, num_free=0) == 1
+    assert found.reserve.hold(c, 319, 1, num_free=0) == 1, "a has been compacted"
+
+
+def test_a_step_that_was_not_taken_is_forgotten() -> None:
+    found = sharers((20, 5, 0), (20, 5, 20))
+    for name in "ab":
+        found.reserve.hold(found.request(name, 20), 319, 1, num_free=100)
+    assert found.reserve.num_blocks() == 10
+    found.reserve.begin_step()
+    assert found.reserve.num_blocks() == 5
+
+
+def test_blocks_that_those_who_are_due_give_up_are_private_afterwards() -> None:
+    """a and c share 20 blocks, b 10 of these; a is compacted in this step."""
+    found = sharers((20, 15, 0), (20, 15, 10), (20, 15, 20))
+    found.reserve.hold(found.request("a", 20), 319, 1, num_free=100)
+    assert found.reserve.num_blocks() == 15 + 5, "a's copy, and that of b or c"
+
+
+def test_who_reads_what_an_equal_keeps_and_who_is_not_compressed_needs_no_blocks() -> None:
+    found = sharers((20, 5, 0), (20, 7, 20), (20, 5, 20))
+    assert found.reserve.num_blocks() == 12
+    found.adopting.add("b")
+    found.reserve.note_joined()
+    assert found.reserve.num_blocks() == 10, "b holds its blocks for longer than the others"
+    found = sharers((20, 5, 0), (20, 7, 20))
+    found.pool.room.reserve = found.reserve
+    found.pool.free("b")
+    found.planner.give_up("b")
+    found.pool.add("b", 20, "a", 20)
+    found.reserve.note(found.request("b", 20))
+    found.reserve.note_joined()
+    assert found.reserve.num_blocks() == 5, "a's alone"
+
+
+def test_that_somebody_shares_is_not_forgotten_for_one_that_does_not() -> None:
+    found = sharers((20, 5, 0), (20, 5, 20), (20, 5, 0))
+    for _ in range(2):
+        assert found.reserve.num_blocks() == 5
+        found.reserve.note_change()
+
+
+def test_a_cache_that_a_request_begins_with_changes_what_is_to_come_for_it() -> None:
+    found = sharers((20, 5, 0), (20, 3, 20), (20, 5, 20))
+    b = found.request("b", 20)
+    for marks, expected in (((320,), 3 + 5), ((), 10), ((320,), 3 + 5)):
+        cache = GroupCache(10 * BLOCK, ())
+        found.planner.requests["b"].start = Start(10 * BLOCK, [cache], marks)
+        for _ in range(2):
+            assert found.reserve.hold(b, 319, 1, num_free=100) == 1
+            assert found.reserve.num_blocks() == expected
+    found.pool.room.reserve = found.reserve
+    found.pool.free("b")
+    found.pool.add("b", 20, "a", 20)
+    found.reserve.note(b)
+    found.reserve.note_joined()
+    assert found.reserve.num_blocks() == 10, "it lost its blocks: this step does not compact it"
+
+
+def test_groups_that_are_never_compacted_need_nothing() -> None:
+    found = Sharers()
+    managers: list[Any] = [object(), found.books]
+    found.reserve = Reserve(found.planner, managers, [None, 0], 4096, lambda: ())
+    for name in "ab":
+        found.add(name, 20, 5, 20)
+    assert found.reserve.num_blocks() == 5
+
+
+def test_a_layer_group_that_is_compacted_late_is_looked_for_at_every_mark() -> None:
+    setting = {
+        "preset": "keydiff", "budget": {"tokens": 3 * BLOCK, "floor": 1}, "min_prompt_len": 0,
+        "num_sink_tokens": 0, "observation_window": 1, "trigger": "prompt",
+        "prompt_interval": 4 * BLOCK, "layer_budget": {"shape": "pyramid"},
+        "layer_groups": {"count": 2},
+    }  # fmt: skip
+    config = parse_config(setting)
+    assert config is not None
+    planner = Planner(config, num_layer_groups=2, block_size=BLOCK)
+    planner.add("r", 10 * BLOCK, RequestOptions())
+    books: list[Any] = [SimpleNamespace(block_size=BLOCK, req_to_blocks={}) for _ in range(2)]
+    reserve = Reserve(planner, books, [0, 1], 4096, lambda: ())
+    reserve.note(SimpleNamespace(request_id="r", num_prompt_tokens=10 * BLOCK, max_tokens=50))
+    assert planner.requests["r"].marks == (96, 160)
+    _, coming = reserve._coming["r"]
+    assert coming == ((1, 96, 6, 1), (0, 160, 10, 6)), "the lower layers keep more"
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,5 +1,6 @@
 """What a compaction gains, and where its survivors go: vLLM's real block pool."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +56,14 @@ class Pool:
         place = Place(str(len(self.room.waiting_blocks())), None, None, Kind.SESSION)
         self.room.kept.put(place, Kept(tokens_of([1]), [blocks], held, 1, None))
 
+    def keep_of(self, name: str) -> None:
+        """A cache that outlives its request, of blocks that another one holds, too."""
+        blocks = self.books.req_to_blocks[name]
+        self.books.block_pool.touch(blocks)
+        self.keep(0)
+        (place,) = self.room.kept._kept
+        self.room.kept.put(place, replace(self.room.kept.take(place), blocks=[list(blocks)]))
+
     def set_aside(self, num_blocks: int, own: dict[str, int] | None = None) -> None:
         """For coming compactions; `own` says what it is less by without that of a request."""
 
@@ -90,6 +99,8 @@ def test_blocks_that_stay_with_others_are_not() -> None:
     pool.add("r", 12, "other", 10)
     assert worth(pool, {"r": due(12, 3)}) == set(), "2 come free, 3 are taken"
     pool.room.note_change()
+    assert worth(pool, {"r": due(12, 2)}) == set(), "2 are taken: that gains nothing"
+    pool.room.note_change()
     assert worth(pool, {"r": due(12, 1)}) == {"r"}, "1 is taken"
 
 
@@ -119,6 +130,29 @@ def test_siblings_need_room_for_all() -> None:
     assert worth(pool, {"a": due(10, 2), "b": due(10, 2)}) == {"a", "b"}, "no owner has changed"
 
 
+def test_siblings_that_were_declined_in_steps_of_their_own_are_compacted_together() -> None:
+    pool = Pool()
+    pool.add("a", 10)
+    pool.add("b", 10, "a", 10)
+    a, b = {"a": due(10, 3)}, {"b": due(10, 3)}
+    for alone in (a, b, a, b):
+        assert worth(pool, alone) == set()
+    assert worth(pool, {**a, **b}) == {"a", "b"}, "no block has lost an owner meanwhile"
+
+
+def test_families_take_their_blocks_one_behind_the_other() -> None:
+    """Each takes 6 of what `alone` leaves, and gives 10 back one step later."""
+    for num_free, families in ((4 + 5, ""), (4 + 6, "ab"), (4 + 11, "ab"), (4 + 12, "abcd")):
+        pool = Pool(1 + 10 + 10 + 10 + num_free)
+        pool.add("alone", 10)
+        for first, second in ("ab", "cd"):
+            pool.add(first, 10)
+            pool.add(second, 10, first, 10)
+        lengths = {name: due(10, 4 if name == "alone" else 3) for name in ("alone", *"abcd")}
+        for _ in range(2):
+            assert worth(pool, lengths) == {"alone", *families}, num_free
+
+
 def test_what_some_free_anyway_does_not_speak_for_others() -> None:
     """a and b are worth it alone; the blocks that only they share are no gain of c's."""
     pool = Pool(1 + 100)
@@ -134,10 +168,12 @@ def test_a_declined_compaction_is_looked_at_again_when_an_owner_goes() -> None:
     pool = Pool()
     pool.add("other", 10)
     pool.add("r", 10, "other", 10)
+    pool.add("another", 10, "other", 10)
     lengths = {"r": due(10, 3)}
-    for _ in range(3):
-        assert worth(pool, lengths) == set()
-    pool.free("other")
+    for name in ("other", "another"):
+        for _ in range(3):
+            assert worth(pool, lengths) == set()
+        pool.free(name)
     assert worth(pool, lengths) == {"r"}
     pool.free("r")
     assert not has_declined(pool.room), "nothing is left behind"
@@ -250,6 +286,22 @@ def test_views_give_way_before_a_block_is_overwritten() -> None:
     pool.take_view("a", 8)
     assert pool.room.own_destinations("a", due(10, 4)) == [0]
     assert not pool.books.views
+    pool = Pool(1 + 10 + 2)
+    pool.add("a", 10)
+    pool.take_view("a", 1)
+    assert pool.room.own_destinations("a", due(10, 2)) == [0] and not pool.books.views
+
+
+@pytest.mark.parametrize(("num_free", "num_own", "is_kept"), [(3, 0, True), (2, 1, False)])
+def test_a_kept_cache_gives_way_where_a_compaction_has_to_happen_and_lacks_blocks(
+    num_free: int, num_own: int, is_kept: bool
+) -> None:
+    pool = Pool(1 + 10 + num_free)
+    pool.add("r", 10)
+    pool.keep_of("r")
+    pool.set_aside(0)
+    assert pool.room.own_destinations("r", due(10, 3)) == [num_own]
+    assert bool(pool.room.waiting_blocks()) is is_kept
 
 
 def test_blocks_that_others_hold_are_never_overwritten() -> None:
@@ -258,3 +310,19 @@ def test_blocks_that_others_hold_are_never_overwritten() -> None:
     pool.add("r", 10, "other", 8)
     assert pool.room.own_destinations("r", due(10, 2)) == [2]
     assert pool.room.own_destinations("r", due(10, 3)) is None
+
+
+def test_what_is_set_aside_for_others_is_overwritten_by_nobody() -> None:
+    """4 blocks are free, 3 of them set aside; 2 of these for the request itself."""
+    pool = Pool(1 + 10 + 4)
+    pool.add("r", 10)
+    pool.set_aside(3, {"r": 2})
+    assert pool.room.own_destinations("r", due(10, 3)) == [0]
+    assert pool.room.own_destinations("r", due(10, 4)) == [1]
+    pool.set_aside(6)
+    assert pool.room.own_destinations("r", due(10, 3)) == [3], "more is set aside than is free"
+    pool.set_aside(3)
+    pool.take_view("r", 2)
+    assert pool.room.own_destinations("r", due(10, 3)) == [3] and pool.books.views
+    pool.set_aside(1)
+    assert pool.room.own_destinations("r", due(10, 3)) == [0] and not pool.books.views

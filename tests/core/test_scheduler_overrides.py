@@ -72,6 +72,9 @@ def test_counts_are_sent_once_with_vllms(probe_model: str) -> None:
     counts = take_counts(loop.scheduler.make_stats())
     assert counts is not None and counts["compactions"] == {"keydiff/prompt": 1}
     assert take_counts(loop.scheduler.make_stats()) is None
+    drafts, graphs = object(), object()
+    stats = loop.scheduler.make_stats(drafts, cudagraph_stats=graphs)
+    assert (stats.spec_decoding_stats, stats.cudagraph_stats) == (drafts, graphs), "vLLM's own"
 
 
 def test_one_that_never_fits_is_answered_with_an_error_and_others_go_on(probe_model: str) -> None:

@@ -1,6 +1,7 @@
 """Steps that need nothing are answered at once, and never one that needs something."""
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from tests.inside import never_answer, pending, spare_slots
 from vllm_kvcompress.core.block_manager import register_manager
 from vllm_kvcompress.core.room import Room
+from vllm_kvcompress.core.spare_slots import SpareSlots
 from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 from vllm_kvcompress.spec import CompressedAttentionSpec
 
@@ -126,11 +128,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(EVENTS, st.integers(1, 3), st.sampled_from([0, 3]), st.sampled_from([40, 200]))
-def test_books_are_those_of_a_manager_that_is_always_asked(
-    events: list[Any], num_groups: int, lookahead: int, num_blocks: int
-) -> None:
+def compare(events: list[Any], num_groups: int, lookahead: int, num_blocks: int) -> None:
     fast, slow = Host(num_groups, num_blocks), Host(num_groups, num_blocks)
     never_answer(slow.room)
     for event, name, drafts, number in events:
@@ -153,6 +151,50 @@ def test_books_are_those_of_a_manager_that_is_always_asked(
         assert len(steps) in (0, 2) and steps[:1] == steps[1:]
         assert fast.books() == slow.books()
         assert fast.room.num_free == slow.room.num_free
+
+
+@settings(max_examples=100, deadline=None)
+@given(EVENTS, st.integers(1, 3), st.sampled_from([0, 3]), st.sampled_from([40, 200]))
+def test_books_are_those_of_a_manager_that_is_always_asked(
+    events: list[Any], num_groups: int, lookahead: int, num_blocks: int
+) -> None:
+    compare(events, num_groups, lookahead, num_blocks)
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_steps_that_draft_take_the_blocks_that_vllm_would_give(lookahead: int) -> None:
+    steps = [("decode", "a", number % 4, number // 2) for number in range(30)]
+    ends = [("compact", "a", 0, 0), ("commit", "a", 0, 0)]
+    compare([("admit", "a", 0, 12), *steps, *ends, *steps, *ends, *steps], 2, lookahead, 200)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "records", "num_aside", "is_given"),
+    [
+        ((16, 16), False, 7, True),
+        ((16, 16), False, 8, False),
+        ((16, 32), False, 0, False),
+        ((16, 16), True, 0, False),
+    ],
+)
+def test_blocks_of_several_sizes_set_aside_or_to_be_cleared_are_vllms_to_give(
+    sizes: tuple[int, ...], records: bool, num_aside: int, is_given: bool
+) -> None:
+    managers: list[Any] = [
+        SimpleNamespace(
+            block_size=size, records_new_block_ids=records, enable_caching=False, evicted={},
+            req_to_blocks={"r": [None] * (64 // size)},
+        )
+        for size in sizes
+    ]  # fmt: skip
+    pool = SimpleNamespace(
+        get_num_free_blocks=lambda: 9, get_new_blocks=lambda count: [None] * count
+    )
+    spare = SpareSlots(managers, pool, MAX_LEN, lambda: num_aside)
+    request: Any = SimpleNamespace(request_id="r", num_computed_tokens=63, num_tokens=64)
+    spare.note(request, 1)
+    assert spare.take(request, 1, {}) is not None, "nothing is needed"
+    assert (spare.take(request, 2, {}) is not None) is is_given
 
 
 @pytest.mark.parametrize("num_groups", [1, 4, 32])

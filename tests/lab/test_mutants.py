@@ -19,6 +19,12 @@ def test_tests_that_killed_neighbours_come_first() -> None:
     assert order.tests(f"{GROW}__mutmut_1", collected) == ["long", "short"], "of its module"
 
 
+def test_tests_of_the_modules_own_file_come_first() -> None:
+    own, other = "tests/core/test_room.py::test_it", "tests/core/test_all.py::test_room"
+    order = Order({CLIP: [other, own]}, {own: 0.5, other: 0.1}, limit=0.5)
+    assert order.tests(f"{CLIP}__mutmut_1", [other, own]) == [own]
+
+
 def test_new_tests_judge_every_mutant() -> None:
     order = Order({CLIP: ["old"]}, {"old": 0.5})
     assert set(order.tests(f"{CLIP}__mutmut_1", ["old", "new"])) == {"old", "new"}

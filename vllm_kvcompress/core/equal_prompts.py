@@ -41,7 +41,6 @@ class _Key(NamedTuple):
 
     whole_blocks: bytes
     rest: tuple[int, ...]
-    prompt_len: int
     setting: str
 
 
@@ -92,14 +91,14 @@ class EqualPrompts:
     def add(self, request: Request) -> None:
         """Note a request that arrives, if it may have an equal."""
         name = request.request_id
-        key = self._key(request, self._planner.requests.get(name))
+        key = self._key(request, self._planner.requests[name])
         if key is not None:
             self._keys[name] = key
             self._requests.setdefault(key, {})[name] = request
 
-    def _key(self, request: Request, tracked: TrackedRequest | None) -> _Key | None:
-        config = None if tracked is None else tracked.config
-        if tracked is None or config is None or not compresses_once(config):
+    def _key(self, request: Request, tracked: TrackedRequest) -> _Key | None:
+        config = tracked.config
+        if config is None or not compresses_once(config):
             return None
         if tracked.phase is Phase.SKIPPED or tracked.marks != (tracked.prompt_len,):
             return None
@@ -114,7 +113,7 @@ class EqualPrompts:
         assert request.prompt_token_ids is not None
         rest = tuple(request.prompt_token_ids[whole * size :])
         hashed = request.block_hashes[whole - 1]
-        return _Key(hashed, rest, tracked.prompt_len, self._named(config))
+        return _Key(hashed, rest, self._named(config))
 
     def _named(self, config: CompressionConfig) -> str:
         """A text that equal settings have alike; most requests run under one object."""
@@ -223,6 +222,10 @@ class EqualPrompts:
 
     def forget_copies(self) -> None:
         """Whoever comes reads no copy that was made so far: weights may have changed."""
+        for name in {name for copy in self._copies.values() for name in copy.readers}:
+            for manager in self._managers:
+                if isinstance(manager, CompressedAttentionManager):
+                    self._pool.free_blocks(reversed(manager.promised.pop(name, [])))
         self._copies.clear()
         self._computing.clear()
         self._note_change()

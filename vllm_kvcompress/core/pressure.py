@@ -91,10 +91,6 @@ class Pressure:
         is_scarce = self.is_on or self._room.num_held + num_new >= self._high
         self._resting.start(request.request_id, is_scarce)
 
-    def forget(self, request_id: str) -> None:
-        """The request has lost its blocks: it ended or was preempted."""
-        self._chosen.pop(request_id, None)
-
     def update(self, running: Sequence[Any], num_unverified: Callable[[Any], int]) -> None:
         """Measure the pool, and choose whose cache is compressed.
 

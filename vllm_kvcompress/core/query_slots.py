@@ -53,7 +53,8 @@ class QuerySlots:
         """
         for request_id in list(self.owned):
             first = self.planner.queries_from(request_id)
-            if first is None or first > num_computed(request_id):
+            # One window may follow another: then others come first, or they would wait for ever.
+            if first is None or first >= num_computed(request_id):
                 self.release(request_id)
                 self._changes[request_id] = -1
 

@@ -68,8 +68,7 @@ class Room:
     num_lacking: int = 0
     kept: KeptCaches | None = None
     reserve: Reserve | None = None
-    _declined: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _changes: int = 0
+    _declined: dict[str, tuple[frozenset[str], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         own = [each for each in self.managers if isinstance(each, CompressedAttentionManager)]
@@ -160,13 +159,11 @@ class Room:
 
         `request_id` is a request that has gone.
         """
-        self._changes += 1
+        self._declined = {}
         if self.reserve is not None:
             self.reserve.note_change(request_id)
-        if request_id is not None:
-            self._declined.pop(request_id, None)
-            if self._spare is not None:
-                self._spare.forget(request_id)
+        if request_id is not None and self._spare is not None:
+            self._spare.forget(request_id)
 
     def _sources(self, request_id: str, lengths: Lengths) -> list[KVCacheBlock]:
         return [
@@ -182,29 +179,25 @@ class Room:
         are due together give these back too, if nobody else holds them and there are free blocks
         for all of their survivors.
         """
-        # What decides: who holds which blocks, and how far a region has grown.
+        # What decides: who holds which blocks, who else is due, and how far regions have grown.
+        names = frozenset(due)
         seen = {
-            name: (self._changes, sum(each.region_len for each in lengths if each))
+            name: (names, sum(each.region_len for each in lengths if each))
             for name, lengths in due.items()
         }
         if all(self._declined.get(name) == state for name, state in seen.items()):
             return set()
         alone, together = self.gains(due)
         needs = {name: self.num_needed(lengths) for name, lengths in due.items()}
-        chosen, lacking = set(alone), set[str]()
+        chosen = set(alone)
         num_free = self.num_free - sum(needs[name] for name in chosen)
         for family in together:
             taken = sum(needs[name] for name in family)
             if taken <= num_free:
                 num_free -= taken
                 chosen |= family
-            else:
-                lacking |= family
-        for name, state in seen.items():
-            if name in chosen or name in lacking:
-                self._declined.pop(name, None)
-            else:
-                self._declined[name] = state
+        if not alone and not together:  # else blocks lose an owner, or may come free
+            self._declined |= seen
         return chosen
 
     def gains(self, due: Mapping[str, Lengths]) -> tuple[dict[str, int], dict[frozenset[str], int]]:
@@ -246,8 +239,8 @@ class Room:
         As few as need be, once views have given way. What is set aside for others is left alone.
         """
         needed, aside = self.num_needed(lengths), self.num_set_aside(request_id)
-        is_free = self.make_free(needed + aside)
-        missing = 0 if is_free else needed - max(self.num_free - aside, 0)
+        self.make_free(needed + aside)
+        missing = needed - max(self.num_free - aside, 0)
         found = [0] * len(self.managers)
         if missing <= 0:
             return found

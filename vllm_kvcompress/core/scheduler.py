@@ -251,8 +251,6 @@ class CompressionMixin(Scheduler):
     def _forget(self, request_id: str) -> None:
         self.compactions.forget(request_id)
         self.reuse.kept.trim()
-        if self.pressure is not None:
-            self.pressure.forget(request_id)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         is_ready = super()._handle_blocked_waiting_request(request)

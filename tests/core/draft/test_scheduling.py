@@ -11,7 +11,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from tests.core.test_scheduler_loop import LOOPS, Loop, prompt
 from vllm_kvcompress.core.draft.history import DraftHistory
-from vllm_kvcompress.messages import StepPlan
+from vllm_kvcompress.messages import StepPlan, StepReport
 
 LIMIT = 3
 SETTING = {
@@ -92,3 +92,38 @@ def test_a_step_without_samples_teaches_nothing(kind: str, probe_model: str) -> 
         loop.scheduler._observe_step(output, results)
         assert loop.scheduler.planner.view_of("r").num_drafts == before
     assert loop.scheduler.planner.view_of("other").num_drafts == 1
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_whoever_fails_drafts_no_more_and_gives_its_view_back(
+    is_at_once: bool, probe_model: str
+) -> None:
+    """At once: in the step that takes the view, which is given back once it is there."""
+    loop = Drafting(probe_model, LOOPS["sync"][0], 0, num_blocks=200, setting=SETTING)
+    requests = [loop.add(name, prompt(100, n), 60) for n, name in enumerate(("r", "other"))]
+    scheduler, failed = loop.scheduler, False
+    update, schedule = scheduler.update_from_output, scheduler.schedule
+
+    def report(output: Any, results: Any) -> Any:
+        nonlocal failed
+        is_due = bool(StepPlan.of(output).plans) if is_at_once else bool(loop.lengths.get("r"))
+        if is_due and not failed:
+            failed = True
+            StepReport(drafts_failed=("gone", "r")).attach(results)
+        return update(output, results)
+
+    given_up: list[str] = []
+
+    def end() -> Any:
+        output = schedule()
+        given_up.extend(StepPlan.of(output).views_given_up)
+        if failed and given_up and loop.histories.pop("r", None):
+            assert not any(manager.views.get("r") for manager in scheduler._managers)
+            loop.lengths.pop("r", None)
+        return output
+
+    scheduler.update_from_output, scheduler.schedule = report, end
+    loop.run()
+    assert given_up == ["r"] and "r" not in loop.lengths and loop.lengths["other"] == {1, 2, 3}
+    assert scheduler.stats.failures == {"drafting": 2} and not scheduler.stats.uncompressed
+    assert [each.num_output_tokens for each in requests] == [60, 60]

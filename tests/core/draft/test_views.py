@@ -6,7 +6,7 @@ from vllm_kvcompress.config.reading import parse_config
 from vllm_kvcompress.core.draft.views import ViewSchedule, links_blocks
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason, TrackedRequest
-from vllm_kvcompress.plans import GroupLengths, Purpose
+from vllm_kvcompress.plans import GroupCache, GroupLengths, Purpose
 from vllm_kvcompress.request_options import parse_request
 
 BLOCK = 32
@@ -219,3 +219,31 @@ def test_an_eviction_goes_on_without_the_view_there_is_no_room_for() -> None:
 def test_a_prompt_under_the_budget_has_no_view_either() -> None:
     tracked = add(beside(128), 520)
     assert tracked.skip_reason == SkipReason.UNDER_BUDGET
+
+
+def test_a_linked_view_has_room_for_every_block_with_a_token_that_must_stay() -> None:
+    """64 tokens of a budget, the last 8 of 200, and pins in two blocks: 3 blocks of 6 whole ones.
+
+    A layer group that keeps everything has no view; nor one whose whole blocks are all needed.
+    """
+    config = parse_config({"preset": "keydiff", "mode": "draft", "observation_window": 8})
+    assert config is not None
+    schedule = ViewSchedule(config, Purpose.LINKED_VIEW)
+    pinned = GroupCache(200, ((30, 34), (100, 101)))
+    caches = [pinned, GroupCache(200, ()), GroupCache(200, ((0, 192),)), pinned]
+    schedule.fit(lambda _: [GroupLengths(192, 64)] * 3 + [None], caches, [], BLOCK)
+    assert schedule.lengths == [GroupLengths(192, 96), GroupLengths(192, 64), None, None]
+    schedule.fit(lambda _: [GroupLengths(192, 32)], [GroupCache(194, ())], [], BLOCK)
+    assert schedule.lengths == [GroupLengths(192, 32)], "6 of the last 8 are in one block"
+    schedule = ViewSchedule(config, Purpose.COPIED_VIEW)
+    schedule.fit(lambda _: [GroupLengths(192, 64)], [pinned], [], BLOCK)
+    assert schedule.lengths == [GroupLengths(192, 64)], "tokens are chosen, not blocks"
+
+
+def test_a_views_share_of_accepted_drafts_counts_after_four_verifications() -> None:
+    plan = drafting(refresh_below=0.5)
+    tracked = add(plan, 2000)
+    do_work(plan, 2000)
+    for number in range(1, 5):
+        tracked.view.observe(4, 0)
+        assert plan.note_progress("r", 2000 + number) is (number == 4)

@@ -125,7 +125,7 @@ class Feature:
         return {}
 
     def late_report(self) -> Sequence[Any]:
-        """What can only be read once the step's output is on the host (fault_report.py's `Late`)."""
+        """What can only be read once the step's output is on the host: `fault_report.Late`."""
         return ()
 
 

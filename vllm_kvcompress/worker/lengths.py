@@ -60,14 +60,18 @@ class EvictedLengths:
             self._compacted.add(req_index)
             self._dirty = True
 
+    def send(self) -> None:
+        """Let kernels read what was given up since the batch began; drafts follow a compaction."""
+        if self._dirty:
+            self.evicted.send()
+            self._dirty = False
+
     def begin_batch(self, input_batch: "InputBatch") -> bool:
         """Look at a real batch. True if any of its requests is compacted: `seq_lens` is filled.
 
         Else `group_seq_lens` fills it, if anybody asks.
         """
-        if self._dirty:
-            self.evicted.send()
-            self._dirty = False
+        self.send()
         self._batch, self._is_whole, self._is_filled = input_batch, True, False
         if self._hidden:
             self._hidden = {}

@@ -135,6 +135,7 @@ class DraftStep:
         self._rows, self._num_padded = rows, num_padded
         count, views = len(rows.requests), self._views
         views.begin()
+        self.state.lengths.send()
         self._pad(count, num_padded)
         self.requests[:count] = rows.requests
         self.has_nan.zero_()

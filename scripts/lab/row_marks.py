@@ -360,7 +360,9 @@ class RowMarks:
         own(req_index, groups, evicted_with_it, linked)
         names = {index: name for name, index in self.runner.req_states.req_id_to_index.items()}
         each = self.starts.get(names[req_index])
-        for layer in self.runner.compactor.layers if each is not None else ():
+        if each is None:
+            return
+        for layer in self.runner.compactor.layers:
             rows, plan = each.rows.get(layer.index), groups[layer.group]
             if rows is None:
                 continue

@@ -24,8 +24,8 @@ HOST_COPIES = 1
 groups together (``worker/batch.py``)."""
 
 CHECK_LAUNCHES = 6
-"""Of a step that compacts, to tell whether its scores are numbers (``worker/compaction/faults.py``):
-four operations on flags, a copy from the host and one to it; beside a maximum over each layer
+"""Of a step that compacts, to tell whether its scores are numbers: four operations on flags, a copy
+from the host and one to it (``worker/compaction/faults.py``). Beside them a maximum over each layer
 group's scores, two to bring several groups together, and a sum over several ranks."""
 
 

@@ -11,7 +11,7 @@ what the scheduler could not make sense of.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvcompress.config.settings import CompressionConfig
@@ -103,18 +103,14 @@ class StepReport:
         nothing was coded.
     failed : Mapping[str, str]
         By request id, why what this step did to its cache went wrong: it must not be read.
-    drafts_failed : tuple[str, ...]
-        Requests that the worker drafts for no longer, because that failed.
+    drafts_failed : Mapping[str, str]
+        By request id, why what was drafted for it is worth nothing: it should draft no more.
     """
 
     seconds: tuple[float, ...] = ()
     codebooks: Sequence[Sequence[float]] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
-    drafts_failed: tuple[str, ...] = ()
-
-    def with_failed(self, failed: Mapping[str, str]) -> "StepReport":
-        """The same, and what went wrong."""
-        return replace(self, failed=failed)
+    drafts_failed: Mapping[str, str] = field(default_factory=dict)
 
     def attach(self, model_runner_output: Any) -> None:
         """Send it with vLLM's ``ModelRunnerOutput``, if there is any news."""

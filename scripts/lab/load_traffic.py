@@ -136,6 +136,8 @@ class Traffic:
         Most tokens a request generates.
     has_reuse : bool
         Whether some belong to chats, or name what they have in common with others.
+    has_books : bool
+        Whether some ask for codebooks.
     """
 
     def __init__(
@@ -145,11 +147,12 @@ class Traffic:
         setting: Mapping[str, Any],
         max_output: int = MAX_OUTPUT,
         has_reuse: bool = False,
+        has_books: bool = True,
     ) -> None:
         server = parse_config(setting)
         assert server is not None
         self.rng, self.server, self.max_output = rng, server, max_output
-        self.presets = accepted_presets(server, vllm_config)
+        self.presets = accepted_presets(server, vllm_config, has_books)
         self.prefixes = [self._tokens(MAX_MODEL_LEN) for _ in range(NUM_PREFIXES)]
         self.earlier: list[list[int]] = []
         self.has_reuse, self.turns = has_reuse, dict[str, list[int]]()
@@ -239,7 +242,7 @@ class Traffic:
 
 
 def accepted_presets(
-    server: CompressionConfig, vllm_config: Any
+    server: CompressionConfig, vllm_config: Any, has_books: bool
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Presets that requests to this server may name: those that read no queries, and others."""
     without: list[str] = []
@@ -252,6 +255,8 @@ def accepted_presets(
             assert named is not None
             check_setting(named, vllm_config)
         except ConfigError:
+            continue
+        if named.codebook is not None and not has_books:
             continue
         reads = named.build_policy().queries.value != "none"
         (reading if reads else without).append(name)

@@ -134,7 +134,9 @@ class Run:
         self.rng = random.Random(load.seed)
         mode = MODES[load.mode]
         config = engine.engine.vllm_config
-        self.traffic = Traffic(self.rng, config, mode.setting, load.max_output, mode.has_reuse)
+        self.traffic = Traffic(
+            self.rng, config, mode.setting, load.max_output, mode.has_reuse, not load.marks
+        )
         self.marks = RowMarks(engine) if load.marks else None
         self.progress = Progress()
         self.arrivals: dict[str, Arrival] = {}

@@ -5,10 +5,12 @@ some of its channels are overwritten by a mark: which start of which request com
 place of its sequence, in which layer and KV head. Compactions move rows and marks alike. In every
 layer of every step the rows that attention is about to read, by the block tables and lengths that
 it is given, must be those that the policy has kept and those that came since, each once and in
-order. What a model says under marks means nothing; which rows it reads does not depend on that.
+order. Draft steps must read what their request's last view keeps, what came since, and the drafts
+before them; and the pass that verifies drafts reads everything that is not evicted. What a model
+says under marks means nothing; which rows it reads does not depend on that.
 
-Marks are digits from 0 to 15, which every type of cache holds exactly. Nothing of this is in the
-package, so nothing of it is on a server's way.
+Marks are digits (row_codes.py). Nothing of this is in the package, so nothing of it is on a
+server's way.
 """
 
 from collections.abc import Callable
@@ -18,47 +20,10 @@ from typing import Any
 import torch
 
 from lab.load_checks import LoadError
+from lab.row_codes import DRAFTED, LIMIT, NUM_CHANNELS, codes_of, decode, encode, say
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.plans import Purpose
-
-DIGITS = {"number": 4, "position": 4, "layer": 2, "head": 2, "lossy": 1}
-"""Channels of a value by what they say."""
-NUM_CHANNELS = sum(DIGITS.values())
-DRAFTED = 0
-"""Number of tokens that are drafted: what is verified later overwrites them."""
-_LIMIT = 1 << 16
-
-
-def encode(layer: int, number: torch.Tensor, position: torch.Tensor, lossy: torch.Tensor,
-           num_heads: int) -> torch.Tensor:  # fmt: skip
-    """Marks [T, KV, NUM_CHANNELS] of tokens whose numbers, positions and flags are [T] int64."""
-    heads = torch.arange(num_heads, device=number.device).expand(len(number), num_heads)
-    wide = {
-        "number": number[:, None].expand_as(heads),
-        "position": position[:, None].expand_as(heads),
-        "layer": torch.full_like(heads, layer),
-        "head": heads,
-        "lossy": lossy[:, None].expand_as(heads),
-    }
-    digits = [
-        wide[name] >> 4 * place & 15 for name, count in DIGITS.items() for place in range(count)
-    ]
-    return torch.stack(digits, dim=-1)
-
-
-def decode(values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the marks of values [KV, n, D] say, [KV, n] int64 each."""
-    digits, found, first = values[..., :NUM_CHANNELS].round().long(), {}, 0
-    for name, count in DIGITS.items():
-        places = torch.arange(count, device=values.device) * 4
-        found[name] = (digits[..., first : first + count] << places).sum(dim=-1)
-        first += count
-    return found
-
-
-def _codes(marks: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[KV, n] int64: who computed a row, where, and over what."""
-    return (marks["number"] * _LIMIT + marks["position"]) * 2 + marks["lossy"]
+from vllm_kvcompress.worker.draft.feature import DraftFeature
 
 
 @dataclass
@@ -75,6 +40,8 @@ class _Start:
         Slots given up, by layer.
     rows : dict[int, torch.Tensor]
         By layer, the codes [KV, n] of the rows it should read.
+    views : dict[int, tuple[torch.Tensor, int]]
+        By layer, codes [KV, k] of what its view keeps, and the first of `rows` behind them.
     """
 
     number: int
@@ -82,7 +49,7 @@ class _Start:
     num_begun: int
     lost: dict[int, int]
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    views: dict[int, torch.Tensor] = field(default_factory=dict)
+    views: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
     is_lossy: bool = False
 
     @property
@@ -104,6 +71,10 @@ class RowMarks:
         Rows of one KV head that were read and looked at.
     num_moved : int
         Of these, rows that a compaction has moved.
+    num_drafted : int
+        Rows of one KV head that draft steps have read.
+    num_verified : int
+        Passes of one layer that verified drafts of a request.
     failures : list[str]
         What was wrong, the first of each step.
     """
@@ -112,7 +83,9 @@ class RowMarks:
         self.engine, self.runner = engine, engine.runner
         self.starts: dict[str, _Start] = {}
         self.known: dict[int, _Start] = {}
-        self.num_rows = self.num_moved = self.num_drafts = 0
+        self.num_rows = self.num_moved = self.num_drafted = self.num_verified = 0
+        self._chosen: dict[tuple[str, int], torch.Tensor] = {}
+        self._written: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.failures: list[str] = []
         self._batch: list[tuple[_Start, int, int]] | None = None
         self._tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -121,8 +94,12 @@ class RowMarks:
         self._wrap(state, "add_request", self._add_request)
         self._wrap(self.runner, "prepare_attn", self._prepare_attn)
         self._wrap(self.runner.compactor, "_select", self._select)
+        self._wrap(self.runner, "_rewrite_row", self._rewrite_row)
         if self.runner.speculator is not None and hasattr(self.runner.speculator, "propose"):
             self._wrap(self.runner.speculator, "propose", self._propose)
+        for feature in self.runner.features:
+            if isinstance(feature, DraftFeature):
+                self._wrap(feature.views, "add", self._add_view)
         layers = self.runner.compacted_layers.by_name()
         for each in self.runner.compactor.layers:
             impl = layers[each.name].impl
@@ -164,7 +141,7 @@ class RowMarks:
             for layer in self.runner.compactor.layers
         }
         number = len(self.known) + 1
-        assert number < _LIMIT, "more requests than marks can tell apart"
+        assert number < LIMIT, "more requests than marks can tell apart"
         made = _Start(number, request, new.num_computed_tokens, lost, is_lossy=any(evicted))
         self.starts[name] = self.known[number] = made
 
@@ -224,7 +201,7 @@ class RowMarks:
             try:
                 if self._is_drafting:
                     for row, length in enumerate(lengths):
-                        self._check_draft(layer, metadata.block_table[row], length)
+                        self._check_draft(layer, row, metadata.block_table[row], length)
                 else:
                     for row, (each, start, count) in enumerate(self._batch):
                         blocks = metadata.block_table[row]
@@ -252,20 +229,21 @@ class RowMarks:
         is_place = (marks["layer"] == layer.index) & (marks["head"] == heads)
         if not is_place.all():
             raise LoadError(f"{place}: rows of other layers or heads, or of nobody, are read")
-        codes = _codes(marks)
+        codes = codes_of(marks)
         rows = each.rows.get(layer.index)
         if rows is None:
             rows = codes[:, :before]
             self._check_begun(place, each, {name: m[:, :before] for name, m in marks.items()})
         new = torch.arange(start, start + count, device=codes.device)
-        new = (each.number * _LIMIT + new) * 2 + int(each.is_lossy)
+        new = (each.number * LIMIT + new) * 2 + int(each.is_lossy)
         rows = torch.cat([rows[:, :before], new.expand(len(codes), count)], dim=1)
         each.rows[layer.index] = rows
         self.num_rows += codes.numel()
+        self.num_verified += count > 1 and start >= each.request.num_prompt_tokens
         self.num_moved += before * len(codes) * (each.lost[layer.index] > 0)
         if rows.shape != codes.shape or not torch.equal(rows, codes):
             wrong = (rows != codes).nonzero()[0].tolist()
-            found, wanted = (_say(table[tuple(wrong)].item()) for table in (codes, rows))
+            found, wanted = (say(table[tuple(wrong)].item()) for table in (codes, rows))
             raise LoadError(f"{place}, head {wrong[0]}, row {wrong[1]}: {found} not {wanted}")
 
     def _check_begun(self, place: str, each: _Start, marks: dict[str, torch.Tensor]) -> None:
@@ -282,37 +260,48 @@ class RowMarks:
             ordered[:, -1] != each.num_begun - 1
         ).any():
             raise LoadError(f"{place}: a continued cache holds a row twice, or lacks the last one")
-        own = each.request
         for number in numbers.unique().tolist():
-            other = self.known.get(number)
-            if other is None:
-                raise LoadError(f"{place}: begins with rows of nobody")
-            count = int(positions[numbers == number].max()) + 1
-            same = list(other.request.all_token_ids[:count]) == list(own.all_token_ids[:count])
-            if not same or other.request.cache_salt != own.cache_salt:
-                raise LoadError(f"{place}: begins with rows of {other.name}, of other tokens")
+            self._check_same(place, each, number, int(positions[numbers == number].max()) + 1)
 
-    def _check_draft(self, layer: Any, blocks: torch.Tensor, length: int) -> None:
-        """What a draft step reads is one request's, each row once, and kept by its last choice."""
+    def _check_same(self, place: str, each: _Start, number: int, count: int) -> None:
+        """Another start's first tokens are this one's."""
+        other, own = self.known.get(number), each.request
+        if other is None:
+            raise LoadError(f"{place}: begins with rows of nobody")
+        same = list(other.request.all_token_ids[:count]) == list(own.all_token_ids[:count])
+        if not same or other.request.cache_salt != own.cache_salt:
+            raise LoadError(f"{place}: begins with rows of {other.name}, of other tokens")
+
+    def _check_draft(self, layer: Any, row: int, blocks: torch.Tensor, length: int) -> None:
+        """What a row of a draft step reads: its view, what came since, the drafts until now."""
+        speculator = self.runner.speculator
+        number, index = speculator.num_steps, int(speculator.step.requests[row])
+        if index < 0:
+            return  # padding
+        names = {index: name for name, index in self.runner.req_states.req_id_to_index.items()}
+        each = self.starts[names[index]]
+        place = f"{each.name} (start {each.number}), layer {layer.index}, draft step {number}"
+        if layer.index not in each.views:
+            raise LoadError(f"{place}: there is no view")
+        chosen, behind = each.views[layer.index]
+        # The token just sampled has a row that drafts write first.
+        num_certain = int(speculator.step.positions[row]) - number - each.lost[layer.index]
+        own = each.rows[layer.index]
+        if own.shape[1] < num_certain:
+            raise LoadError(f"{place}: {num_certain} rows are certain, {own.shape[1]} written")
+        drafts = torch.full_like(own[:, :1], DRAFTED).expand(-1, number + 1)
+        wanted = torch.cat([chosen, own[:, behind:num_certain], drafts], dim=1)
+        if wanted.shape[1] != length:
+            raise LoadError(f"{place}: {length} rows are read instead of {wanted.shape[1]}")
         marks = self._marks(layer, blocks, length)
-        numbers = marks["number"]
-        is_real = numbers != DRAFTED
-        if not is_real[:, 0].all():
-            return  # a row of padding
-        last = int(is_real[0].nonzero()[-1])
-        each = self.known.get(int(numbers[0, last]))
-        if each is None or not (marks["layer"] == layer.index)[is_real].all():
-            raise LoadError(f"layer {layer.index}: a draft reads rows of nobody")
-        self.num_drafts += 1
-        own, codes, chosen = each.rows[layer.index], _codes(marks), each.views.get(layer.index)
-        if chosen is not None:
-            if not torch.equal(codes[:, : chosen.shape[1]], chosen):
-                raise LoadError(f"{each.name}, layer {layer.index}: a draft reads another view")
-            own = torch.cat([own, chosen], dim=1)  # an eviction beside it keeps other tokens
-        for head in range(len(codes)):
-            seen = codes[head][is_real[head]]
-            if len(seen.unique()) < len(seen) or not torch.isin(seen, own[head]).all():
-                raise LoadError(f"{each.name}, layer {layer.index}: a draft reads others' rows")
+        heads = torch.arange(len(wanted), device=blocks.device)[:, None]
+        is_place = (marks["layer"] == layer.index) & (marks["head"] == heads)
+        codes = codes_of(marks)
+        self.num_drafted += codes.numel()
+        if not is_place.all() or not torch.equal(codes, wanted):
+            wrong = (~is_place | (codes != wanted)).nonzero()[0].tolist()
+            found, right = (say(table[tuple(wrong)].item()) for table in (codes, wanted))
+            raise LoadError(f"{place}, head {wrong[0]}, row {wrong[1]}: {found} not {right}")
 
     # --- compactions ----------------------------------------------------------------------
 
@@ -331,14 +320,61 @@ class RowMarks:
                 rows = each.rows[layer.index]
                 kept = rows[:, : plan.lengths.region_len].gather(1, chosen.to(rows.device))
                 if job.plan.purpose is not Purpose.EVICT:
-                    each.views[layer.index] = kept
+                    self._chosen[each.name, layer.index] = kept
                     continue
-                each.rows[layer.index] = torch.cat([kept, rows[:, plan.lengths.region_len :]], 1)
-                each.lost[layer.index] += plan.lengths.evicted
-                each.is_lossy = True
+                self._written[layer.index, tuple(plan.destination_blocks)] = kept
+                self._evict(each, layer.index, plan.lengths, kept)
         return indices
 
+    @staticmethod
+    def _evict(each: _Start, layer: int, lengths: Any, kept: torch.Tensor) -> None:
+        each.rows[layer] = torch.cat([kept, each.rows[layer][:, lengths.region_len :]], dim=1)
+        each.lost[layer] += lengths.evicted
+        each.is_lossy = True
 
-def _say(code: int) -> str:
-    number, position = divmod(code // 2, _LIMIT)
-    return f"token {position} of start {number}{', computed over a part' if code % 2 else ''}"
+    def _rewrite_row(self, own: Callable[..., Any], job: Any) -> None:
+        """A request with an equal prompt may take what another's compaction has written."""
+        own(job)
+        each = self.starts.get(job.plan.request_id)
+        if job.plan.purpose is not Purpose.ADOPT or each is None:
+            return
+        for layer in self.runner.compactor.layers:
+            plan = job.plan.groups[layer.group]
+            if plan is None or layer.index not in each.rows:
+                continue
+            kept = self._written.get((layer.index, tuple(plan.destination_blocks)))
+            place = f"{each.name} (start {each.number}), layer {layer.index}"
+            if kept is None:
+                self.failures.append(f"{place}: takes survivors that nobody has written")
+                continue
+            positions = kept // 2 % LIMIT
+            for number in (kept // 2 // LIMIT).unique().tolist():
+                self._check_same(place, each, number, int(positions.max()) + 1)
+            self._evict(each, layer.index, plan.lengths, kept)
+
+    def _add_view(
+        self, own: Callable[..., Any], req_index: int, groups: Any, evicted_with_it: Any = None,
+        linked: Any = None,
+    ) -> None:  # fmt: skip
+        """A row has its view, whose blocks are filled, or some of its own."""
+        own(req_index, groups, evicted_with_it, linked)
+        names = {index: name for name, index in self.runner.req_states.req_id_to_index.items()}
+        each = self.starts.get(names[req_index])
+        if each is None:
+            return
+        for layer in self.runner.compactor.layers:
+            rows, plan = each.rows.get(layer.index), groups[layer.group]
+            if rows is None:
+                continue
+            kept = self._chosen.pop((each.name, layer.index), None)
+            if plan is None:  # read whole
+                each.views[layer.index] = rows[:, :0], 0
+                continue
+            if linked and layer.group in linked:
+                size = self.runner.block_tables.block_sizes[layer.group]
+                sources, ids = list(plan.source_blocks), linked[layer.group].tolist()
+                places = [slice(n * size, (n + 1) * size) for n in map(sources.index, ids)]
+                kept = torch.cat([rows[:, place] for place in places], dim=1)
+            assert kept is not None, "a view that nobody has chosen"
+            lost = evicted_with_it[layer.group] if evicted_with_it is not None else 0
+            each.views[layer.index] = kept, plan.lengths.region_len - lost

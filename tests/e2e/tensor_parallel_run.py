@@ -7,9 +7,11 @@ With `ray`, vLLM's Ray executor has the ranks, on a cluster of this machine alon
 
 import json
 import sys
+from datetime import timedelta
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_kvcompress.evaluation.tasks.needle import make_samples
 
@@ -47,10 +49,12 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...], int, int, int]] = {
 COUNTED = (
     "vllm:kv_compression_requests",
     "vllm:kv_compression_views",
+    "vllm:kv_compression_failures",
     "vllm:kv_compression_codebook_vectors",
     "vllm:spec_decode_num_draft_tokens",
     "vllm:spec_decode_num_accepted_tokens",
 )
+LABELS = ("policy", "trigger", "kind", "reason")
 
 
 def main() -> None:
@@ -90,16 +94,55 @@ def main() -> None:
             extra_args=extra or None,
         )
         tokens[policy] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
+    failed = drafts_fail(llm, prompts) if mode == "draft" else None
     counts: dict[str, Any] = {}
     for metric in llm.get_metrics():
         if metric.name not in COUNTED:
             continue
-        labels = {k: v for k, v in metric.labels.items() if k in ("policy", "trigger", "kind")}
+        labels = {k: v for k, v in metric.labels.items() if k in LABELS}
         counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
     found = {"tokens": tokens, "counts": counts}
     if mode == "evict":
         found |= {"turns": two_turns(llm, prompts), "readers": readers(llm, *prompts)}
+    if failed is not None:
+        found["failed"] = failed
     sys.stdout.write(json.dumps(found) + "\n")
+    if mode == "draft" and int(num_ranks) > 1:
+        drafts_fail_on_one(llm, prompts)
+
+
+def let_drafts_fail(worker: Any, rank: int | None) -> None:
+    """Once, in the third layer of a second draft step; on all ranks, or on one."""
+    from vllm_kvcompress.worker import fault_report
+
+    fault_report.PATIENCE = timedelta(seconds=4)
+    speculator = worker.model_runner.speculator
+
+    def raise_once(*_: Any) -> None:
+        if speculator.num_steps == 1:  # once they are made it is 4, and before the first 0
+            hook.remove()
+            raise RuntimeError("Triton Error [CUDA]: out of resources")
+
+    if rank in (None, worker.rank):
+        hook = speculator.model.model.layers[2].mlp.register_forward_pre_hook(raise_once)
+
+
+def drafts_fail(llm: LLM, prompts: list[str]) -> list[list[int]]:
+    """Answers while drafting fails on all ranks alike, then those that draft again."""
+    llm.collective_rpc(let_drafts_fail, args=(None,))
+    params = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, extra_args={"kv_compression": "keydiff"}
+    )
+    return [list(o.outputs[0].token_ids) for o in llm.generate([*prompts, *prompts], params)]
+
+
+def drafts_fail_on_one(llm: LLM, prompts: list[str]) -> None:
+    """The other waits for its sums: the engine must end, and say why."""
+    llm.collective_rpc(let_drafts_fail, args=(1,))
+    try:
+        llm.generate(prompts[:1], SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    except EngineDeadError:
+        sys.stdout.write("the engine has ended\n")
 
 
 def two_turns(llm: LLM, prompts: list[str]) -> dict[str, list]:

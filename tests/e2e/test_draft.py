@@ -1,6 +1,7 @@
 """Draft mode: the output is stock vLLM's, whatever the view; drafts save steps."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,6 +162,7 @@ def test_churn_leaves_nothing_behind(engine: Engine) -> None:
 
 def test_drafts_that_fail(engine: Engine, mixed, stock) -> None:
     drafts_fail_once(engine, mixed, stock)
+    logits_are_no_numbers(engine, mixed, stock)
 
 
 def test_views_of_whole_blocks_copy_nothing(probe_model: str, mixed, stock) -> None:
@@ -314,6 +316,7 @@ def test_async_scheduling_gives_the_same_tokens(probe_model: str, mixed, stock) 
         assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
         assert_idle(engine)
         drafts_fail_once(engine, mixed, stock)
+        logits_are_no_numbers(engine, mixed, stock)
 
 
 def drafts_fail_once(engine: Engine, mixed: list[list[int]], stock: list[list[int]]) -> None:
@@ -343,6 +346,31 @@ def drafts_fail_once(engine: Engine, mixed: list[list[int]], stock: list[list[in
     before = engine.num_steps
     assert engine.generate(mixed[:1], NUM_TOKENS, ignore_eos=True) == stock[:1]
     assert engine.num_steps - before <= 2 + NUM_TOKENS // 2, "later requests draft"
+
+
+def logits_are_no_numbers(engine: Engine, mixed: list[list[int]], stock: list[list[int]]) -> None:
+    """One token's of one request: it goes on without drafts and is counted once; others draft."""
+    engine.scheduler.stats.clear()
+    step = engine.runner.speculator.step
+    real, drafted = step._sample, list[int]()
+
+    def sample(logits: Any) -> Any:
+        rows = step.requests[: len(logits)].tolist()
+        drafted.extend(rows)
+        if drafted[0] in rows:
+            logits = logits.clone()
+            logits[rows.index(drafted[0]), 5] = float("nan")
+        return real(logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "_sample", sample)
+        assert engine.generate(mixed, NUM_TOKENS, ignore_eos=True) == stock
+    stats = engine.scheduler.stats
+    assert stats.failures == {"nan_drafts": 1}
+    assert stats.uncompressed == {"short_prompt": 2} and not stats.views_given_up
+    counts = Counter(drafted)
+    assert counts.pop(drafted[0]) <= 3 * 4 < min(counts.values()), "steps that were under way"
+    assert_idle(engine)
 
 
 def test_speculation_beside_draft_mode_is_refused(probe_model: str) -> None:

@@ -137,7 +137,8 @@ def what_is_no_number_is_drawn_exactly(engine: Engine) -> None:
     step.requests[:4], step.temperature[:4] = torch.arange(4), 1.0
     step.number.zero_()
     with torch.inference_mode():
-        drawn = step._sample(logits)
+        drawn, best = step._sample(logits)
+    assert best.isnan().tolist() == [True, True, False, False], "and it is told"
     told = step.draft_logits[:4, 0].softmax(dim=-1)
     assert not told.isnan().any() and (told.gather(1, drawn[:, None]) > 0).all()
     assert torch.equal(told[0], told[3]) and drawn[2] == 3

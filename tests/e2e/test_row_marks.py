@@ -5,6 +5,7 @@ scheduling over four layer groups. Then compactions are spoilt, and the marks mu
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,14 +13,13 @@ import torch
 
 from lab import random_load
 from lab.load_checks import LoadError
+from tests.e2e.marked import BLOCK, LENGTH, NUM_TOKENS, ask
 from vllm_kvcompress.evaluation.engine import Engine
 
 pytestmark = pytest.mark.engine
 
 LOAD = random_load.Load("reuse", seed=3, max_output=24, async_scheduling=True, marks=True)
 STEPS = 30
-LENGTH = 400
-"""Tokens of a prompt that is compacted."""
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +34,6 @@ def run(engine: Engine) -> random_load.Run:
     made = random_load.Run(engine, LOAD)
     made.run(STEPS, None)
     return made
-
-
-def ask(run: random_load.Run, engine: Engine, name: str) -> None:
-    """One request that is compacted, looked at in every step."""
-    rng = torch.Generator().manual_seed(len(name))
-    engine.add(name, torch.randint(3, 900, (LENGTH,), generator=rng).tolist(), 6, ignore_eos=True)
-    assert run.marks is not None
-    try:
-        while engine.engine.has_unfinished_requests():
-            engine.step()
-            run.marks.check()
-    finally:
-        while engine.engine.has_unfinished_requests():
-            engine.step()
-        run.marks.failures.clear()
 
 
 def test_attention_reads_what_was_kept(run: random_load.Run, engine: Engine) -> None:
@@ -76,6 +61,29 @@ def test_a_row_in_anothers_place_is_found(
             monkeypatch.setattr(layer.layout, name, move)
     with pytest.raises(LoadError, match="head 0, row 4: token"):
         ask(run, engine, "rows change places")
+
+
+def logical_slots(own: Any, **step: Any) -> None:
+    """Right up to the end of the prompt's last block, which stays in both columns of its row."""
+
+
+def shifted_slots(own: Any, **step: Any) -> None:
+    own(**{**step, "positions": step["positions"] - 1})
+
+
+def slots_of_other_groups(own: Any, **step: Any) -> None:
+    own(**{**step, "evicted": step["evicted"].flip(0).contiguous()})
+
+
+@pytest.mark.parametrize("spoilt", [logical_slots, shifted_slots, slots_of_other_groups])
+def test_a_token_in_another_slot_is_found(
+    run: random_load.Run, engine: Engine, monkeypatch: pytest.MonkeyPatch, spoilt: Any
+) -> None:
+    assert LENGTH // BLOCK < (LENGTH + NUM_TOKENS - 2) // BLOCK, "the answer enters a block"
+    own = engine.runner._physical_slots
+    monkeypatch.setattr(engine.runner, "_physical_slots", partial(spoilt, own))
+    with pytest.raises(LoadError, match="rows"):
+        ask(run, engine, spoilt.__name__)
 
 
 @pytest.mark.gpu

@@ -133,6 +133,7 @@ def speculator(model: StandIn) -> ViewSpeculator:
     found.step = draft_step(model)
     found.step.run = lambda num_rows, attention: None
     found.drafts = torch.zeros(model.shape.max_num_reqs, 4, dtype=torch.int64, device=META)
+    found._num_calls, found._nans = 0, None
     found._broken = np.zeros(model.shape.max_num_reqs, dtype=bool)
     found._dispatch = lambda num_rows: SimpleNamespace(num_tokens=8, cg_mode=CUDAGraphMode.NONE)
     return found

@@ -91,10 +91,11 @@ def test_a_further_mode_sees_every_hook_in_order(engine: Engine) -> None:
     assert noted.take() == [
         ("begin_step", None), ("reset_row", None), ("begin_batch", False), ("end_batch", None),
         ("compact", [row]), ("after_compaction", None), ("report", None),
+        ("late_report", None),
     ]  # fmt: skip
     decoded = [
         ("begin_step", None), ("blocks_full_graph", None), ("begin_batch", True),
-        ("end_batch", None), ("report", None),
+        ("end_batch", None), ("report", None), ("late_report", None),
     ]  # fmt: skip
     engine.step()
     assert noted.take() == decoded

@@ -40,6 +40,7 @@ from vllm_kvcompress.speed.scoring import META, OperationCounter, RecordedRows
 from vllm_kvcompress.speed.shapes import ModelShape
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
+from vllm_kvcompress.worker.compaction.faults import PendingFlags, StepFaults
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.strided import StridedLayout
@@ -113,8 +114,10 @@ def counted(config: CompressionConfig, monkeypatch: Any) -> tuple[Counter, Opera
         META, lambda tensor: tensor, 1, 0,
     )  # fmt: skip
     compactor.select_tokens = select_tokens.select_tokens
+    compactor.faults = faults = StepFaults(["prompt"], META)
     with OperationCounter(META) as counter:
         compactor.run([CompactionJob(plan_of(config, max(numbers) + 1), config, 0)])
+        PendingFlags(faults.request_ids, faults.flags())
     return kernels, counter
 
 
@@ -150,8 +153,9 @@ def test_kernels_by_hand(monkeypatch) -> None:
         "_select_kernel": 1, "_copy_kernel": 1,
     }  # fmt: skip
     # A pooling, a concatenation and a place beside the others a layer; one copy from the host.
-    assert counter.operations == 3 * 32 + 1
-    assert modelled(setting("snapkv")).launches == 98 + 97
+    # And whether the scores are numbers: their maximum, four operations on flags, two copies.
+    assert counter.operations == 3 * 32 + 1 + 7
+    assert modelled(setting("snapkv")).launches == 98 + 97 + 7
     kernels, _ = counted(setting("windowkv_llama3"), monkeypatch)
     assert sum(kernels.values()) == 4 * (3 + 2)
     kernels, _ = counted(setting("keydiff"), monkeypatch)

@@ -19,7 +19,7 @@ SKIP_REASONS = (
 )  # fmt: skip
 """Why a request was served uncompressed; core/tracked_request.py has what each means."""
 
-FAILURES = ("error", "nan_scores", "planning", "drafting")
+FAILURES = ("error", "nan_scores", "planning", "drafting", "nan_drafts")
 """What went wrong: worker/compaction/faults.py, and on the scheduler core/compactions.py."""
 
 SESSION_OUTCOMES = (

@@ -23,6 +23,11 @@ HOST_COPIES = 1
 """Of a compaction from the host: tables, lengths, forced tokens and addresses of all its layer
 groups together (``worker/batch.py``)."""
 
+CHECK_LAUNCHES = 6
+"""Of a step that compacts, to tell whether its scores are numbers: four operations on flags, a copy
+from the host and one to it (``worker/compaction/faults.py``). Beside them a maximum over each layer
+group's scores, two to bring several groups together, and a sum over several ranks."""
+
 
 @dataclass(frozen=True)
 class Compaction:
@@ -172,14 +177,17 @@ def _scoring(probe: Probe, groups: Sequence[_Group], decoding: bool) -> tuple[St
 
 
 def _selecting(shape: ModelShape, groups: Sequence[_Group]) -> Stage:
-    """Scores of a group side by side, layer by layer, then the choice in all its layers."""
+    """Scores of a group side by side, layer by layer; whether they are numbers; then the choice in
+    all its layers."""
     heads, launches = heads_of(shape), []
     for group in groups:
         size = 4 * shape.num_kv_heads * group.layers * group.region_len
         launches.append((Launch(size, size, kernels=0, operations=group.layers), 1))
+        launches.append((Launch(size, 0, kernels=0, operations=1), 1))  # is there a NaN?
         chosen = (group.layers, group.region_len, group.num_survivors)
         launches.append((kernel_bytes.select_tokens(heads, *chosen), 1))
-    return _stage("select", launches, copies=HOST_COPIES)
+    check = CHECK_LAUNCHES + 2 * (len(groups) > 1) + (shape.num_workers > 1)
+    return _stage("select", launches, copies=HOST_COPIES + check)
 
 
 def _copying(shape: ModelShape, groups: Sequence[_Group], rotates: bool) -> Stage:

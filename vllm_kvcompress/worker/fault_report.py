@@ -9,8 +9,9 @@ So nothing waits for it, and it is there before anybody hears of a later step's 
 
 import os
 import zlib
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from vllm.distributed.parallel_state import get_tp_group
@@ -25,6 +26,13 @@ logger = init_logger(f"vllm.{__name__}")
 
 _KEY = "kv_compression_faults"
 """Our tensor among those that a stage sends to the next."""
+
+
+class Late(Protocol):
+    """News that are on the host as soon as the output of the step that they go with is."""
+
+    def add_to(self, report: StepReport) -> StepReport:
+        """The report with this news."""
 
 
 class FaultReport:
@@ -59,7 +67,7 @@ class FaultReport:
         flags = faults.flags()
         if compactor.num_ranks > 1:
             if faults.errors and not _failed_alike(faults, compactor.num_sums):
-                _leave(faults)
+                leave("compressing", faults.errors)
             flags = compactor.all_reduce(flags)
         before = None if received is None else received.tensors.get(_KEY)
         if before is not None:
@@ -70,10 +78,14 @@ class FaultReport:
         assert isinstance(output, IntermediateTensors)
         return IntermediateTensors({**output.tensors, _KEY: flags})
 
-    def end(self, output: Any) -> None:
-        """Let what the model runner returns for the step's samples tell of the step's faults."""
-        pending, self._pending = self._pending, None
-        if pending is None or output is None:
+    def end(self, output: Any, others: Iterable[Late] = ()) -> None:
+        """Let what the model runner returns for the step's samples tell of the step's faults.
+
+        `others` are news that go with the same output.
+        """
+        own, self._pending = self._pending, None
+        pending: list[Late] = [*others] if own is None else [own, *others]
+        if not pending or output is None:
             return
         if not hasattr(output, "get_output"):
             _attach(output, pending)
@@ -88,10 +100,13 @@ class FaultReport:
         output.get_output = with_faults
 
 
-def _attach(carrier: Any, pending: PendingFlags) -> None:
-    """Add faults to what is reported already."""
-    if failed := pending.read():
-        StepReport.of(carrier).with_failed(failed).attach(carrier)
+def _attach(carrier: Any, pending: Iterable[Late]) -> None:
+    """Add news to what is reported already."""
+    before = report = StepReport.of(carrier)
+    for each in pending:
+        report = each.add_to(report)
+    if report is not before:
+        report.attach(carrier)
 
 
 # --- ranks that must stay in step ---------------------------------------------------------
@@ -125,10 +140,10 @@ def alike(group: Any, numbers: list[int]) -> bool:
     others = [rank for rank in group.ranks if rank != group.rank]
     heard = [torch.empty_like(own) for _ in others]
     options: dict[str, Any] = {"group": group.cpu_group, "tag": _TAG}
-    work = [torch.distributed.isend(own, dst=rank, **options) for rank in others]
     pairs = zip(heard, others, strict=True)
-    work += [torch.distributed.irecv(into, src=rank, **options) for into, rank in pairs]
     try:
+        work = [torch.distributed.isend(own, dst=rank, **options) for rank in others]
+        work += [torch.distributed.irecv(into, src=rank, **options) for into, rank in pairs]
         for each in work:
             each.wait(timeout=PATIENCE)
     except RuntimeError:
@@ -136,11 +151,14 @@ def alike(group: Any, numbers: list[int]) -> bool:
     return all(torch.equal(each, own) for each in heard)
 
 
-def _leave(faults: StepFaults) -> None:
-    """End this process: vLLM notices, and ends the engine, as when a worker is killed."""
+def leave(work: str, request_ids: Iterable[str]) -> None:
+    """End this process: vLLM notices, and ends the engine, as when a worker is killed.
+
+    `work` is what failed for these requests.
+    """
     logger.critical(
-        "KV compression: compressing requests %s failed on rank %d alone, and its sums over ranks "
-        "no longer meet those of the others. This worker ends, and the engine with it; the error "
-        "is above.", ", ".join(faults.errors), get_tp_group().rank,
+        "KV compression: %s requests %s failed on rank %d alone, and its sums over ranks no longer "
+        "meet those of the others. This worker ends, and the engine with it; the error is above.",
+        work, ", ".join(request_ids), get_tp_group().rank,
     )  # fmt: skip
     os._exit(1)

@@ -124,6 +124,10 @@ class Feature:
         """Fields of the worker's `StepReport`; there is none for what was not measured."""
         return {}
 
+    def late_report(self) -> Sequence[Any]:
+        """What can only be read once the step's output is on the host: `fault_report.Late`."""
+        return ()
+
 
 def make_features(
     kinds: Sequence[type[Feature]], config: CompressionConfig, runner: Any

@@ -61,7 +61,7 @@ class EvictedLengths:
             self._dirty = True
 
     def send(self) -> None:
-        """Let kernels launched from now on know of all slots that were given up so far."""
+        """Let kernels read what was given up since the batch began; drafts follow a compaction."""
         if self._dirty:
             self.evicted.send()
             self._dirty = False

@@ -322,14 +322,16 @@ class CompressionRunnerMixin(GPUModelRunner):
         output = super().sample_tokens(*args, **kwargs)
         # With asynchronous scheduling the step's output is inside of what is returned.
         carrier = getattr(output, "model_runner_output", output)
+        late = list[Any]()
         if carrier is not None:
             seconds, measured = self._timer.take(), dict[str, Any]()
             for feature in self.features:
                 measured.update(feature.report())
+                late += feature.late_report()
             # Nobody reads other stages', and vLLM may return one object for all.
             if (seconds or measured) and self.is_last_pp_rank:
                 StepReport(seconds=tuple(seconds), **measured).attach(carrier)
-        self._fault_report.end(output)
+        self._fault_report.end(output, late)
         return output
 
 

@@ -128,7 +128,7 @@ NO_MARK = patch.object(Manager, "mark_lossy", lambda self, request_id: None)
 FAULTS: dict[str, tuple[Callable[[], Any], st.SearchStrategy[World]]] = {
     "a lost free: sources of a compaction": (lambda: _frees_nothing(Manager, "commit"), _of()),
     "a double free: what is overwritten in place": (
-        lambda: _instead(Manager, "pop_blocks_for_free", _gives_own_twice), _of(room=1.0)
+        lambda: _instead(Manager, "pop_blocks_for_free", _gives_own_twice), _of(room=1.0, groups=1)
     ),
     "one slot too few after a compaction": (
         lambda: _instead(Manager, "allocate_new_blocks", _one_slot_short), _of()
@@ -149,7 +149,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], st.SearchStrategy[World]]] = {
     ),
     "shared blocks are overwritten": (
         lambda: _instead(Manager, "private_blocks", _shared_too),
-        _of(room=1.0, trigger="prompt", always=False),
+        # Whole prompts share the most, and the pool must be full while they do.
+        _of(room=1.0, groups=1, trigger="end_of_prompt", always=False),
     ),
     "a reset leaves what is kept": (
         lambda: patch.object(KeptCaches, "clear", lambda self: None), _of()

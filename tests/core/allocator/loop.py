@@ -40,6 +40,7 @@ class AllocatorLoop(Loop):
     def add(self, name: str, prompt: list[int], *args: Any, **options: Any) -> Request:
         """A request arrives."""
         self.names.add(name)
+        options["arrival_time"] = float(len(self.names))  # the clock may be set back
         self.slots.salts[name] = options.get("cache_salt")
         return super().add(name, prompt, *args, **options)
 

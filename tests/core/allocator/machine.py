@@ -76,6 +76,19 @@ class Allocator(RuleBasedStateMachine):
         for _ in range(copies):
             self._add(prompt, output, options, salt, priority=priority)
 
+    @precondition(lambda self: 0 < len(self._requests) < MOST)
+    @rule(
+        which=st.integers(0, MOST), common=st.integers(8, LONGEST), own=st.integers(1, 40),
+        output=st.sampled_from(OUTPUTS), options=st.sampled_from(OPTIONS),
+    )  # fmt: skip
+    def join(self, which: int, common: int, own: int, output: int, options: Any) -> None:
+        """A prompt that begins as that of a request that is here, and may still hold its blocks."""
+        others = list(self._requests.values())
+        other = others[which % len(others)]
+        assert other.prompt_token_ids is not None
+        prompt = [*other.prompt_token_ids[:common], *document(3, own, self.count)][:LONGEST]
+        self._add(prompt, output, options, other.cache_salt)
+
     @precondition(lambda self: len(self._requests) < MOST)
     @rule(
         which=st.integers(0, 2), common=st.integers(8, 70), own=st.integers(0, 20),

@@ -89,11 +89,18 @@ class DraftMixin(Scheduler):
         if self.num_draft_tokens:
             self._observe_step(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for name in StepReport.of(model_runner_output).drafts_failed:
-            self.stats.record_failure("drafting")
-            if name in self.requests:
+        for name, reason in StepReport.of(model_runner_output).drafts_failed.items():
+            if self._is_drafting(name):
+                self.stats.record_failure(reason)
                 self._drafts_failed.append(name)
         return outputs
+
+    def _is_drafting(self, name: str) -> bool:
+        """Whether drafts of it are to come; a NaN is told of every step that was under way."""
+        if name not in self.requests or name in self._drafts_failed:
+            return False
+        view = self.planner.view_of(name)
+        return view is not None and view.drafts is not None
 
     def _observe_step(self, output: SchedulerOutput, results: ModelRunnerOutput) -> None:
         """A verification yields one token more than it accepts; none for a request that is gone."""

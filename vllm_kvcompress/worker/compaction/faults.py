@@ -17,12 +17,14 @@ import logging
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from vllm_kvcompress.kernels.host_copy import host_buffer, to_device
+from vllm_kvcompress.kernels.host_copy import to_device, to_host
+from vllm_kvcompress.messages import StepReport
 from vllm_kvcompress.worker.batch import CompactionJob
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -119,10 +121,7 @@ class PendingFlags:
 
     def __init__(self, request_ids: Sequence[str], flags: Flags) -> None:
         self.request_ids = list(request_ids)
-        self._copy = flags
-        if flags.device.type == "cuda":
-            self._copy = host_buffer(flags.shape, flags.dtype, flags.device)
-            self._copy.copy_(flags, non_blocking=True)
+        self._copy = to_host(flags)
 
     def read(self) -> dict[str, str]:
         """What each request met, by name; only once the step's output is on the host."""
@@ -133,3 +132,8 @@ class PendingFlags:
                 if flag > 0:
                     found.setdefault(name, kind)
         return found
+
+    def add_to(self, report: StepReport) -> StepReport:
+        """The report with what was found; only once the step's output is on the host."""
+        failed = self.read()
+        return replace(report, failed=failed) if failed else report

@@ -7,6 +7,7 @@ from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.messages import StepPlan
 from vllm_kvcompress.plans import Purpose
 from vllm_kvcompress.worker.batch import CompactionJob
+from vllm_kvcompress.worker.draft.faults import PendingNans
 from vllm_kvcompress.worker.draft.linked_blocks import choose_blocks
 from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
 from vllm_kvcompress.worker.draft.token_ids import keep_token_ids_on_host
@@ -32,6 +33,7 @@ class DraftFeature(Feature):
         super().__init__(runner)
         self.views: DraftViews | None = None
         self.num_draft_steps = 0
+        self._nans_before: PendingNans | None = None
 
     @staticmethod
     def is_wanted(config: CompressionConfig) -> bool:
@@ -117,3 +119,8 @@ class DraftFeature(Feature):
     def report(self) -> dict[str, Any]:
         failed = self.runner.speculator.take_failed()
         return {"drafts_failed": failed} if failed else {}
+
+    def late_report(self) -> Sequence[PendingNans]:
+        """Of the step before: this one's output was sent off before its drafts were made."""
+        found, self._nans_before = self._nans_before, self.runner.speculator.take_nans()
+        return [found] if found is not None else []

@@ -11,7 +11,6 @@ compressed cache likewise.)
 Dimensions: G KV cache groups, B batch rows, d rows that draft, k draft tokens, T tokens.
 """
 
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_kvcompress.kernels.cache.block_tables import BlockTables
 from vllm_kvcompress.kernels.host_copy import to_device
+from vllm_kvcompress.worker.draft.faults import RAISED, PendingNans, describe, failed_alike
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
+from vllm_kvcompress.worker.fault_report import leave
 
 if TYPE_CHECKING:
     from vllm_kvcompress.worker.draft.feature import DraftFeature
@@ -89,7 +90,9 @@ class ViewSpeculator(BaseSpeculator):
             )  # fmt: skip
         self.step = DraftStep(vllm_config, model, state, device, self.draft_logits)
         self._broken = np.zeros(max_num_reqs, dtype=bool)  # request rows that draft no more
-        self._failed: list[str] = []
+        self._failed: dict[str, str] = {}
+        self._nans: PendingNans | None = None
+        self._num_calls = 0
         self.cudagraph_manager: CudaGraphManager | None = None
 
     def bind(
@@ -169,13 +172,12 @@ class ViewSpeculator(BaseSpeculator):
         rows_np = np.flatnonzero(views.exists[requests_np])
         if not len(rows_np):
             return drafts
+        self._num_calls += 1
         try:
             self._propose(
                 input_batch, rows_np, drafts, num_rejected, last_sampled, temperature, seeds
             )
         except Exception as error:  # a kernel's, no memory: any of them
-            if self.vllm_config.parallel_config.world_size_across_dp > 1:
-                raise  # which sums over ranks the others are in nobody knows
             self._note_failed([input_batch.req_ids[row] for row in rows_np], error)
             views.exists[requests_np[rows_np]] = False
             self._broken[requests_np[rows_np]] = True
@@ -210,6 +212,7 @@ class ViewSpeculator(BaseSpeculator):
             self.step.seeds.copy_(seeds)
         counts = self._draft(rows, batch, drafts)
         ids = [input_batch.req_ids[row] for row in rows_np]
+        self._nans = PendingNans(ids, self.step.has_nan[: len(ids)])
         if self.min_confidence > 0:
             self.counts = dict(zip(ids, counts.tolist(), strict=True))  # waits: see DraftConfig
         else:
@@ -218,13 +221,14 @@ class ViewSpeculator(BaseSpeculator):
     # --- when drafting fails --------------------------------------------------------------
 
     def _note_failed(self, request_ids: list[str], error: Exception) -> None:
-        self._failed += request_ids
         logger.error(
             "KV compression: drafting for requests %s failed (%s: %.300s); they go on without "
             "drafts.\n%s",
-            ", ".join(request_ids), type(error).__name__, error,
-            "".join(traceback.format_exception(error)[-8:]),
+            ", ".join(request_ids), type(error).__name__, error, describe(error),
         )  # fmt: skip
+        if not failed_alike(error, self.model, self._num_calls, self.num_steps):
+            leave("drafting for", request_ids)
+        self._failed.update(dict.fromkeys(request_ids, RAISED))
 
     def _write_certain(
         self, rows_np: np.ndarray, requests_np: np.ndarray, drafts: torch.Tensor
@@ -247,10 +251,15 @@ class ViewSpeculator(BaseSpeculator):
         """A row starts over, or the scheduler expects no drafts of it any more."""
         self._broken[req_index] = False
 
-    def take_failed(self) -> tuple[str, ...]:
-        """Requests that draft no more since the last call."""
-        failed, self._failed = self._failed, []
-        return tuple(failed)
+    def take_failed(self) -> dict[str, str]:
+        """Requests that draft no more since the last call, and why."""
+        failed, self._failed = self._failed, {}
+        return failed
+
+    def take_nans(self) -> PendingNans | None:
+        """Of the last step that drafted."""
+        found, self._nans = self._nans, None
+        return found
 
     def _draft(self, rows: torch.Tensor, batch: DraftRows, drafts: torch.Tensor) -> torch.Tensor:
         """Write drafts of [d] batch rows into [B, k]; return how many count, [d] int64."""

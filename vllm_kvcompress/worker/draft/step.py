@@ -76,6 +76,8 @@ class DraftStep:
         [S] int32: before a step the tokens it reads, afterwards those it drafted.
     confidence : torch.Tensor
         [S] float32, the draft's own probability of each drafted token, if the setting asks for it.
+    has_nan : torch.Tensor
+        [S] bool, whether one of the batch's draft steps had a NaN among its logits.
     temperature, seeds : torch.Tensor
         [S] float32 and int64, of all request rows.
     """
@@ -105,6 +107,7 @@ class DraftStep:
         self.query_start_loc = zeros(torch.int32, num_rows + 1)
         self.number = torch.zeros((), dtype=torch.int64, device=device)
         self.confidence = zeros(torch.float32, num_rows)
+        self.has_nan = zeros(torch.bool, num_rows)
         self.temperature = zeros(torch.float32, num_rows)
         self.seeds = zeros(torch.int64, num_rows)
         self._counting = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
@@ -135,6 +138,7 @@ class DraftStep:
         self.state.lengths.send()  # the step's own compactions have rewritten rows
         self._pad(count, num_padded)
         self.requests[:count] = rows.requests
+        self.has_nan.zero_()
         lost = []
         for group, table in enumerate(self.view_tables):
             table[:count] = views.table(group, rows.requests)
@@ -194,7 +198,8 @@ class DraftStep:
                 input_ids=self.input_ids[:num_rows], positions=self.positions[:num_rows]
             )
         logits = self.model.compute_logits(hidden)
-        tokens = self._sample(logits)
+        tokens, best = self._sample(logits)
+        self.has_nan[:num_rows].logical_or_(best.isnan())
         # What padding computes may be no number, and its choice then no token.
         self.input_ids[:num_rows] = tokens.masked_fill(self.requests[:num_rows] < 0, 0)
         if self._needs_confidence:
@@ -237,14 +242,17 @@ class DraftStep:
             for table in self.view_tables:
                 table[count:num_padded] = NULL_BLOCK_ID
 
-    def _sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """[n] int64 draft tokens from [n, vocabulary] logits."""
+    def _sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n] int64 draft tokens from [n, vocabulary] logits, and [n] the highest or a NaN."""
         if not self._draws:
-            return logits.argmax(dim=-1)  # of NaN: some token, which the target turns down
+            # Of NaN: some token, which the target turns down.
+            best, tokens = logits.max(dim=-1)
+            return tokens, best
+        best = logits.amax(dim=-1)
         # Acceptance divides by these probabilities; with a NaN among them it decides anything, and
         # the draw itself may be no token. Whatever stands here, what is drawn from it is exact.
         logits = torch.nan_to_num(logits, nan=0.0, posinf=1e4, neginf=float("-inf"))
-        return gumbel_sample(
+        tokens = gumbel_sample(
             logits,
             self.requests[: len(logits)],
             self.temperature,
@@ -256,6 +264,7 @@ class DraftStep:
             logits_cache_col=self.number,
             use_fp64=self.vllm_config.model_config.use_fp64_gumbel,
         )
+        return tokens, best
 
     def _attention(
         self,

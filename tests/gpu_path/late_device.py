@@ -156,6 +156,15 @@ class LateDevice:
         self._host.pop(_address(tensor), None)
         return tensor
 
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`to_host` of the kernels: memory of the host that is written late, and read as it is."""
+        if not self.is_late:
+            return tensor.clone()
+        # Whoever reads before an event says that it is there finds this.
+        out = self.to_host(torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu"))
+        self.put(lambda: out.copy_(tensor))
+        return out
+
     def _taken(self, value: Any, but: list[torch.Tensor]) -> Any:
         """Arguments as they are now, where they are the host's and not shared."""
         keep = {id(each) for each in but}
@@ -328,6 +337,9 @@ def late_device() -> Iterator[LateDevice]:
     from triton.runtime.interpreter import GridExecutor
     from vllm.v1.worker.gpu import buffer_utils
 
+    from vllm_kvcompress.worker.compaction import faults
+    from vllm_kvcompress.worker.draft import faults as draft_faults
+
     device = LateDevice()
     SharedBuffer.device = LateEvent.device = device
     from_numpy = torch.from_numpy
@@ -339,6 +351,8 @@ def late_device() -> Iterator[LateDevice]:
         (buffer_utils, "is_uva_available", lambda: True),
         (buffer_utils, "UvaBuffer", SharedBuffer),
         (torch, "from_numpy", lambda array: device.to_host(from_numpy(array))),
+        (faults, "to_host", device.copied),
+        (draft_faults, "to_host", device.copied),
         (torch.cuda, "Event", LateEvent),
         (torch, "Event", LateEvent),
         # Whole: inside they look at numbers.

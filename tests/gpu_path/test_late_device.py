@@ -48,9 +48,9 @@ def prompts() -> list[list[int]]:
     return [rng.integers(5, 300, 100 + 31 * number).tolist() for number in range(4)]
 
 
-COPIED = ("codebook/meter.py", "compaction/faults.py")
-"""Files whose numbers are copied to the host on a GPU, and read once an event says they are there:
-the meter's own, and the one that the step's sampled tokens wait for."""
+COPIED = "codebook/meter.py"
+"""Whose numbers are copied to the host on a GPU, and read once an event of its own says they are
+there."""
 
 
 def waits(device: LateDevice) -> list[str]:

@@ -148,6 +148,15 @@ def test_prompts_beyond_the_model_are_named(meter: LossMeter, tmp_path: Path) ->
 # --- the command --------------------------------------------------------------------------
 
 
+def test_tokens_that_only_vllm_would_code_are_refused(meter: LossMeter, monkeypatch) -> None:
+    books = make_candidates(["books"], [0.5])[:1]
+    monkeypatch.setattr(meter, "num_tokens", books[0].config.interval + 1)
+    meter.check([], books)
+    monkeypatch.setattr(meter, "num_tokens", books[0].config.interval + 2)
+    with pytest.raises(ConfigError, match=r"--policies: \S+: codebook.extend: 129 tokens follow"):
+        meter.check([], books)
+
+
 def command(probe_model: str, prompts_file: Path, out: Path, *options: str) -> list[str]:
     given = ["--model", probe_model, "--prompts", str(prompts_file), "--out", str(out)]
     small = ["--policies", ",".join(CHAINS), "--budgets", "0.5,0.12", "--tokens", str(NUM_TOKENS)]

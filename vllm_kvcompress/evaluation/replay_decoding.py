@@ -36,7 +36,7 @@ def is_compacted_behind(config: CompressionConfig | None, num_tokens: int) -> bo
     if config.extends_codebooks:
         raise ConfigError(
             f"codebook.extend: {num_tokens} tokens follow, an interval has {config.interval}, and "
-            "only vLLM codes them: measure it with --runner engine, predict fewer tokens, or set "
+            "only vLLM codes them: measure it in vLLM, predict fewer tokens, or set "
             "codebook.extend to false."
         )
     return config.compacts_at_intervals

@@ -25,6 +25,7 @@ from vllm_kvcompress.evaluation.quality.replay_runner import BATCH_TOKENS, Repla
 from vllm_kvcompress.evaluation.quality.variants import kept_share
 from vllm_kvcompress.evaluation.replay import Prefilled
 from vllm_kvcompress.evaluation.replay_batch import ReplayBatch
+from vllm_kvcompress.evaluation.replay_decoding import is_compacted_behind
 from vllm_kvcompress.evaluation.seeds import prompt_seed
 from vllm_kvcompress.evaluation.tuning.grid import Candidate
 from vllm_kvcompress.evaluation.tuning.losses import Loss
@@ -103,6 +104,10 @@ class LossMeter:
                 )
         turning = keys_turn(SimpleNamespace(hf_text_config=self.replay.text_config))
         for candidate in candidates:
+            try:
+                is_compacted_behind(candidate.config, self.num_tokens - 1)
+            except ConfigError as error:
+                raise ConfigError(f"--policies: {candidate.chain}: {error}") from None
             policy = candidate.config.build_policy()
             if turning is Turning.PARTLY and (policy.rerotates_keys or candidate.config.codebook):
                 raise ConfigError(

@@ -1,6 +1,7 @@
 """Prefixes that are compressed once and read by many, in vLLM's own schedulers, without a model."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -155,6 +156,7 @@ def test_others_are_served_as_ever(probe_model: str) -> None:
     short = {"kv_shared_prefix": 10}
     loop.ask("short", question(5), 5, short)
     assert loop.stats.shared_prefix_requests["uncompressed"] == 2
+    assert loop.stats.shared_prefix_tokens == WHOLE, "of the one that began with it"
     # One shares whole blocks with the one that computes, and is not worth it until that is through.
     assert loop.stats.uncompressed == {"opted_out": 1, "under_budget": 1, "shared_prompt": 1}
 
@@ -167,7 +169,32 @@ def test_prompts_that_others_may_not_read_are_compressed_and_not_shared(probe_mo
     loop.scheduler.add_request(Request("hidden", question(0), params, None, block_hasher=hasher))
     loop.run()
     assert loop.stats.shared_prefix_requests == {"unserved": 1}
+    assert loop.stats.shared_prefix_tokens == 0
     assert loop.stats.compactions == {"keydiff/prompt": 1} and not shared_blocks(loop)
+
+
+def test_one_without_a_report_holds_up_no_other(
+    probe_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker has not reported on is kept once it has, and others meanwhile."""
+    loop = made(probe_model)
+    prefixes, is_late = loop.scheduler.reuse.prefixes, True
+    publish = prefixes.publish
+
+    def published(is_reported: Callable[[str], bool]) -> None:
+        publish(lambda name: is_reported(name) and not (is_late and name == "r0"))
+
+    monkeypatch.setattr(prefixes, "publish", published)
+    texts = question(0), [999, *question(1)[1:]]
+    requests = [loop.add(f"r{n}", text, 60, SHARED) for n, text in enumerate(texts)]
+    while requests[1].num_output_tokens < 5:
+        loop.step()
+    assert requests[0].num_output_tokens > 5 and loop.stats.shared_prefixes_kept == 1
+    is_late = False
+    loop.run()
+    assert loop.stats.shared_prefixes_kept == 2
+    loop.ask("late", question(2), 5, SHARED)
+    assert loop.stats.shared_prefix_requests == {"computed": 2, "reused": 1}
 
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])

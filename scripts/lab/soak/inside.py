@@ -8,7 +8,6 @@ about scheduler, block pool and worker. Faults are for showing that a soak notic
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -37,7 +36,6 @@ FAULTS = {
     "memory": "each request costs four MiB for good",
     "orphan": "the engine starts a process that outlives it",
     "shared_memory": "the engine leaves a file in /dev/shm",
-    "deaf": "the engine takes a minute to end",
     "death": "the engine dies after two hundred requests",
 }
 """What can be broken on purpose, by name."""
@@ -157,9 +155,6 @@ def _break(core_class: Any, fault: str) -> None:
     if fault == "block":
         _before(core_class, "abort_requests", _keep_a_block)
         return
-    if fault == "deaf":
-        _before(core_class, "shutdown", _wait)
-        return
     deed = {
         "name": _keep_the_name, "memory": _hold, "orphan": _start_a_process,
         "shared_memory": _leave_a_file, "death": _die,
@@ -201,10 +196,6 @@ def _keep_a_block(core: Any, request_ids: list[str]) -> None:
 
 def _keep_the_name(core: Any, request: Any, *_: Any) -> None:
     core.scheduler.__dict__.setdefault("_kvcompress_soak_names", []).append(request.request_id)
-
-
-def _wait(core: Any, *_: Any) -> None:
-    time.sleep(60)
 
 
 def _hold(core: Any, *_: Any) -> None:

@@ -189,6 +189,16 @@ def test_answers_that_are_compacted_on_their_way(runner: ReplayRunner) -> None:
             assert found["rkv"].answer == runner.prompter.text(tokens)
 
 
+def test_an_answer_that_ends_at_once(runner: ReplayRunner, monkeypatch) -> None:
+    """Nothing follows the prompt, so nothing is compacted, either."""
+    sample = sample_of(runner, max_tokens=140)
+    first = runner.replay.prefill(runner.prompter.of(sample).token_ids).first_token
+    monkeypatch.setattr(runner, "stop", frozenset([first]))
+    found = {r.policy: r for r in runner.measure(sample, "visible", INTERVALS)}
+    assert {r.answer for r in found.values()} == {""}
+    assert found["rkv"].kept == 1 and found["keydiff"].kept < 0.3
+
+
 def test_a_prompt_longer_than_the_model_is_refused(runner: ReplayRunner, monkeypatch) -> None:
     monkeypatch.setattr(runner, "longest", 200)
     sample = sample_of(runner, length=500)
@@ -286,6 +296,12 @@ def test_another_seed_does_not_go_on_in_the_same_folder(
     assert main(command(probe_model, tmp_path, *options)) == 0
     assert main(command(probe_model, tmp_path, *options, "--seed", "1")) == 1
     assert "holds another run (seed was 0, is 1)" in capsys.readouterr().err
+
+
+def test_if_all_samples_fail_there_is_no_report(probe_model: str, tmp_path: Path, capsys) -> None:
+    assert main(command(probe_model, tmp_path, "--samples", "1", "--lengths", "9000")) == 1
+    assert "1 sample could not be measured" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failures.jsonl", "run.json"]
 
 
 def test_samples_that_fail_are_counted_and_the_report_is_written(

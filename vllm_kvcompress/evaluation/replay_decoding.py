@@ -81,8 +81,12 @@ class Decoding:
 
     @property
     def mean_kept(self) -> float:
-        """Share of the tokens so far that was held, a mean over the tokens that followed."""
-        return sum(self._shares) / len(self._shares)
+        """Share of the tokens so far that was held, a mean over the tokens that followed.
+
+        Where none followed: the prompt's.
+        """
+        shares = self._shares or [self._share(0)]
+        return sum(shares) / len(shares)
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -119,10 +123,13 @@ class Decoding:
         self._queries = self._last([torch.cat(pair, dim=1) for pair in pairs])
         self._states, self.position = part.states, end
         # While these tokens were decoded one by one the cache grew to what it is now.
-        rows = [self.kept[layer].keys.shape[1] for layer in self.replay.full_layers]
-        held, more = sum(rows) / len(rows), range(len(tokens))
-        self._shares += [(held - each) / (end - each) for each in more]
+        self._shares += map(self._share, range(len(tokens)))
         return part.logits
+
+    def _share(self, num_less: int) -> float:
+        """Of all tokens, how many are held in layers that attend to everything; so many ago."""
+        rows = [self.kept[layer].keys.shape[1] for layer in self.replay.full_layers]
+        return (sum(rows) / len(rows) - num_less) / (self.position - num_less)
 
     def _last(self, queries: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Those of the observation window, and no view of all."""

@@ -160,7 +160,7 @@ class ReplayRunner:
     def _answer(
         self, asked: _Asked, variants: Mapping[Variant, bool]
     ) -> Iterator[tuple[Variant, _Result]]:
-        """True: one that is compacted again meanwhile, and so is decoded alone."""
+        """Those marked True are compacted again on the way, and so each is decoded alone."""
         metric = METRICS[asked.sample.metric]
         for variant in (each for each, is_again in variants.items() if is_again):
             start = time.perf_counter()

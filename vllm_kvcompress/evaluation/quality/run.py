@@ -82,7 +82,8 @@ def run(
                 try:
                     records.extend(runner.measure(sample, protocol, left))
                 finally:  # what some settings gave, if others cannot be measured
-                    folder.add(records)
+                    if records:
+                        folder.add(records)
                     num_records += len(records)
         except ConfigError as error:
             folder.add_failure(each.task, each.name, str(error))

@@ -110,7 +110,7 @@ class Sessions:
 
     def _may_be_kept(self, request: Request, tracked: TrackedRequest) -> bool:
         return (
-            self.store.max_blocks > 0
+            bool(self.store.max_blocks)
             and request.status in _ENDED
             and tracked.phase is not Phase.SKIPPED
             and is_served(request)
@@ -162,7 +162,7 @@ class Sessions:
             return Outcome.OTHER_SETTING
         if any(not is_private(block) for block in self._written_next(kept, num_tokens)):
             # Hashed before a late compaction: it may be read, not written.
-            num_tokens -= num_tokens % self._managers[0].block_size
+            num_tokens -= num_tokens % self.planner.block_size
             if num_tokens < compacted_at:
                 return Outcome.SHARED_BLOCK
         return kept, num_tokens

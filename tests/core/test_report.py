@@ -46,7 +46,9 @@ def line_of(
     cache = KVCacheConfig(num_blocks, kv_cache_tensors=[], kv_cache_groups=found)
     config = parse_config({**SETTING, **setting})
     assert config is not None
-    return savings_line(config, cache, max_len)
+    line = savings_line(config, cache, max_len)
+    assert line.startswith(f"KV compression: policy {config.policy.name}, budget ")
+    return line
 
 
 def test_the_example_in_the_docs_is_what_the_log_says(root: Path) -> None:
@@ -88,15 +90,15 @@ def test_blocks_and_bytes_of_the_longest_request(
 
 
 def test_groups_that_are_left_to_vllm_are_told_apart() -> None:
-    """64, 32 in blocks of the draft model's size, 4 for each window and 2 for the states."""
-    beside = [(1, wide(None, 2 * BLOCK)), (1, window(40)), (1, window(40)), (1, state_spec())]
+    """64, 32 in blocks of the draft model's size, 4 for each window, 2 for each kind of states."""
+    beside = [(1, wide(None, 2 * BLOCK)), *[(1, window(40)), (1, state_spec())] * 2]
     line = line_of({}, (1, wide()), *beside)
     assert (
         "1 layer group(s) in 1 block table(s), block size 16, windowed layers left to vLLM in 2 "
-        "more, recurrent states left to vLLM in 1 more, the draft model's cache kept whole in 1 "
+        "more, recurrent states left to vLLM in 2 more, the draft model's cache kept whole in 1 "
         "more, prompts from"
     ) in line
-    assert "keeps 44 of 106 blocks" in line
+    assert "keeps 46 of 108 blocks" in line
     assert "more" not in line_of({}, (1, wide()), (1, wide()))
 
 
@@ -115,7 +117,8 @@ def test_eight_bits_and_fewer_tokens_are_multiplied(beside: Any, is_said: bool) 
     half = {"budget": {"tokens": 512, "floor": 1}}
     line = line_of(half, (1, eight_bits()), *beside)
     share = "25%" if not beside else "38%"
-    assert (", cache of 8 bits" in line) == is_said
+    assert (" table(s), block size 16, cache of 8 bits, " in line) == is_said
+    assert ("8 bits" in line) == is_said
     assert (f"is done, {share} of the bytes of a whole cache of 16 bits" in line) == is_said
     assert ("16 bits" in line) == is_said
 
@@ -152,6 +155,16 @@ ALWAYS = {"shared_blocks": "always"}
             {"draft": {"tokens": 4, "budget": {"tokens": 16}}},
             "once its prompt is done, 4 tokens drafted per step over a smaller view",
         ),
+        (
+            {"trigger": "pressure", "pressure": {"when": 0.9, "until": 0.6}},
+            "block size 16, while memory is scarce only (from 90% of the blocks held to 60%, or a "
+            "request gets none), prompts",
+        ),
+        (
+            {"codebook": {"shallow": 1.0, "entries": 0.25}, "interval": 64},
+            "block size 16, layer group(s) 0 coded by a codebook, generated tokens too every 64, "
+            "prompts",
+        ),
         # Behind a mark 32 tokens, to be rounded up to a block, and the next 256: 19 blocks.
         (
             IN_PROMPTS,
@@ -163,6 +176,8 @@ ALWAYS = {"shared_blocks": "always"}
             "once its prompt is done, requests that share blocks at their marks as well: for each "
             "but one up to 2 blocks are set aside until then",
         ),
+        # Of all 1,024 tokens 251, which are 16 blocks; of one token less 15.
+        ({**ALWAYS, "budget": {"ratio": 0.245}}, "one up to 16 blocks are set"),
         # The longest prompt that is compacted while decoding has 1 token, or there is none.
         ({**ALWAYS, "trigger": "interval", "interval": 1023}, "one up to 2 blocks are set"),
         ({**ALWAYS, "trigger": "interval", "interval": 1024}, "one up to 0 blocks are set"),

@@ -89,7 +89,7 @@ def label_repeats(words: list[str]) -> int:
         else:
             lines[-1].append(word)
     lines = [line for line in lines if line]
-    while len(lines) > 1 and lines[-1][0] in _LAST_ROLES:  # what a chat template adds
+    while lines and lines[-1][0] in _LAST_ROLES:  # what a chat template adds
         lines.pop()
     if not lines:
         return 0

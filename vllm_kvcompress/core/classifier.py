@@ -158,7 +158,7 @@ def features(head: str, tail: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     keys = np.sort(keys | (np.uint64(65535) - steps))
     buckets = (keys >> np.uint64(16)).astype(np.int64)
     first = np.concatenate(([True], buckets[1:] != buckets[:-1]))
-    values = (65535 - (keys[first] & np.uint64(65535)).astype(np.int64)) / 16383
+    values = 65535.0 - (keys[first] & np.uint64(65535))
     return buckets[first], values / np.sqrt(values @ values)
 
 

@@ -7,8 +7,8 @@
 mutmut's own `run` collects the tests anew for every mutant and takes the shortest first. Here one
 process collects, a fork judges each mutant, and tests that killed its neighbours come first. A
 mutant is judged by the tests that reach its function, and by all that are newer than mutants/;
-by the first `--seconds` of them, as one that lives would cost minutes otherwise. What OUT.json has
-is not judged again.
+by the first `--seconds` of them, as one that lives would cost minutes otherwise. A test that fails
+in a fork without any mutant judges none, and is named. What OUT.json has is not judged again.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 MUTANTS = Path("mutants")
+UNCHANGED = ""
+"""In the place of a mutant's name: the code as it is."""
 KILLED, SURVIVED, TIMEOUT, UNREACHED = "killed", "survived", "timeout", "no tests"
 
 
@@ -110,6 +112,7 @@ class Judge:
     out: Path
     verdicts: dict[str, Any]
     failed: bool = False
+    is_sound: dict[str, bool] = field(default_factory=dict)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.failed = self.failed or report.failed
@@ -124,7 +127,7 @@ class Judge:
             if name in self.verdicts:
                 continue
             tests = self.order.tests(name, list(items))
-            verdict, killer = self.judge(name, [items[test] for test in tests])
+            verdict, killer = self.verdict(name, [items[test] for test in tests])
             if killer:
                 self.order.killed(name, killer)
             self.verdicts[name] = [verdict, killer]
@@ -141,8 +144,21 @@ class Judge:
         if self.failed:
             raise SystemExit("a test fails without a mutant")
 
+    def verdict(self, name: str, items: Sequence[Any]) -> tuple[str, str]:
+        """A verdict, and the test that killed it: one that passes where nothing is changed."""
+        while True:
+            asked = [item for item in items if self.is_sound.get(item.nodeid, True)]
+            verdict, killer = self.judge(name, asked)
+            if killer and killer not in self.is_sound:
+                alone = [item for item in asked if item.nodeid == killer]
+                self.is_sound[killer] = self.judge(UNCHANGED, alone)[0] == SURVIVED
+                if not self.is_sound[killer]:
+                    print(f"fails without a mutant: {killer}", file=sys.stderr, flush=True)
+                    continue
+            return verdict, killer
+
     def judge(self, name: str, items: Sequence[Any]) -> tuple[str, str]:
-        """A verdict, and the test that killed it."""
+        """What so many tests say, in a fork."""
         if not items:
             return UNREACHED, ""
         limit = int(3 * self.order.took([item.nodeid for item in items]) + 10)
@@ -196,7 +212,7 @@ def main() -> int:
     judge = Judge(list(mutants(args.patterns)), order, out, verdicts)
     os.chdir(MUTANTS)
     sys.path.insert(0, os.getcwd())
-    os.environ["MUTANT_UNDER_TEST"] = ""
+    os.environ["MUTANT_UNDER_TEST"] = UNCHANGED
 
     import pytest
 

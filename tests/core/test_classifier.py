@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,26 +135,98 @@ def test_head_and_tail_have_buckets_of_their_own() -> None:
     assert len((in_head & in_tail) - neither) <= 2  # hashes may collide
 
 
-def test_words() -> None:
-    assert words_of("Der Ärger: 12,5 %!!") == ["der", "ärger", ":", "0", ",", "0", "%", "!"]
-    assert words_of("a \n\n b<|eot_id|>c") == ["a", "\n", "b", "\n", "c"]
-    assert words_of("x合同y") == ["x", "合", "同", "y"]
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Der Ärger: 12,5 %!!", ["der", "ärger", ":", "0", ",", "0", "%", "!"]),
+        ("12a34 \u0661\u0662 a_b", ["0a0", "0", "a_b"]),
+        ("!?!? -- ---> __", ["!", "?", "!", "?", "-", "-", ">", "__"]),
+        # Line breaks with what is around them are one; other blanks only part words.
+        ("a \n\n b\r\n\tc", ["a", "\n", "b", "\n", "c"]),
+        ("a\u00a0\x85b\r c", ["a", "b", "c"]),
+        # A token of a chat template is a line break: of one to 40 characters in one line.
+        ("a \n\n b<|eot_id|>c", ["a", "\n", "b", "\n", "c"]),
+        ("a<\uff5cUser\uff5c>b<|x|>c", ["a", "\n", "b", "\n", "c"]),
+        (f"a<|{'x' * 40}|>b", ["a", "\n", "b"]),
+        (f"<|{'x' * 41}|>", ["<", "|", "x" * 41, "|", ">"]),
+        ("<||>", ["<", "|", ">"]),
+        ("<|a\nb|>", ["<", "|", "a", "\n", "b", "|", ">"]),
+        ("<|a<b|>", ["<", "|", "a", "<", "b", "|", ">"]),
+        ("<|a|b|>", ["<", "|", "a", "|", "b", "|", ">"]),
+        ("<|a\uff5cb|>", ["<", "|", "a", "\uff5c", "b", "|", ">"]),
+        ("<|a>b|>", ["<", "|", "a", ">", "b", "|", ">"]),
+        # Scripts without blanks: each character of the first and last of each range is a word.
+        ("x\u5408\u540cy", ["x", "\u5408", "\u540c", "y"]),
+        (
+            "x\u3041x\u30ffx\u3400x\u4dbfx\u4e00x\u9fffx",
+            [*"x\u3041x\u30ffx\u3400x\u4dbfx\u4e00x\u9fffx"],
+        ),
+        ("x\u3105x\ua000x", ["x\u3105x\ua000x"]),
+        ("\ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22", ["\ud55c\uad6d\uc5b4", "\u0e44\u0e17\u0e22"]),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert words_of(text) == expected
 
 
-def test_label_repeats() -> None:
-    assert label_repeats([]) == label_repeats(words_of("one line")) == 0
-    assert label_repeats(words_of("In: a\nOut: b\nIn: c\nOut:")) == 1
-    assert label_repeats(words_of("Q: a\n" * 9 + "Q: b<|im_end|>\n<|im_start|>assistant\n")) == 3
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("one line", 0),
+        ("In: a\nOut: b\nIn: c\nOut:", 1),
+        ("In: a\nIn: b\nOut: c\n\nIn: d\n", 2),
+        ("Q: a\n" * 3 + "Q: b", 3),
+        ("Q: a\n" * 9 + "Q: b<|im_end|>\n<|im_start|>assistant\n", 3),
+        # A label ends with one of these marks, or with the fourth word.
+        *((f"is {mark} b\nis {mark} c", 1) for mark in [":", "=", ">", "-", "\uff1a", "->"]),
+        ("is ; b\nis ; c", 0),
+        (": b\n: c", 1),
+        ("a b c d e\na b c d f", 1),
+        ("a b c d\na b c e", 0),
+        ("a b c\na b", 1),
+        ("a b\na b c", 0),
+        # What a chat template adds behind the text is no line of it.
+        *(
+            (f"Q: a\nQ: b\n{role}", 1)
+            for role in [
+                "assistant",
+                "<start_of_turn>model",
+                "model",
+                "[/INST]",
+                "### Response:",
+                "Response:",
+                "# Answer\n\nAssistant:\n",
+            ]
+        ),
+        ("Q: a\nQ: b\nuser", 0),
+        ("[/INST]\nassistant", 0),
+    ],
+)
+def test_label_repeats(text: str, count: int) -> None:
+    assert label_repeats(words_of(text)) == count
 
 
-@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 513, 5000])
-def test_head_and_tail(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "in_head"),
+    [
+        (0, 0),
+        (1, 0),
+        (255, 0),
+        (256, 0),
+        (257, 1),
+        (511, 255),
+        (512, 256),
+        (513, 256),
+        (5000, 256),
+    ],
+)
+def test_head_and_tail(length: int, in_head: int) -> None:
+    """The tail is filled first."""
     ids = list(range(length))
-    head, tail = head_and_tail(ids)
-    if length <= 512:
-        assert head + tail == ids
-    else:
-        assert (head, tail) == (ids[:256], ids[-256:])
+    assert head_and_tail(ids) == (ids[:in_head], ids[-256:])
+    text = "".join(map(chr, ids))
+    assert head_and_tail(text, 256) == (text[:in_head], text[-256:])
 
 
 @pytest.mark.parametrize(("head", "tail"), TEXTS)
@@ -162,10 +237,17 @@ def test_any_text_gets_a_task(classifier: TaskClassifier, head: str, tail: str) 
     assert classifier.classify(head, tail) == TASKS[0 if margin > 0 else 1]
 
 
-def test_only_the_outer_ends_of_very_long_inputs_count(classifier: TaskClassifier) -> None:
-    question = " Who signed the contract?"
-    head, tail = "Contract. " + "x" * 1_000_000, "\n" * 1_000_000 + question
-    assert classifier.margin(head, tail) == classifier.margin(head[:5000], tail[-5000:])
+def test_only_the_outer_ends_of_very_long_inputs_count() -> None:
+    """2,048 characters of each, and those to the last one."""
+    head, tail = "Contract. " + "x" * 1_000_000, "\n" * 1_000_000 + " Who signed the contract?"
+
+    def found(head: str, tail: str) -> list[list[float]]:
+        return [each.tolist() for each in features(head, tail)]
+
+    ends = head[:2048], tail[-2048:]
+    assert found(head, tail) == found(*ends)
+    for nearly in ((head[:2047], ends[1]), (head[1:], tail), (head, tail[:-1])):
+        assert found(*nearly) != found(*ends)
 
 
 def test_the_weights_file(root: Path) -> None:
@@ -175,6 +257,45 @@ def test_the_weights_file(root: Path) -> None:
         assert set(data.files) == {"version", "weights", "scale", "bias"}
         assert data["weights"].dtype == np.int8
         assert data["weights"].shape == (NUM_BUCKETS,)
+
+
+@pytest.fixture()
+def weights_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Writes what is loaded instead of the package's weights."""
+    kept = {"version": 1, "weights": np.zeros(NUM_BUCKETS, np.int8), "scale": 1.0, "bias": 0.0}
+    found = SimpleNamespace(files=lambda package: tmp_path)
+    monkeypatch.setattr("vllm_kvcompress.core.classifier.resources", found)
+
+    def write(**changes: Any) -> None:
+        np.savez(tmp_path / WEIGHTS_FILE, **{**kept, **changes})
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": 2}, {"weights": np.zeros(NUM_BUCKETS // 2, np.int8)}],
+    ids=["version", "buckets"],
+)
+def test_weights_of_other_features_are_refused(
+    changes: dict[str, Any], weights_in: Callable[..., None]
+) -> None:
+    weights_in(bias=0.5)
+    assert TaskClassifier.load().margin("", "Who?") == 0.5
+    weights_in(**changes)
+    with pytest.raises(ValueError, match=r"^classifier\.npz: not weights of format 1\.$"):
+        TaskClassifier.load()
+
+
+def test_a_weights_file_runs_no_code(weights_in: Callable[..., None], tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "has run",)
+
+    weights_in(bias=np.array(Code(), dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        TaskClassifier.load()
+    assert not (tmp_path / "has run").exists()
 
 
 def recalls(classifier: TaskClassifier, split: str) -> dict[str, float]:

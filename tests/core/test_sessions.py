@@ -304,20 +304,23 @@ def test_the_prefix_cache_is_preferred_where_it_has_as_much(probe_model: str) ->
     assert tracked.session_outcome == Outcome.REUSED
 
 
-@pytest.mark.parametrize(("length", "expected"), [(220, 208), (209, 208), (205, None)])
+@pytest.mark.parametrize(
+    ("compacted", "length", "expected"),
+    [(200, 220, 208), (200, 209, 208), (200, 205, None), (208, 215, 208)],
+)
 @pytest.mark.parametrize("is_hashed", [False, True])
 def test_a_block_that_others_read_is_not_written(
-    is_hashed: bool, length: int, expected: int | None, probe_model: str
+    is_hashed: bool, compacted: int, length: int, expected: int | None, probe_model: str
 ) -> None:
     """It goes on from the last whole block, if all that was compacted is before that."""
     chats = watch(Chats(probe_model, *LOOPS["sync"], 200))
-    text = chats.ask("first", prompt(200), 30)
+    text = chats.ask("first", prompt(compacted), 30)
     ((_, kept),) = chats.scheduler.reuse.kept.of(Kind.SESSION)
     request = chats.add("second", [*text[:length], 999, *prompt(60, 3)], 8, CHAT)
     tracked, find = chats.scheduler.planner.requests["second"], chats.scheduler.reuse.find
     found = find(request, 0)
     assert found is not None and found.num_tokens == length
-    # 200 tokens were compacted; each group holds what was evicted less, in whole blocks.
+    # Each group holds what was evicted less, in whole blocks.
     written = kept.blocks[1][-(-(length - kept.held.evicted[1]) // BLOCK) - 1]
     if is_hashed:
         written._block_hash = b"somebody finds it"

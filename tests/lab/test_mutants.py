@@ -1,8 +1,14 @@
 """Mutants are judged by the likeliest tests first, and counted by module."""
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from lab.mutants import Order, score
+import pytest
+
+from lab.mutants import KILLED, SURVIVED, UNCHANGED, UNREACHED, Judge, Order, score
 
 CLIP = "vllm_kvcompress.core.room.xǁRoomǁclip"
 GROW = "vllm_kvcompress.core.room.xǁRoomǁgrow"
@@ -37,6 +43,28 @@ def test_a_mutant_that_lives_costs_so_many_seconds() -> None:
     tests = Order(reached_by, seconds, limit=1.2).tests
     assert tests(f"{CLIP}__mutmut_1", list(seconds)) == ["short", "other"]
     assert tests(f"{GROW}__mutmut_1", list(seconds)) == ["long"], "one is asked in any case"
+
+
+class Forks(Judge):
+    """Instead of forks: which tests fail on which mutant."""
+
+    fails = {("m1", "good"), *[(name, "broken") for name in ("m1", "m2", UNCHANGED)]}
+
+    def judge(self, name: str, items: Sequence[Any]) -> tuple[str, str]:
+        killers = [item.nodeid for item in items if (name, item.nodeid) in self.fails]
+        if not items:
+            return UNREACHED, ""
+        return (KILLED, killers[0]) if killers else (SURVIVED, "")
+
+
+def test_a_test_that_fails_without_a_mutant_kills_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that measured its own seconds failed in every fork, and 232 mutants were called dead."""
+    judge = Forks([], Order({}, {}), Path("nowhere"), {})
+    broken, good = SimpleNamespace(nodeid="broken"), SimpleNamespace(nodeid="good")
+    assert judge.verdict("m1", [broken, good]) == (KILLED, "good")
+    assert judge.verdict("m2", [broken, good]) == (SURVIVED, "")
+    assert judge.verdict("m2", [broken]) == (UNREACHED, "")
+    assert capsys.readouterr().err == "fails without a mutant: broken\n", "once"
 
 
 def test_the_score_is_by_module() -> None:

@@ -89,7 +89,7 @@ def label_repeats(words: list[str]) -> int:
         else:
             lines[-1].append(word)
     lines = [line for line in lines if line]
-    while len(lines) > 1 and lines[-1][0] in _LAST_ROLES:  # what a chat template adds
+    while lines and lines[-1][0] in _LAST_ROLES:  # what a chat template adds
         lines.pop()
     if not lines:
         return 0
@@ -158,7 +158,7 @@ def features(head: str, tail: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     keys = np.sort(keys | (np.uint64(65535) - steps))
     buckets = (keys >> np.uint64(16)).astype(np.int64)
     first = np.concatenate(([True], buckets[1:] != buckets[:-1]))
-    values = (65535 - (keys[first] & np.uint64(65535)).astype(np.int64)) / 16383
+    values = 65535.0 - (keys[first] & np.uint64(65535))
     return buckets[first], values / np.sqrt(values @ values)
 
 

@@ -35,8 +35,8 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
     full = saved = full_bytes = saved_bytes = num_windowed = num_recurrent = on_its_way = 0
     # A block lies on every pipeline stage, and is as large as the largest group's there.
     most_layers = max(len(group.layer_names) for group in groups)
-    for group, number in zip(groups, group_map.layer_groups, strict=True):
-        spec = next(iter(iter_layer_specs(group.kv_cache_spec)))
+    specs = [next(iter(iter_layer_specs(group.kv_cache_spec))) for group in groups]
+    for group, spec, number in zip(groups, specs, group_map.layer_groups, strict=True):
         page = spec.page_size_bytes * (len(group.layer_names) or most_layers)
         num_held = max_model_len
         if isinstance(spec, SlidingWindowSpec):
@@ -64,7 +64,6 @@ def savings_line(config: CompressionConfig, kv_cache: KVCacheConfig, max_model_l
         f"{config.layer_budget.shape} over layers), {num_layer_groups} layer group(s) in "
         f"{num_tables} block table(s), block size {block_size}"
     )
-    specs = [next(iter(iter_layer_specs(group.kv_cache_spec))) for group in groups]
     # States of recurrent layers have types of their own.
     cached = [spec for spec in specs if isinstance(spec, AttentionSpec)]
     has_eight_bits = all(spec.dtype.itemsize == 1 for spec in cached)

@@ -110,7 +110,7 @@ class Sessions:
 
     def _may_be_kept(self, request: Request, tracked: TrackedRequest) -> bool:
         return (
-            self.store.max_blocks > 0
+            bool(self.store.max_blocks)
             and request.status in _ENDED
             and tracked.phase is not Phase.SKIPPED
             and is_served(request)
@@ -160,9 +160,10 @@ class Sessions:
             return Outcome.OTHER_TOKENS
         if not pins_alike(tracked, num_tokens, kept.prompt_len):
             return Outcome.OTHER_SETTING
-        if any(not is_private(block) for block in self._written_next(kept, num_tokens)):
-            # Hashed before a late compaction: it may be read, not written.
-            num_tokens -= num_tokens % self._managers[0].block_size
+        if any(not is_private(block) for block in self._last_blocks(kept, num_tokens)):
+            # Hashed before a late compaction: they may be read, not written. As whole blocks are
+            # evicted, those of all groups end at the same token; full ones stay.
+            num_tokens -= num_tokens % self.planner.block_size
             if num_tokens < compacted_at:
                 return Outcome.SHARED_BLOCK
         return kept, num_tokens
@@ -219,11 +220,9 @@ class Sessions:
             lost = evicted[number]
             yield manager, blocks, lost, -(-(num_tokens - lost) // manager.block_size)
 
-    def _written_next(self, kept: Kept, num_tokens: int) -> Iterator[KVCacheBlock]:
-        """Blocks that hold the last of so many tokens, and have room for the next one."""
-        for manager, blocks, evicted, count in self._parts(kept, num_tokens):
-            if (num_tokens - evicted) % manager.block_size:
-                yield blocks[count - 1]
+    def _last_blocks(self, kept: Kept, num_tokens: int) -> list[KVCacheBlock]:
+        """Those that hold the last of so many tokens, by KV cache group."""
+        return [blocks[count - 1] for _, blocks, _, count in self._parts(kept, num_tokens)]
 
     # --- tests ----------------------------------------------------------------------------
 

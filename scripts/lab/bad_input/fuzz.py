@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +39,10 @@ OPTIONS = [
     # No request generates more, whatever it asks for.
     *["--override-generation-config", '{"max_new_tokens": 6}'],
 ]
+STOCK = {"VLLM_PLUGINS": "kvcompress_cpu_triton"}
+"""Without any of the plugin's hooks; on a CPU vLLM's newer runner needs Triton's interpreter."""
+START_LIMIT = 1500
+"""Seconds; beside other work a start takes ten times as long as alone."""
 OURS = ["--kv-compression", "windowkv", "--kv-compression-config.sessions.max_blocks_ratio=0.5"]
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 60
 EVERY = 25
@@ -65,6 +69,8 @@ class Finding:
         The beginning of what came back.
     alone : bool
         Whether a server without the plugin does not answer so.
+    stock : str
+        The beginning of what that server answered.
     """
 
     label: str
@@ -72,6 +78,7 @@ class Finding:
     body: str
     answer: str
     alone: bool = True
+    stock: str = ""
 
 
 @dataclass
@@ -108,6 +115,31 @@ def values_of_options(count: int, number: int) -> Iterable[Sent]:
             request = {"method": "POST", "url": "/v1/completions", "headers": headers}
             made.append(Sent(f"value of {key}", {**request, "content": json.dumps(body).encode()}))
     return made
+
+
+def known_faults() -> list[Sent]:
+    """What vLLM itself gets wrong by what we say of it, so that both servers are asked."""
+    half, messages = "\ud800", [{"role": "user", "content": "x"}]
+    completion = {"model": MODEL, "prompt": "One, two", "max_tokens": 2}
+    chat = {"model": MODEL, "messages": messages, "max_tokens": 2}
+    bodies = [
+        ("half a character in a value", "completions", completion, {"other": half}),
+        ("half a character in a name", "completions", completion, {half: 1}),
+        ("half a character in a value, chat", "chat/completions", chat, {"other": half}),
+        ("refused in a stream", "messages", chat | {"stream": True}, {"kv_budget": -1}),
+    ]
+    return [
+        Sent(
+            f"known: {label}",
+            {
+                "method": "POST",
+                "url": f"/v1/{path}",
+                "headers": {"content-type": "application/json"},
+                "content": json.dumps({**body, "vllm_xargs": options}).encode(),
+            },
+        )
+        for label, path, body, options in bodies
+    ]
 
 
 def wrong(response: httpx.Response) -> str | None:
@@ -176,9 +208,11 @@ def compare(client: httpx.Client, failed: Sequence[Sent], findings: Sequence[Fin
             # It takes our options, whatever they say; so it gets an error of its own in a stream.
             request = {**request, "content": json.dumps(_failing_stream()).encode()}
         try:
-            found = wrong(client.request(**request))
+            response = client.request(**request)
         except httpx.HTTPError as error:
             found = f"no answer: {type(error).__name__}"
+        else:
+            found, finding.stock = wrong(response), response.text[:600]
         finding.alone = found != finding.what
 
 
@@ -189,14 +223,17 @@ def _failing_stream() -> dict[str, Any]:
 
 
 @contextmanager
-def served(console: Console, log: Path, *options: str) -> Any:
+def served(
+    console: Console, log: Path, options: Sequence[str], more: Mapping[str, str] | None = None
+) -> Any:
     """A client of a server that is running."""
     port = free_port()
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(PROBE_MODEL), *OPTIONS]
-    with running_server([*command, "--port", str(port), *options], log) as process:
+    command += ["--port", str(port), *options]
+    with running_server(command, log, more) as process:
         url = f"http://127.0.0.1:{port}"
         with progress(console) as show:
-            wait_until_ready(process, url, log, show, limit=900)
+            wait_until_ready(process, url, log, show, limit=START_LIMIT)
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             yield client
 
@@ -212,16 +249,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, report, start = Console(), Report(), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        with served(console, args.out / "server.log", *OURS) as client:
+        with served(console, args.out / "server.log", OURS) as client:
             document = client.get("/openapi.json").json()
             everything = [
                 *requests_of(document, "whole", args.count, args.seed),
                 *requests_of(narrowed(document, MODEL), "narrowed", args.count, args.seed),
                 *values_of_options(args.values, args.seed),
+                *known_faults(),
             ]
             failed = send_all(client, everything, report)
         if failed:
-            with served(console, args.out / "stock.log") as client:
+            with served(console, args.out / "stock.log", [], STOCK) as client:
                 compare(client, failed, report.findings)
     except RunError as error:
         console.print(f"bad_input: {error}", markup=False)

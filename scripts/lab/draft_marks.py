@@ -124,6 +124,8 @@ class DraftModelMarks:
             new = (each.number * LIMIT + new) * 2
             rows = torch.cat([rows[:, :start], new.expand(len(rows), valid)], dim=1)
             each.rows[layer.index] = rows
+        if rows is None:
+            return  # what it has begun with was wrong, and that has been said
         if rows.shape[1] != end:
             raise LoadError(f"{place}: {end} rows are read, {rows.shape[1]} were written")
         drafts = torch.full_like(rows[:, :1], DRAFTED).expand(-1, num_drafted)

@@ -7,7 +7,7 @@ layer of every step the rows that attention is about to read, by the block table
 it is given, must be those that the policy has kept and those that came since, each once and in
 order. Draft steps must read what their request's last view keeps, what came since, and the drafts
 before them; and the pass that verifies drafts reads everything that is not evicted. A step begins
-behind what its request has had accepted, and nothing is compacted that is yet to be verified. A
+behind what its request has had accepted, and no compaction hinges on what is yet to be verified. A
 draft model has a cache of its own (draft_marks.py). What a model says under marks means nothing;
 which rows it reads does not depend on that.
 
@@ -312,7 +312,7 @@ class RowMarks:
                 each = self.starts.get(job.plan.request_id)
                 if each is None or layer.index not in each.rows:
                     continue
-                self._check_certain(each, layer, plan.lengths.region_len)
+                self._check_certain(each, job.plan.position)
                 chosen = indices[place, request, :, : plan.lengths.kept_len].long()
                 rows = each.rows[layer.index]
                 kept = rows[:, : plan.lengths.region_len].gather(1, chosen.to(rows.device))
@@ -323,13 +323,12 @@ class RowMarks:
                 self._evict(each, layer.index, plan.lengths, kept)
         return indices
 
-    def _check_certain(self, each: Start, layer: Any, region_len: int) -> None:
-        """What is chosen from has been verified, or needs to be not."""
-        end = region_len + each.lost[layer.index]
-        if end > each.num_certain:
+    def _check_certain(self, each: Start, position: int) -> None:
+        """A compaction does not hinge on what is yet to be verified."""
+        if position > each.num_certain:
+            place = f"rows of {each.name} (start {each.number})"
             self.failures.append(
-                f"rows of {each.name} (start {each.number}), layer {layer.index}: {end} tokens are "
-                f"chosen from, {each.num_certain} are certain"
+                f"{place}: {position} tokens are compacted, {each.num_certain} are certain"
             )
 
     @staticmethod

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -47,7 +47,7 @@ def log_tail(log_file: Path, num_lines: int = 30) -> str:
 
 @contextlib.contextmanager
 def running_server(
-    command: list[str], log_file: Path, more: Mapping[str, str] | None = None
+    command: list[str], log_file: Path, more: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server in a session of its own; stop it and all its children at the end.
 

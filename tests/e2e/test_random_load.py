@@ -23,7 +23,7 @@ STEPS = 30
 """Steps of load; the engine then runs until all requests are answered."""
 MAX_OUTPUT = 24
 MODES = {
-    "draft-copied": True, "draft-linked": False, "shared-draft": True, "ngram": True,
+    "draft-copied": True, "draft-linked": True, "shared-draft": False, "ngram": True,
     "draft-model": True, "prompt": False, "codebook": False,
 }  # fmt: skip
 """And whether steps are scheduled ahead: before it is known which drafts have been accepted."""

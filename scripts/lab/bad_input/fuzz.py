@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -207,6 +207,7 @@ def compare(client: httpx.Client, failed: Sequence[Sent], findings: Sequence[Fin
         if finding.what == INTERNAL:
             # It takes our options, whatever they say; so it gets an error of its own in a stream.
             request = {**request, "content": json.dumps(_failing_stream()).encode()}
+        found: str | None
         try:
             response = client.request(**request)
         except httpx.HTTPError as error:
@@ -224,7 +225,7 @@ def _failing_stream() -> dict[str, Any]:
 
 @contextmanager
 def served(
-    console: Console, log: Path, options: Sequence[str], more: Mapping[str, str] | None = None
+    console: Console, log: Path, options: Sequence[str], more: dict[str, str] | None = None
 ) -> Any:
     """A client of a server that is running."""
     port = free_port()

@@ -262,9 +262,15 @@ class RowMarks:
             ordered[:, -1] != each.num_begun - 1
         ).any():
             raise LoadError(f"{place}: a continued cache holds a row twice, or lacks the last one")
+        self._check_owners(place, each, numbers, positions)
+        return codes
+
+    def _check_owners(
+        self, place: str, each: Start, numbers: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Rows of other starts, who may have taken some of them from others still."""
         for number in numbers.unique().tolist():
             self._check_same(place, each, number, int(positions[numbers == number].max()) + 1)
-        return codes
 
     def _check_same(self, place: str, each: Start, number: int, count: int) -> None:
         """Another start's first tokens are this one's."""
@@ -352,9 +358,8 @@ class RowMarks:
             if kept is None:
                 self.failures.append(f"{place}: takes survivors that nobody has written")
                 continue
-            positions = kept // 2 % LIMIT
-            for number in (kept // 2 // LIMIT).unique().tolist():
-                self._check_same(place, each, number, int(positions.max()) + 1)
+            numbers, positions = kept // 2 // LIMIT, kept // 2 % LIMIT
+            self._check_owners(place, each, numbers, positions)
             self._evict(each, layer.index, plan.lengths, kept)
 
     def _add_view(

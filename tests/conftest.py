@@ -54,6 +54,19 @@ def probe_model() -> str:
     return str(PROBE_MODEL)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let vLLM look at a model's class in this process, which is about to load it anyway.
+
+    It would start a process for that, 10 s of processor time, for each class that the machine's
+    cache of vLLM has not seen: on a new machine some twenty.
+    """
+    if item.get_closest_marker("engine") is not None:
+        from vllm.model_executor.models import registry
+
+        registry._run_in_subprocess = lambda function: function()
+
+
 # --- without vLLM -------------------------------------------------------------------------
 
 left_out: list[str] = []

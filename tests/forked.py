@@ -5,12 +5,14 @@ python forked.py serve MODEL OPTIONS
 
 On a CPU vLLM spawns its processes, and each imports torch, transformers and vLLM anew: 12 s of
 processor time apiece. Forked, as `vllm.LLM` does it on a GPU by default, they have them already.
-`tests/e2e/test_server.py` and the scripts' own tests start their servers as a user does.
+`tests/e2e/test_server.py` starts its servers as a user does. Where a script of ours starts them, it
+is run with `plugin`.
 """
 
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,33 @@ FORKED = Path(__file__)
 def fork_workers() -> None:
     """Undo the one setting with which the CPU's platform overrules the user's."""
     asked = CpuPlatform.check_and_update_config.__func__
+    if asked.__module__ == __name__:  # plugins are loaded more than once
+        return
 
     def check_and_update_config(cls: Any, config: Any) -> None:
         asked(cls, config)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+def plugin(folder: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An environment in which every vLLM forks: `fork_workers` is one of its plugins there.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Empty; what pip would leave of the plugin is written there.
+    environment : mapping, default os.environ
+        What it is added to.
+    """
+    info = folder / "kvcompress_forked-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-forked\nVersion: 1\n")
+    target = f"{fork_workers.__module__}:{fork_workers.__name__}"
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_forked = {target}\n")
+    path = [str(folder), str(FORKED.parents[1]), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def main() -> None:

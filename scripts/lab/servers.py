@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ from rich.markup import escape
 
 from lab.errors import RunError
 
+OURS = "vllm-kvcompress"
 START_LIMIT = 300
 """Seconds a server may take to start."""
 
@@ -25,6 +27,21 @@ def has_nvidia_gpu() -> bool:
     if shutil.which("nvidia-smi") is None:
         return False
     return subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
+
+
+def stock_plugins() -> str:
+    """VLLM_PLUGINS of stock vLLM: without any hook of ours, used or not, and with all others.
+
+    Of ours the one that hands a CPU Triton's interpreter stays: model runner V2 needs it there, and
+    on a GPU it does nothing.
+    """
+    groups = ("general", "platform", "io_processor", "stat_logger")
+    plugins = [each for group in groups for each in entry_points(group=f"vllm.{group}_plugins")]
+    others = {each.name for each in plugins if each.dist and each.dist.name != OURS}
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None:
+        others &= set(allowed.split(","))
+    return ",".join(sorted(others | {"kvcompress_cpu_triton"}))
 
 
 def free_port() -> int:

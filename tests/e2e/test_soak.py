@@ -20,6 +20,7 @@ from lab.soak.processes import Watch
 from lab.soak.questions import FATES, KINDS, LOSSLESS, Questions, Request, draw_requests
 from lab.soak.run import Soak
 from lab.soak.settings import SETTINGS
+from tests import forked
 from vllm_kvcompress.evaluation.replay import Replay
 
 pytestmark = pytest.mark.engine
@@ -47,7 +48,7 @@ def running(probe_model: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     url = f"http://127.0.0.1:{port}"
     words = command.server_command(probe_model, port, DRAIN, SETTINGS["both"].flags)
     log, console = folder / "server.log", Console()
-    environment = inside.environment(folder)
+    environment = forked.plugin(folder / "plugin", inside.environment(folder))
     with (
         command.started(words, environment, log, url, console) as process,
         asyncio.Runner() as runner,

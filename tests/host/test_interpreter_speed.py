@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +18,9 @@ from tests.interpreter import mended_interpreter
 # isort: split
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 
-from vllm_kvcompress.host.interpreter_speed import speed_up
+from vllm_kvcompress.host.interpreter_speed import _OPERANDS, speed_up
 
 __all__ = ["mended_interpreter"]
 
@@ -56,6 +59,8 @@ def language_as_it_came() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for kind in (tl.core.tensor, tl.core.block_type):
             patch.setattr(kind, "__init__", inspect.unwrap(kind.__init__))
+        for name in _OPERANDS:
+            patch.setattr(TritonSemantic, name, inspect.unwrap(getattr(TritonSemantic, name)))
         yield
 
 
@@ -130,6 +135,45 @@ def test_tensors_and_types_are_those_of_triton(fast: Any) -> None:
     for wrong in ([3], [], [0]):
         with pytest.raises((TypeError, ValueError)):
             tl.block_type(tl.int32, wrong)
+
+
+def test_operands_become_what_triton_makes_of_them(fast: Any) -> None:
+    """Types and numbers of both, or the words of the refusal; asked twice, as for tensors."""
+    elements = (tl.int1, tl.uint8, tl.int32, tl.int64, tl.float16, tl.bfloat16, tl.float32)
+    elements += (tl.float8e5, *map(tl.pointer_type, (tl.int32, tl.float16)))
+    elements += (tl.pointer_type(tl.int32, "shared"),)  # of the same name as the other
+    shapes = ((), (8,), (1, 8), (4, 1))
+    flags = ((), (True, True), (True, False, False), (False, False, True, True))
+
+    def operands(interpreter: Any) -> list[Any]:
+        """Of every type and shape, and numbers."""
+        made: list[Any] = [3, -1, 2.5, 2**40]
+        for element in elements:
+            for shape in shapes:
+                data = np.full(shape or (1,), 1, interpreter._get_np_dtype(element))
+                kind = tl.block_type(element, list(shape)) if shape else element
+                handle = interpreter.TensorHandle(data, element)
+                made.append(tl.tensor(handle, kind))
+        return made
+
+    def outcome(semantic: Any, one: Any, other: Any, flags: Any) -> Any:
+        try:
+            found = semantic.binary_op_type_checking_impl(one, other, *flags)
+        except Exception as error:  # Triton's own, of several kinds
+            return type(error).__name__, str(error)
+        return [(str(each.type), each.handle.data.shape, each.handle.data.dtype) for each in found]
+
+    def outcomes(interpreter: Any) -> list[Any]:
+        semantic, made = interpreter.interpreter_semantic, operands(interpreter)
+        pairs = itertools.product(made, made, flags)
+        tensors = [each for each in pairs if tl.tensor in map(type, each[:2])]
+        return [outcome(semantic, *each) for each in tensors]
+
+    with language_as_it_came():
+        expected = outcomes(copy_of_the_interpreter())
+    assert len({str(each) for each in expected}) > 400
+    assert outcomes(fast) == expected
+    assert outcomes(fast) == expected
 
 
 def test_a_member_that_changed_is_replaced_anew(fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from lab.serving.report import (
     summary,
     verdict_line,
 )
+from tests import forked
 from vllm_kvcompress.errors import ConfigError
 from vllm_kvcompress.evaluation.provenance import public_words
 
@@ -328,6 +329,7 @@ def test_small_real_run(tmp_path: Path) -> None:
     """Two servers, stock, none and 12 %, one round: exact counts, not times."""
     out = tmp_path / "results"
     drop = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"}
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
     options = ["--preset", "cpu", "--pools", "ample", "--variants", "none", "0.12"]
     # Enough output that /metrics is read in between on a busy machine, too.
     options += ["--rounds", "1", "--warmups", "0", "--requests", "2", "--output-len", "128"]
@@ -336,7 +338,7 @@ def test_small_real_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=480,
-        env={key: value for key, value in os.environ.items() if key not in drop},
+        env=forked.plugin(tmp_path / "plugin", kept),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "none against stock" in done.stdout

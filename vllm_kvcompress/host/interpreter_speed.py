@@ -11,6 +11,16 @@ import inspect
 from typing import Any
 
 
+_OPERANDS = {
+    "binary_op_type_checking_impl": [
+        *("lhs", "rhs", "allow_lhs_ptr", "allow_rhs_ptr", "arithmetic_check", "div_or_mod")
+    ],
+    "computation_type_impl": ["a_ty", "a_is_scalar", "b_ty", "b_is_scalar", "div_or_mod"],
+    "broadcast_impl_value": ["lhs", "rhs"],
+}
+"""What `_check_operands_once` replaces, with its parameters."""
+
+
 def speed_up(interpreter: Any) -> None:
     """Spare what follows in `interpreter`, which is Triton's module of that name.
 
@@ -24,6 +34,7 @@ def speed_up(interpreter: Any) -> None:
     _check_no_overflow_in_vain(interpreter)
     _build_types_of_numpy_once(interpreter)
     _work_out_shapes_once(interpreter.tl.core)
+    _check_operands_once(interpreter.TritonSemantic)
 
 
 def _is_known(interpreter: Any) -> bool:
@@ -33,6 +44,8 @@ def _is_known(interpreter: Any) -> bool:
     core = interpreter.tl.core
     known.append((core.tensor.__init__, ["self", "handle", "type"]))
     known.append((core.block_type.__init__, ["self", "element_ty", "shape"]))
+    semantic = getattr(interpreter, "TritonSemantic", None)
+    known += [(getattr(semantic, name, None), ["self", *names]) for name, names in _OPERANDS.items()]
     for function, parameters in known:
         if function is None or list(inspect.signature(function).parameters) != parameters:
             return False
@@ -186,30 +199,87 @@ def _work_out_shapes_once(core: Any) -> None:
     if hasattr(core.tensor.__init__, "__wrapped__"):
         return  # done already
     make_tensor, make_type = core.tensor.__init__, core.block_type.__init__
-    tensors: dict[Any, dict[str, Any]] = {}
+    constexpr = core.constexpr
+    of_scalars: dict[str, Any] = {}
     types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, Any] = {}
 
     @functools.wraps(make_tensor)
     def tensor(self: Any, handle: Any, type: Any) -> None:
-        shape = (*type.shape,) if type.is_block() else ()
-        known = tensors.get(shape)
-        if known is None:
+        known = vars(type).setdefault("_of_tensors", {}) if type.is_block() else of_scalars
+        if not known:
             make_tensor(self, handle, type)
-            tensors[shape] = {"shape": self.shape, "numel": self.numel}
+            known |= {"shape": self.shape, "numel": self.numel}
             return
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        vars(self).update(known)
+        own = vars(self)
+        own["handle"], own["type"], own["dtype"] = handle, type, type.scalar
+        own.update(known)
 
     @functools.wraps(make_type)
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
-        numbers = (each.value if isinstance(each, core.constexpr) else each for each in shape)
-        key = (str(element_ty), *numbers)
+        numbers = [each.value if isinstance(each, constexpr) else each for each in shape]
+        key = (element_ty.name, *numbers)
         known = types.get(key)
         if known is None:
             make_type(self, element_ty, shape)
+            # One object for all types of a shape, so that `is` tells that shapes are equal.
+            self.shape = shapes.setdefault(key[1:], self.shape)
+            self._of_tensors = {}
             types[key] = dict(vars(self))
             return
         vars(self).update(known)
         self.element_ty = element_ty
 
     core.tensor.__init__, core.block_type.__init__ = tensor, block_type
+
+
+def _check_operands_once(semantic: Any) -> None:
+    """Remember of which types of operands an operation leaves both as they are.
+
+    Before each operation Triton works out the type of its result, converts both operands to it and
+    stretches them to one shape. Mostly they have it already. `semantic` is Triton's class of that
+    name, the same for all copies of the interpreter.
+    """
+    if hasattr(semantic.broadcast_impl_value, "__wrapped__"):
+        return  # done already
+    check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    compute = semantic.computation_type_impl
+    unchanged: dict[Any, bool] = {}
+    results: dict[Any, Any] = {}
+
+    @functools.wraps(check)
+    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *args: Any, **flags: Any) -> Any:
+        tensor = self.tensor
+        if type(lhs) is not tensor or type(rhs) is not tensor:
+            return check(self, lhs, rhs, *args, **flags)
+        key = (lhs.dtype.name, rhs.dtype.name, *args, *flags.items())
+        if unchanged.get(key):
+            return self.broadcast_impl_value(lhs, rhs)
+        found = check(self, lhs, rhs, *args, **flags)
+        if key not in unchanged:
+            # Two pointers may differ in what their names do not say.
+            both = lhs.dtype.is_ptr() and rhs.dtype.is_ptr()
+            names = tuple(each.dtype.name for each in found)
+            unchanged[key] = not both and names == key[:2]
+        return found
+
+    @functools.wraps(compute)
+    def computation_type_impl(
+        self: Any, a_ty: Any, a_is_scalar: bool, b_ty: Any, b_is_scalar: bool, div_or_mod: bool
+    ) -> Any:
+        key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
+        if key not in results:
+            results[key] = compute(self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod)
+        return results[key]
+
+    @functools.wraps(broadcast)
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if one.is_block() and other.is_block():
+            are_equal = one.shape is other.shape
+        else:
+            are_equal = not one.is_block() and not other.is_block()
+        return (lhs, rhs) if are_equal else broadcast(self, lhs, rhs)
+
+    for function in (binary_op_type_checking_impl, computation_type_impl, broadcast_impl_value):
+        setattr(semantic, function.__name__, function)

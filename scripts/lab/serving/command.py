@@ -37,6 +37,7 @@ from lab.servers import (
     log_tail,
     progress,
     running_server,
+    stock_plugins,
     wait_until_ready,
 )
 from lab.serving import arithmetic, client
@@ -111,9 +112,7 @@ def environment(side: str) -> dict[str, str]:
     """What a server's environment has more than ours."""
     changes = {"VLLM_SERVER_DEV_MODE": "1"}  # POST /reset_prefix_cache
     if side == STOCK:
-        # Stock without any of the plugin's wraps, used or not. On CPU model runner V2 needs the
-        # interpreter; on GPU this name does nothing.
-        changes["VLLM_PLUGINS"] = "kvcompress_cpu_triton"
+        changes["VLLM_PLUGINS"] = stock_plugins()
     return changes
 
 

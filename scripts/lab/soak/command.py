@@ -39,6 +39,7 @@ from lab.servers import (
     log_tail,
     progress,
     running_server,
+    stock_plugins,
     wait_until_ready,
 )
 from lab.soak import inside
@@ -210,9 +211,7 @@ def hold_against(args: argparse.Namespace, run: Soak, console: Console) -> None:
     questions = [run.questions[name] for name in run.references]
     port = free_port()
     command = server_command(args.model, port, args.server_args, [])
-    # Without any of the plugin's wraps, used or not. On a CPU model runner V2 needs the
-    # interpreter; on a GPU this name does nothing.
-    environment = {**os.environ, "VLLM_PLUGINS": "kvcompress_cpu_triton"}
+    environment = {**os.environ, "VLLM_PLUGINS": stock_plugins()}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     url = f"http://127.0.0.1:{port}"
     with started(command, environment, LOGS / "soak_stock.log", url, console):

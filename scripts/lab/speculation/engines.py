@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from lab.servers import stock_plugins
 from lab.serving.client import BenchError
 
 STOCK, NGRAM, DRAFT = VARIANTS = ("none", "ngram", "draft")
@@ -326,8 +327,7 @@ def serve(connection: Any, variant: str, options: dict[str, Any]) -> None:
         # With few cores, threads wait for each other longer than they compute.
         os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if variant != DRAFT:
-        # Stock without the plugin's hooks; on CPU model runner V2 needs the interpreter.
-        os.environ["VLLM_PLUGINS"] = "kvcompress_cpu_triton"
+        os.environ["VLLM_PLUGINS"] = stock_plugins()
     try:
         from vllm_kvcompress.evaluation.engine import Engine
 

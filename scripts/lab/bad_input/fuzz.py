@@ -30,7 +30,7 @@ from lab.bad_input.document import Sent, drawn, narrowed, requests_of
 from lab.bad_input.values import RIGHT, VALUES, in_json
 from lab.errors import RunError
 from lab.places import PROBE_MODEL, SCRIPTS
-from lab.servers import free_port, progress, running_server, wait_until_ready
+from lab.servers import free_port, progress, running_server, stock_plugins, wait_until_ready
 
 MODEL = "probe"
 OPTIONS = [
@@ -39,8 +39,6 @@ OPTIONS = [
     # No request generates more, whatever it asks for.
     *["--override-generation-config", '{"max_new_tokens": 6}'],
 ]
-STOCK = {"VLLM_PLUGINS": "kvcompress_cpu_triton"}
-"""Without any of the plugin's hooks; on a CPU vLLM's newer runner needs Triton's interpreter."""
 START_LIMIT = 900
 """Seconds. A server that starts alone needs far less; beside other work, many times that."""
 OURS = ["--kv-compression", "windowkv", "--kv-compression-config.sessions.max_blocks_ratio=0.5"]
@@ -260,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ]
             failed = send_all(client, everything, report)
         if failed:
-            with served(console, args.out / "stock.log", [], STOCK) as client:
+            stock = {"VLLM_PLUGINS": stock_plugins()}
+            with served(console, args.out / "stock.log", [], stock) as client:
                 compare(client, failed, report.findings)
     except RunError as error:
         console.print(f"bad_input: {error}", markup=False)

@@ -31,6 +31,8 @@ fi
 workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# A hundred processes import the same files: whatever the shell says, what is compiled is kept.
+unset PYTHONDONTWRITEBYTECODE
 # Without a path in the arguments pytest takes tests/ (pyproject.toml).
 # Files in the order of tests/order.py: the longest first.
 spread=(--numprocesses "$workers" --dist loadfile --no-loadscope-reorder)

@@ -47,8 +47,8 @@ def plugin(folder: Path, environment: Mapping[str, str] = os.environ) -> dict[st
     info = folder / "kvcompress_forked-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-forked\nVersion: 1\n")
-    target = f"{fork_workers.__module__}:{fork_workers.__name__}"
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_forked = {target}\n")
+    entry = f"kvcompress_forked = {fork_workers.__module__}:{fork_workers.__name__}"
+    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entry}\n")
     path = [str(folder), str(FORKED.parents[1]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 

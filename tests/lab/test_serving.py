@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.servers import stock_plugins
 from lab.serving import arithmetic
 from lab.serving import command as script
 from lab.serving.arithmetic import Batch, Reading, Scenario
@@ -319,6 +320,17 @@ def test_scenarios_of_large_models() -> None:
         if pool == "tight":
             assert scenario.pool_bytes <= found[length, "ample"].pool_bytes
             assert size >= 1.5 * (length + 256) / 16  # one request and its copy fit
+
+
+def test_stock_vllm_has_everybody_elses_plugins(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    alone = stock_plugins().split(",")
+    assert "kvcompress_cpu_triton" in alone and "kvcompress" not in alone
+    forked.plugin(tmp_path / "plugin")
+    monkeypatch.syspath_prepend(str(tmp_path / "plugin"))
+    assert stock_plugins().split(",") == sorted([*alone, "kvcompress_forked"])
+    monkeypatch.setenv("VLLM_PLUGINS", "kvcompress,something")
+    assert stock_plugins() == "kvcompress_cpu_triton"
 
 
 # --- for real -----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import functools
 import inspect
 from typing import Any
 
-
 _OPERANDS = {
     "binary_op_type_checking_impl": [
         *("lhs", "rhs", "allow_lhs_ptr", "allow_rhs_ptr", "arithmetic_check", "div_or_mod")
@@ -45,7 +44,8 @@ def _is_known(interpreter: Any) -> bool:
     known.append((core.tensor.__init__, ["self", "handle", "type"]))
     known.append((core.block_type.__init__, ["self", "element_ty", "shape"]))
     semantic = getattr(interpreter, "TritonSemantic", None)
-    known += [(getattr(semantic, name, None), ["self", *names]) for name, names in _OPERANDS.items()]
+    for name, names in _OPERANDS.items():
+        known.append((getattr(semantic, name, None), ["self", *names]))
     for function, parameters in known:
         if function is None or list(inspect.signature(function).parameters) != parameters:
             return False
@@ -248,14 +248,14 @@ def _check_operands_once(semantic: Any) -> None:
     results: dict[Any, Any] = {}
 
     @functools.wraps(check)
-    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *args: Any, **flags: Any) -> Any:
+    def binary_op_type_checking_impl(self: Any, lhs: Any, rhs: Any, *args: Any, **more: Any) -> Any:
         tensor = self.tensor
         if type(lhs) is not tensor or type(rhs) is not tensor:
-            return check(self, lhs, rhs, *args, **flags)
-        key = (lhs.dtype.name, rhs.dtype.name, *args, *flags.items())
+            return check(self, lhs, rhs, *args, **more)
+        key = (lhs.dtype.name, rhs.dtype.name, *args, *more.items())
         if unchanged.get(key):
             return self.broadcast_impl_value(lhs, rhs)
-        found = check(self, lhs, rhs, *args, **flags)
+        found = check(self, lhs, rhs, *args, **more)
         if key not in unchanged:
             # Two pointers may differ in what their names do not say.
             both = lhs.dtype.is_ptr() and rhs.dtype.is_ptr()

@@ -31,7 +31,8 @@ from lab.places import LOGS, ROOT
 from lab.serving import report as reports
 from lab.serving.client import BenchError
 from lab.serving.models import MODELS, write_model
-from lab.speculation.engines import DRAFT, NGRAM, STOCK, VARIANTS, Child
+from lab.speculation.engines import DRAFT, NGRAM, STOCK, VARIANTS
+from lab.speculation.processes import Child
 from lab.speculation.report import (
     INTERPRETER,
     CsvLog,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lab.places import PROBE_MODEL
 from vllm_kvcompress.config.reading import parse_config, preset_names
 from vllm_kvcompress.config.settings import CompressionConfig
 from vllm_kvcompress.errors import ConfigError
@@ -26,6 +27,8 @@ NGRAM = {
     "prompt_lookup_max": 3,
     "prompt_lookup_min": 2,
 }
+DRAFT_MODEL = {"method": "draft_model", "model": str(PROBE_MODEL), "num_speculative_tokens": 3}
+"""The model drafts for itself, over a cache that is its own and whole."""
 NUM_PREFIXES = 4
 NUM_REMEMBERED = 12
 """Earlier prompts that may be sent again."""
@@ -68,6 +71,13 @@ MODES = {
     # Windows of whole blocks under one leader: views take blocks, and copy nothing.
     "draft-linked": Mode({**_LINKED, **_QUARTER, **_DRAFT}, 4),
     "ngram": Mode({"preset": "snapkv", **_QUARTER}, 1, {"speculative_config": NGRAM}),
+    "draft-model": Mode(
+        {
+            "preset": "snapkv", **_QUARTER, "observation_window": 8, "trigger": "both",
+            "interval": 16,
+        },
+        2, {"speculative_config": DRAFT_MODEL},
+    ),
     "interval": Mode({"preset": "snapkv", **_QUARTER, "trigger": "both", "interval": 64}),
     "pressure": Mode({"preset": "snapkv", **_QUARTER, "trigger": "pressure", "interval": 64}),
     "prompt": Mode(

@@ -31,7 +31,7 @@ from lab.load_checks import (
     num_missing,
     step_limit,
 )
-from lab.load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, Arrival, Traffic
+from lab.load_traffic import BLOCK_SIZE, MAX_MODEL_LEN, MAX_OUTPUT, MODES, NGRAM, Arrival, Traffic
 from lab.places import PROBE_MODEL
 from lab.row_marks import RowMarks
 from vllm_kvcompress.evaluation.engine import Engine, Result
@@ -257,6 +257,10 @@ class Run:
 def opened(load: Load) -> Iterator[Engine]:
     """An engine for a run, closed at the end."""
     mode = MODES[load.mode]
+    arguments = dict(mode.engine_args or {})
+    if load.async_scheduling and arguments.get("speculative_config") == NGRAM:
+        # The same drafter in model runner V2; of the two names the one that vLLM schedules ahead.
+        arguments["speculative_config"] = NGRAM | {"method": "ngram_gpu"}
     blocks = int(mode.num_groups * -(-MAX_MODEL_LEN // BLOCK_SIZE) * load.pool)
     engine = Engine(
         str(PROBE_MODEL),
@@ -266,7 +270,7 @@ def opened(load: Load) -> Iterator[Engine]:
         max_model_len=MAX_MODEL_LEN,
         block_size=BLOCK_SIZE,
         max_num_seqs=load.max_num_seqs or SEQS[load.seed % len(SEQS)],
-        **(mode.engine_args or {}),
+        **arguments,
     )
     try:
         yield engine

@@ -6,55 +6,36 @@ place of its sequence, in which layer and KV head. Compactions move rows and mar
 layer of every step the rows that attention is about to read, by the block tables and lengths that
 it is given, must be those that the policy has kept and those that came since, each once and in
 order. Draft steps must read what their request's last view keeps, what came since, and the drafts
-before them; and the pass that verifies drafts reads everything that is not evicted. What a model
-says under marks means nothing; which rows it reads does not depend on that.
+before them; and the pass that verifies drafts reads everything that is not evicted. A step begins
+behind what its request has had accepted, and no compaction hinges on what is yet to be verified. A
+draft model has a cache of its own (draft_marks.py). What a model says under marks means nothing;
+which rows it reads does not depend on that.
 
 Marks are digits (row_codes.py). Nothing of this is in the package, so nothing of it is on a
 server's way.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from lab.draft_marks import DraftModelMarks
 from lab.load_checks import LoadError
-from lab.row_codes import DRAFTED, LIMIT, NUM_CHANNELS, codes_of, decode, encode, say
+from lab.row_codes import (
+    DRAFTED,
+    LIMIT,
+    NUM_CHANNELS,
+    Start,
+    codes_of,
+    compare,
+    decode,
+    encode,
+    wrap,
+)  # fmt: skip
 from vllm_kvcompress.evaluation.engine import Engine
 from vllm_kvcompress.plans import Purpose
 from vllm_kvcompress.worker.draft.feature import DraftFeature
-
-
-@dataclass
-class _Start:
-    """One start of a request: a preempted one starts again.
-
-    Attributes
-    ----------
-    request : Request
-        vLLM's, which knows its tokens when it is gone, too.
-    num_begun : int
-        Tokens that it has found computed.
-    lost : dict[int, int]
-        Slots given up, by layer.
-    rows : dict[int, torch.Tensor]
-        By layer, the codes [KV, n] of the rows it should read.
-    views : dict[int, tuple[torch.Tensor, int]]
-        By layer, codes [KV, k] of what its view keeps, and the first of `rows` behind them.
-    """
-
-    number: int
-    request: Any
-    num_begun: int
-    lost: dict[int, int]
-    rows: dict[int, torch.Tensor] = field(default_factory=dict)
-    views: dict[int, tuple[torch.Tensor, int]] = field(default_factory=dict)
-    is_lossy: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.request.request_id
 
 
 class RowMarks:
@@ -75,43 +56,48 @@ class RowMarks:
         Rows of one KV head that draft steps have read.
     num_verified : int
         Passes of one layer that verified drafts of a request.
+    num_rejected : int
+        Drafts that were turned down.
+    draft_model : DraftModelMarks or None
+        Marks in the draft model's own cache, where there is one.
+    batch : list[tuple[Start, int, int]] or None
+        Requests of the step, the place of its first token in each, and how many they are.
     failures : list[str]
         What was wrong, the first of each step.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.runner = engine, engine.runner
-        self.starts: dict[str, _Start] = {}
-        self.known: dict[int, _Start] = {}
+        self.starts: dict[str, Start] = {}
+        self.known: dict[int, Start] = {}
         self.num_rows = self.num_moved = self.num_drafted = self.num_verified = 0
+        self.num_rejected = 0
         self._chosen: dict[tuple[str, int], torch.Tensor] = {}
         self._written: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.failures: list[str] = []
-        self._batch: list[tuple[_Start, int, int]] | None = None
+        self.draft_model: DraftModelMarks | None = None
+        self.batch: list[tuple[Start, int, int]] | None = None
         self._tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._is_drafting = False
         state = self.runner.model_state
-        self._wrap(state, "add_request", self._add_request)
-        self._wrap(self.runner, "prepare_attn", self._prepare_attn)
-        self._wrap(self.runner.compactor, "_select", self._select)
-        self._wrap(self.runner, "_rewrite_row", self._rewrite_row)
-        if self.runner.speculator is not None and hasattr(self.runner.speculator, "propose"):
-            self._wrap(self.runner.speculator, "propose", self._propose)
+        wrap(state, "add_request", self._add_request)
+        wrap(self.runner, "prepare_attn", self._prepare_attn)
+        wrap(self.runner.compactor, "_select", self._select)
+        wrap(self.runner, "_rewrite_row", self._rewrite_row)
+        if self.runner.speculator is not None:
+            wrap(self.runner.speculator, "propose", self._propose)
+            if self.runner.speculative_config.method == "draft_model":
+                self.draft_model = DraftModelMarks(self)
         for feature in self.runner.features:
             if isinstance(feature, DraftFeature):
-                self._wrap(feature.views, "add", self._add_view)
+                wrap(feature.views, "add", self._add_view)
         layers = self.runner.compacted_layers.by_name()
         for each in self.runner.compactor.layers:
             impl = layers[each.name].impl
             if not hasattr(impl, "do_kv_cache_update"):
                 raise SystemExit(f"{type(impl).__name__} writes the cache where no mark can be set")
-            self._wrap(impl, "do_kv_cache_update", self._write, each)
-            self._wrap(impl, "forward", self._read, each)
-
-    @staticmethod
-    def _wrap(owner: Any, name: str, instead: Callable[..., Any], *first: Any) -> None:
-        own = getattr(owner, name)
-        setattr(owner, name, lambda *args, **kwargs: instead(own, *first, *args, **kwargs))
+            wrap(impl, "do_kv_cache_update", self._write, each)
+            wrap(impl, "forward", self._read, each)
 
     def check(self) -> None:
         """Raise what was found since the last call.
@@ -142,26 +128,33 @@ class RowMarks:
         }
         number = len(self.known) + 1
         assert number < LIMIT, "more requests than marks can tell apart"
-        made = _Start(number, request, new.num_computed_tokens, lost, is_lossy=any(evicted))
+        made = Start(number, request, new.num_computed_tokens, lost, is_lossy=any(evicted))
         self.starts[name] = self.known[number] = made
 
     def _prepare_attn(self, own: Callable[..., Any], batch: Any) -> Any:
         found = own(batch)
         starts = [self.starts.get(name) for name in batch.req_ids]
         if None in starts:
-            self._batch = self._tokens = None
+            self.batch = self._tokens = None
             return found
         ends = batch.query_start_loc[: len(starts) + 1].tolist()
         positions = batch.positions[: ends[-1]].long()
         places = positions.tolist()
-        self._batch = [
+        self.batch = [
             (each, places[a], b - a)
             for each, a, b in zip(starts, ends, ends[1:], strict=False)
             if each is not None
         ]
-        counts = torch.tensor([count for _, _, count in self._batch])
-        numbers = torch.tensor([each.number for each, _, _ in self._batch])
-        lossy = torch.tensor([int(each.is_lossy) for each, _, _ in self._batch])
+        drafts = batch.num_draft_tokens_per_req
+        for row, (each, start, count) in enumerate(self.batch):
+            if each.begins not in (None, start):
+                place = f"rows of {each.name} (start {each.number})"
+                self.failures.append(f"{place}: a step begins at {start} instead of {each.begins}")
+            each.begins = start + count
+            each.num_certain = each.begins - (0 if drafts is None else int(drafts[row]))
+        counts = torch.tensor([count for _, _, count in self.batch])
+        numbers = torch.tensor([each.number for each, _, _ in self.batch])
+        lossy = torch.tensor([int(each.is_lossy) for each, _, _ in self.batch])
         self._tokens = (
             numbers.repeat_interleave(counts).to(positions.device),
             positions,
@@ -170,7 +163,16 @@ class RowMarks:
         return found
 
     def _propose(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What was turned down is known by now: vLLM's runner passes it in the seventh place."""
         self._is_drafting = True
+        if self.batch is not None:
+            rejected = args[6].tolist()
+            valid = [n - less for (_, _, n), less in zip(self.batch, rejected, strict=False)]
+            self.num_rejected += sum(rejected)
+            for (each, start, _), count in zip(self.batch, valid, strict=True):
+                each.begins = start + count
+            if self.draft_model is not None:
+                self.draft_model.begin(valid)
         try:
             return own(*args, **kwargs)
         finally:
@@ -196,61 +198,61 @@ class RowMarks:
         self, own: Callable[..., Any], layer: Any, module: Any, query: Any, key: Any, value: Any,
         kv_cache: torch.Tensor, metadata: Any, *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if self._batch is not None and metadata is not None:
+        if self.batch is not None and metadata is not None:
             lengths = metadata.seq_lens.tolist()
             try:
                 if self._is_drafting:
                     for row, length in enumerate(lengths):
                         self._check_draft(layer, row, metadata.block_table[row], length)
                 else:
-                    for row, (each, start, count) in enumerate(self._batch):
+                    for row, (each, start, count) in enumerate(self.batch):
                         blocks = metadata.block_table[row]
                         self._check(layer, each, start, count, blocks, lengths[row])
             except LoadError as error:
                 self.failures.append(str(error))
         return own(module, query, key, value, kv_cache, metadata, *args, **kwargs)
 
-    def _marks(self, layer: Any, blocks: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+    def marks_of(self, layer: Any, blocks: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
         size = self.runner.block_tables.block_sizes[layer.group]
         cache = layer.cache()
         _, values = layer.layout.read(cache, blocks[: -(-length // size)].long())
         return decode(values[:, :length])
 
     def _check(
-        self, layer: Any, each: _Start, start: int, count: int, blocks: torch.Tensor, length: int
+        self, layer: Any, each: Start, start: int, count: int, blocks: torch.Tensor, length: int
     ) -> None:
         """A request's rows [KV, length] are what it should read, with those of this step."""
         place = f"{each.name} (start {each.number}), layer {layer.index}"
         before = start - each.lost[layer.index]
         if length != before + count:
             raise LoadError(f"{place}: {length} rows are read instead of {before + count}")
-        marks = self._marks(layer, blocks, length)
-        heads = torch.arange(len(marks["head"]), device=blocks.device)[:, None]
-        is_place = (marks["layer"] == layer.index) & (marks["head"] == heads)
-        if not is_place.all():
-            raise LoadError(f"{place}: rows of other layers or heads, or of nobody, are read")
-        codes = codes_of(marks)
+        marks = self.marks_of(layer, blocks, length)
         rows = each.rows.get(layer.index)
         if rows is None:
-            rows = codes[:, :before]
-            self._check_begun(place, each, {name: m[:, :before] for name, m in marks.items()})
-        new = torch.arange(start, start + count, device=codes.device)
+            rows = self.begun(place, each, layer, marks, before)
+        if rows.shape[1] < before:
+            raise LoadError(f"{place}: {before} rows are read, {rows.shape[1]} were written")
+        new = torch.arange(start, start + count, device=blocks.device)
         new = (each.number * LIMIT + new) * 2 + int(each.is_lossy)
-        rows = torch.cat([rows[:, :before], new.expand(len(codes), count)], dim=1)
+        rows = torch.cat([rows[:, :before], new.expand(len(rows), count)], dim=1)
         each.rows[layer.index] = rows
-        self.num_rows += codes.numel()
+        self.num_rows += rows.numel()
         self.num_verified += count > 1 and start >= each.request.num_prompt_tokens
-        self.num_moved += before * len(codes) * (each.lost[layer.index] > 0)
-        if rows.shape != codes.shape or not torch.equal(rows, codes):
-            wrong = (rows != codes).nonzero()[0].tolist()
-            found, wanted = (say(table[tuple(wrong)].item()) for table in (codes, rows))
-            raise LoadError(f"{place}, head {wrong[0]}, row {wrong[1]}: {found} not {wanted}")
+        self.num_moved += before * len(rows) * (each.lost[layer.index] > 0)
+        compare(place, layer.index, marks, rows)
 
-    def _check_begun(self, place: str, each: _Start, marks: dict[str, torch.Tensor]) -> None:
-        """What a request has found computed is of the same tokens; all of them, or survivors."""
-        numbers, positions = marks["number"], marks["position"]
-        if not numbers.numel():
-            return
+    def begun(
+        self, place: str, each: Start, layer: Any, marks: dict[str, torch.Tensor], count: int
+    ) -> torch.Tensor:
+        """Codes [KV, count] of what a request has found computed.
+
+        They must be of the same tokens; of all of them, or of survivors.
+        """
+        marks = {name: found[:, :count] for name, found in marks.items()}
+        codes, numbers, positions = codes_of(marks), marks["number"], marks["position"]
+        if not count:
+            return codes
+        compare(place, layer.index, marks, codes)
         if not each.is_lossy:
             wanted = torch.arange(numbers.shape[1], device=numbers.device).expand_as(positions)
             if not torch.equal(positions, wanted) or marks["lossy"].any():
@@ -260,10 +262,17 @@ class RowMarks:
             ordered[:, -1] != each.num_begun - 1
         ).any():
             raise LoadError(f"{place}: a continued cache holds a row twice, or lacks the last one")
+        self._check_owners(place, each, numbers, positions)
+        return codes
+
+    def _check_owners(
+        self, place: str, each: Start, numbers: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Rows of other starts, who may have taken some of them from others still."""
         for number in numbers.unique().tolist():
             self._check_same(place, each, number, int(positions[numbers == number].max()) + 1)
 
-    def _check_same(self, place: str, each: _Start, number: int, count: int) -> None:
+    def _check_same(self, place: str, each: Start, number: int, count: int) -> None:
         """Another start's first tokens are this one's."""
         other, own = self.known.get(number), each.request
         if other is None:
@@ -293,15 +302,8 @@ class RowMarks:
         wanted = torch.cat([chosen, own[:, behind:num_certain], drafts], dim=1)
         if wanted.shape[1] != length:
             raise LoadError(f"{place}: {length} rows are read instead of {wanted.shape[1]}")
-        marks = self._marks(layer, blocks, length)
-        heads = torch.arange(len(wanted), device=blocks.device)[:, None]
-        is_place = (marks["layer"] == layer.index) & (marks["head"] == heads)
-        codes = codes_of(marks)
-        self.num_drafted += codes.numel()
-        if not is_place.all() or not torch.equal(codes, wanted):
-            wrong = (~is_place | (codes != wanted)).nonzero()[0].tolist()
-            found, right = (say(table[tuple(wrong)].item()) for table in (codes, wanted))
-            raise LoadError(f"{place}, head {wrong[0]}, row {wrong[1]}: {found} not {right}")
+        self.num_drafted += wanted.numel()
+        compare(place, layer.index, self.marks_of(layer, blocks, length), wanted)
 
     # --- compactions ----------------------------------------------------------------------
 
@@ -316,6 +318,7 @@ class RowMarks:
                 each = self.starts.get(job.plan.request_id)
                 if each is None or layer.index not in each.rows:
                     continue
+                self._check_certain(each, job.plan.position)
                 chosen = indices[place, request, :, : plan.lengths.kept_len].long()
                 rows = each.rows[layer.index]
                 kept = rows[:, : plan.lengths.region_len].gather(1, chosen.to(rows.device))
@@ -326,8 +329,16 @@ class RowMarks:
                 self._evict(each, layer.index, plan.lengths, kept)
         return indices
 
+    def _check_certain(self, each: Start, position: int) -> None:
+        """A compaction does not hinge on what is yet to be verified."""
+        if position > each.num_certain:
+            place = f"rows of {each.name} (start {each.number})"
+            self.failures.append(
+                f"{place}: {position} tokens are compacted, {each.num_certain} are certain"
+            )
+
     @staticmethod
-    def _evict(each: _Start, layer: int, lengths: Any, kept: torch.Tensor) -> None:
+    def _evict(each: Start, layer: int, lengths: Any, kept: torch.Tensor) -> None:
         each.rows[layer] = torch.cat([kept, each.rows[layer][:, lengths.region_len :]], dim=1)
         each.lost[layer] += lengths.evicted
         each.is_lossy = True
@@ -347,9 +358,8 @@ class RowMarks:
             if kept is None:
                 self.failures.append(f"{place}: takes survivors that nobody has written")
                 continue
-            positions = kept // 2 % LIMIT
-            for number in (kept // 2 // LIMIT).unique().tolist():
-                self._check_same(place, each, number, int(positions.max()) + 1)
+            numbers, positions = kept // 2 // LIMIT, kept // 2 % LIMIT
+            self._check_owners(place, each, numbers, positions)
             self._evict(each, layer.index, plan.lengths, kept)
 
     def _add_view(

@@ -63,10 +63,15 @@ def log_tail(log_file: Path, num_lines: int = 30) -> str:
 
 
 @contextlib.contextmanager
-def running_server(command: list[str], log_file: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server in a session of its own; stop it and all its children at the end."""
+def running_server(
+    command: list[str], log_file: Path, more: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server in a session of its own; stop it and all its children at the end.
+
+    `more` is what its environment has more than ours.
+    """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", **(more or {})}
     with log_file.open("wb") as log:
         try:
             process = subprocess.Popen(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+from vllm.config.compilation import CUDAGraphMode
 
 from lab.serving.models import MODELS
 from vllm_kvcompress.config.reading import parse_config
@@ -33,7 +34,7 @@ from vllm_kvcompress.lengths.sizing import request_usage
 from vllm_kvcompress.plans import CompactionPlan, GroupCache, GroupPlan
 from vllm_kvcompress.policies.inputs import ChunkInputs, Queries
 from vllm_kvcompress.speed.compaction import compaction, heads_of
-from vllm_kvcompress.speed.drafting import DRAFT_LAUNCHES
+from vllm_kvcompress.speed.drafting import DRAFT_LAUNCHES, Speculation
 from vllm_kvcompress.speed.paths import Path
 from vllm_kvcompress.speed.plan import STEP_LAUNCHES
 from vllm_kvcompress.speed.scoring import META, OperationCounter, RecordedRows
@@ -41,7 +42,10 @@ from vllm_kvcompress.speed.shapes import ModelShape
 from vllm_kvcompress.worker.batch import CompactionJob
 from vllm_kvcompress.worker.compaction.compactor import Compactor, QuerySources
 from vllm_kvcompress.worker.compaction.faults import PendingFlags, StepFaults
+from vllm_kvcompress.worker.draft.speculator import ViewSpeculator
 from vllm_kvcompress.worker.draft.step import DraftRows, DraftStep
+from vllm_kvcompress.worker.draft.views import DraftViews
+from vllm_kvcompress.worker.host_mirror import HostMirror
 from vllm_kvcompress.worker.layout.layer_cache import LayerCache
 from vllm_kvcompress.worker.layout.strided import StridedLayout
 
@@ -169,26 +173,31 @@ def test_a_union_of_heads(monkeypatch) -> None:
     assert sum(kernels.values()) + counter.operations == modelled(config).launches
 
 
-def test_the_inputs_of_a_draft_step(monkeypatch) -> None:
-    """All that `DraftStep.prepare` launches but the backend's metadata, in one layer group."""
+def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
 
-    def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=META)
 
-    rows, host = 5, np.zeros(5, dtype=np.int32)
+def draft_step(rows: int) -> Any:
+    """A draft step of so many rows in one layer group; nothing was evicted since the last."""
     step: Any = DraftStep.__new__(DraftStep)
     step.max_model_len, step._num_padded = 8192, rows
+    step.input_ids, step.number = numbers(8, dtype=torch.int32), numbers()
     step.positions, step.slots = numbers(8), numbers(1, 8)
     step.seq_lens, step._lost = numbers(1, 8, dtype=torch.int32), numbers(1, rows)
     step.requests, step.query_start_loc = numbers(8), numbers(9, dtype=torch.int32)
-    step.number = numbers()
+    step._counting, step.has_nan = numbers(9, dtype=torch.int32), numbers(8, dtype=torch.bool)
     table = numbers(8, 512, dtype=torch.int32)
     step.view_tables, step._own_tables = [table], BlockTables.of([table], [BLOCK])
-    evicted = SimpleNamespace(gpu=numbers(1, 8, dtype=torch.int32), np=np.zeros((1, 8), np.int32))
-    views = SimpleNamespace(num_dropped_np=lambda group, requests: host)
-    step.state = SimpleNamespace(lengths=SimpleNamespace(evicted=evicted), views=views)
+    lengths = SimpleNamespace(evicted=HostMirror((1, 8), META), send=lambda: None)
+    step.state = SimpleNamespace(lengths=lengths, views=DraftViews([table], [BLOCK]))
     step._physical_slots = step_slots.physical_slots
     step._rows = DraftRows(numbers(rows), np.arange(rows), numbers(rows), torch.ones(rows).int())
+    return step
+
+
+def test_the_inputs_of_a_draft_step(monkeypatch) -> None:
+    """All that `DraftStep.prepare` launches but the backend's metadata, in one layer group."""
+    step = draft_step(5)
     monkeypatch.setattr(DraftStep, "_attention", lambda *args: None)
     kernels = count_kernels(monkeypatch)
     with OperationCounter(META) as counter:
@@ -196,6 +205,34 @@ def test_the_inputs_of_a_draft_step(monkeypatch) -> None:
     assert sum(kernels.values()) + counter.operations == 12
     # Before the model's graph; behind it drafts are widened, kept and counted.
     assert DRAFT_LAUNCHES == 12 + 1 + 3
+
+
+@pytest.mark.parametrize("num_drafts", [1, 4])
+def test_all_drafts_of_a_step(num_drafts: int, monkeypatch) -> None:
+    """All that `ViewSpeculator` launches for them, graphs of the model among it."""
+    rows, graphs = 5, list[Any]()
+    made: Any = ViewSpeculator.__new__(ViewSpeculator)
+    made.state, made.step = SimpleNamespace(num_draft_steps=num_drafts), draft_step(rows)
+    made.device, made.num_drafts, made.num_steps = META, num_drafts, 0
+    made.draws, made.min_confidence = False, 0.0
+    made.cudagraph_manager = SimpleNamespace(run_fullgraph=graphs.append)
+    graph = SimpleNamespace(num_tokens=rows, cg_mode=CUDAGraphMode.FULL)
+    monkeypatch.setattr(ViewSpeculator, "_dispatch", lambda *args: graph)
+    monkeypatch.setattr(DraftStep, "_attention", lambda *args: None)
+    batch: Any = SimpleNamespace(
+        num_reqs=rows, req_ids=list("abcde"), idx_mapping=numbers(rows, dtype=torch.int32),
+        idx_mapping_np=np.arange(rows), seq_lens=numbers(rows, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.ones(rows).int(),
+    )  # fmt: skip
+    drafts, rejected = numbers(8, num_drafts), numbers(rows, dtype=torch.int32)
+    none = torch.empty(0)
+    kernels = count_kernels(monkeypatch)
+    with OperationCounter(META) as counter:
+        made._propose(batch, np.arange(rows), drafts, rejected, numbers(8), none, none)
+    launches = sum(kernels.values()) + counter.operations + len(graphs)
+    assert len(graphs) == num_drafts
+    case = Speculation(SHAPE, rows, TOKENS, 0.25, num_drafts)
+    assert launches == case.step.launches - case.verify_pass.launches
 
 
 def test_what_a_step_with_compacted_requests_adds(monkeypatch) -> None:

@@ -4,10 +4,11 @@ Decoding on a GPU waits for memory. A step reads the weights once and the keys a
 request once, however few tokens it computes; a verify pass of k + 1 tokens reads no more than a
 plain step. So time is counted in bytes, and FLOPs only say when that stops being true.
 
-Only what grows with the model or the context is counted: matrices, keys and values. Activations,
-block tables, norms, launches and the host are left out, and writes where only bytes are compared,
-so every speed-up here is what memory allows, not what a run will show. (The idea of the gain per
-verify pass: Leviathan et al., arXiv 2211.17192, section 3; there a draft model of its own drafts.)
+Only what grows with the model or the context is counted: matrices, keys and values; launches where
+a machine is given. Activations, block tables, norms and what the host computes are left out, and
+writes where only bytes are compared, so every speed-up here is what memory allows, not what a run
+will show. (The idea of the gain per verify pass: Leviathan et al., arXiv 2211.17192, section 3;
+there a draft model of its own drafts.)
 
     W   bytes of weights that a pass reads
     n   bytes of keys and values per token, all layers
@@ -26,12 +27,17 @@ from dataclasses import dataclass
 
 from vllm_kvcompress.speed.machine import Machine
 from vllm_kvcompress.speed.passes import decode_step
-from vllm_kvcompress.speed.paths import Path
+from vllm_kvcompress.speed.paths import Path, Stage
 from vllm_kvcompress.speed.shapes import ModelShape
 
 DRAFT_LAUNCHES = 16
 """Of a draft step with greedy drafts, backends' metadata left out: the model's graph; 12 that write
 its inputs (``worker/draft/step.py``); 3 that keep its drafts (``worker/draft/speculator.py``)."""
+
+BEGIN_LAUNCHES = 31
+"""Once for all drafts of a step, in one layer group, where nothing was evicted and no view was
+taken: which rows draft and from where, their views' block tables and lengths, flags of NaN and
+their copy to the host (``_propose`` of ``worker/draft/speculator.py``)."""
 
 
 def accepted_length(probability: float, num_drafts: int) -> float:
@@ -87,8 +93,9 @@ class Speculation:
 
     @property
     def step(self) -> Path:
-        """All of a step: k draft steps and a verify pass."""
-        return Path.of([self.draft_step.times(self.num_drafts), self.verify_pass])
+        """All of a step: what begins it, k draft steps and a verify pass."""
+        begin = Path((Stage("drafts", launches=BEGIN_LAUNCHES),))
+        return Path.of([begin, self.draft_step.times(self.num_drafts), self.verify_pass])
 
     @property
     def view_bytes(self) -> float:

@@ -30,7 +30,7 @@ from lab.bad_input.document import Sent, drawn, narrowed, requests_of
 from lab.bad_input.values import RIGHT, VALUES, in_json
 from lab.errors import RunError
 from lab.places import PROBE_MODEL, SCRIPTS
-from lab.servers import free_port, progress, running_server, wait_until_ready
+from lab.servers import free_port, progress, running_server, stock_plugins, wait_until_ready
 
 MODEL = "probe"
 OPTIONS = [
@@ -39,6 +39,8 @@ OPTIONS = [
     # No request generates more, whatever it asks for.
     *["--override-generation-config", '{"max_new_tokens": 6}'],
 ]
+START_LIMIT = 900
+"""Seconds. A server that starts alone needs far less; beside other work, many times that."""
 OURS = ["--kv-compression", "windowkv", "--kv-compression-config.sessions.max_blocks_ratio=0.5"]
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 60
 EVERY = 25
@@ -65,6 +67,8 @@ class Finding:
         The beginning of what came back.
     alone : bool
         Whether a server without the plugin does not answer so.
+    stock : str
+        The beginning of what that server answered.
     """
 
     label: str
@@ -72,6 +76,7 @@ class Finding:
     body: str
     answer: str
     alone: bool = True
+    stock: str = ""
 
 
 @dataclass
@@ -108,6 +113,31 @@ def values_of_options(count: int, number: int) -> Iterable[Sent]:
             request = {"method": "POST", "url": "/v1/completions", "headers": headers}
             made.append(Sent(f"value of {key}", {**request, "content": json.dumps(body).encode()}))
     return made
+
+
+def known_faults() -> list[Sent]:
+    """What vLLM itself gets wrong by what we say of it, so that both servers are asked."""
+    half, messages = "\ud800", [{"role": "user", "content": "x"}]
+    completion = {"model": MODEL, "prompt": "One, two", "max_tokens": 2}
+    chat = {"model": MODEL, "messages": messages, "max_tokens": 2}
+    bodies = [
+        ("half a character in a value", "completions", completion, {"other": half}),
+        ("half a character in a name", "completions", completion, {half: 1}),
+        ("half a character in a value, chat", "chat/completions", chat, {"other": half}),
+        ("refused in a stream", "messages", chat | {"stream": True}, {"kv_budget": -1}),
+    ]
+    return [
+        Sent(
+            f"known: {label}",
+            {
+                "method": "POST",
+                "url": f"/v1/{path}",
+                "headers": {"content-type": "application/json"},
+                "content": json.dumps({**body, "vllm_xargs": options}).encode(),
+            },
+        )
+        for label, path, body, options in bodies
+    ]
 
 
 def wrong(response: httpx.Response) -> str | None:
@@ -175,10 +205,13 @@ def compare(client: httpx.Client, failed: Sequence[Sent], findings: Sequence[Fin
         if finding.what == INTERNAL:
             # It takes our options, whatever they say; so it gets an error of its own in a stream.
             request = {**request, "content": json.dumps(_failing_stream()).encode()}
+        found: str | None
         try:
-            found = wrong(client.request(**request))
+            response = client.request(**request)
         except httpx.HTTPError as error:
             found = f"no answer: {type(error).__name__}"
+        else:
+            found, finding.stock = wrong(response), response.text[:600]
         finding.alone = found != finding.what
 
 
@@ -189,14 +222,17 @@ def _failing_stream() -> dict[str, Any]:
 
 
 @contextmanager
-def served(console: Console, log: Path, *options: str) -> Any:
+def served(
+    console: Console, log: Path, options: Sequence[str], more: dict[str, str] | None = None
+) -> Any:
     """A client of a server that is running."""
     port = free_port()
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(PROBE_MODEL), *OPTIONS]
-    with running_server([*command, "--port", str(port), *options], log) as process:
+    command += ["--port", str(port), *options]
+    with running_server(command, log, more) as process:
         url = f"http://127.0.0.1:{port}"
         with progress(console) as show:
-            wait_until_ready(process, url, log, show, limit=900)
+            wait_until_ready(process, url, log, show, limit=START_LIMIT)
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             yield client
 
@@ -212,16 +248,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, report, start = Console(), Report(), time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        with served(console, args.out / "server.log", *OURS) as client:
+        with served(console, args.out / "server.log", OURS) as client:
             document = client.get("/openapi.json").json()
             everything = [
                 *requests_of(document, "whole", args.count, args.seed),
                 *requests_of(narrowed(document, MODEL), "narrowed", args.count, args.seed),
                 *values_of_options(args.values, args.seed),
+                *known_faults(),
             ]
             failed = send_all(client, everything, report)
         if failed:
-            with served(console, args.out / "stock.log") as client:
+            stock = {"VLLM_PLUGINS": stock_plugins()}
+            with served(console, args.out / "stock.log", [], stock) as client:
                 compare(client, failed, report.findings)
     except RunError as error:
         console.print(f"bad_input: {error}", markup=False)

@@ -249,6 +249,15 @@ def test_a_view_leaves_what_is_set_aside(purpose: Purpose, num_free: int, is_tak
     assert step.compactions.take_starved() == [], "nobody starts over for a view"
 
 
+def test_a_view_of_blocks_that_are_there_gives_none_back() -> None:
+    step = Step(2, **ALONE)
+    step.tracked.view.purpose = Purpose.LINKED_VIEW
+    step.plan()
+    step.compactions.commit()
+    assert step.tracked.view.drafts is not None and not step.compactions.room.make_free(3)
+    assert step.tracked.view.drafts is not None and step.compactions.take_given_up() == ()
+
+
 def test_views_are_counted_by_their_tokens_and_by_what_asked_for_them() -> None:
     step = Step(20, mode="draft", draft={"tokens": 4, "refresh_every": 2 * BLOCK})
     step.tracked.view.lengths[0] = None
@@ -322,8 +331,11 @@ def test_what_is_raised_concerns_its_request_alone(monkeypatch: pytest.MonkeyPat
     assert len(step.plan()) == 1
 
 
-def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds() -> None:
-    step = Step(8)
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds(is_prefix: bool) -> None:
+    """Whether that would not pay, or must happen and finds no blocks, as that of a prefix."""
+    step = Step(5 if is_prefix else 8)
+    step.tracked.shared_len = 10 * BLOCK if is_prefix else None
     room = step.compactions.room
     room.kept = KeptCaches(step.pool, 64, step.stats, room.note_change)
     blocks = [list(manager.req_to_blocks["r"]) for manager in step.managers[:2]]
@@ -331,6 +343,7 @@ def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds() -> Non
         step.pool.touch(group)
     held, place = CompactionSchedule(compacted_at=1), Place("chat", None, None, Kind.SESSION)
     room.kept.put(place, Kept(tokens_of([1]), blocks, held, 1, step.planner.config))
-    assert step.plan() == [] and step.tracked.is_shared, "nothing would come free"
+    assert step.plan() == [] and step.tracked.is_shared is not is_prefix
+    assert step.compactions.take_starved() == ["r"] * is_prefix, "it must not go on uncompressed"
     assert not room.kept.held_blocks()
     assert len(step.plan()) == 1

@@ -92,9 +92,8 @@ class HostGroup:
 
     # --- what happens to other groups -----------------------------------------------------
 
-    def commit(self, request_id: str) -> bool:
+    def commit(self, request_id: str) -> None:
         """Nothing was planned here."""
-        return False
 
     def commit_view(self, request_id: str) -> None:
         """Nothing was planned here."""

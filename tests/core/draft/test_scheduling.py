@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from tests.core.test_scheduler_loop import LOOPS, Loop, prompt
+from tests.inside import preempt
 from vllm_kvcompress.core.draft.history import DraftHistory
 from vllm_kvcompress.messages import StepPlan, StepReport
 
@@ -128,3 +130,22 @@ def test_whoever_fails_drafts_no_more_and_gives_its_view_back(
     assert given_up == ["r"] and "r" not in loop.lengths and loop.lengths["other"] == {1, 2, 3}
     assert scheduler.stats.failures == {"drafting": 1} and not scheduler.stats.uncompressed
     assert [each.num_output_tokens for each in requests] == [60, 60]
+
+
+def test_who_is_gone_or_has_started_over_by_then_keeps_nobody_from_ending(
+    probe_model: str,
+) -> None:
+    loop = Drafting(probe_model, LOOPS["sync"][0], 0, num_blocks=200, setting=SETTING)
+    names = ("gone", "again", "r")
+    requests = [loop.add(name, prompt(100, n), 60) for n, name in enumerate(names)]
+    while loop.lengths.keys() != set(names):
+        loop.step()
+    scheduler = loop.scheduler
+    scheduler._drafts_failed = list(names)
+    scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
+    preempt(SimpleNamespace(scheduler=scheduler), requests[1])
+    assert requests[2].spec_token_ids
+    output = scheduler.schedule()
+    assert StepPlan.of(output).views_given_up == ("r",)
+    assert not requests[2].spec_token_ids and not output.scheduled_spec_decode_tokens
+    assert not any(manager.views.get("r") for manager in scheduler._managers)

@@ -249,13 +249,15 @@ def test_a_view_leaves_what_is_set_aside(purpose: Purpose, num_free: int, is_tak
     assert step.compactions.take_starved() == [], "nobody starts over for a view"
 
 
-def test_a_view_of_blocks_that_are_there_gives_none_back() -> None:
-    step = Step(2, **ALONE)
-    step.tracked.view.purpose = Purpose.LINKED_VIEW
+def test_a_view_of_blocks_that_are_there_is_not_given_up_for_others() -> None:
+    step = Step(6, **ALONE)
     step.plan()
     step.compactions.commit()
-    assert step.tracked.view.drafts is not None and not step.compactions.room.make_free(3)
-    assert step.tracked.view.drafts is not None and step.compactions.take_given_up() == ()
+    newest = step.planner.add("newest", 10 * BLOCK, RequestOptions())
+    newest.view.purpose, newest.phase = Purpose.LINKED_VIEW, Phase.DONE
+    newest.view.start(10 * BLOCK)
+    assert step.num_free == 0 and step.compactions.room.make_free(1)
+    assert step.compactions.take_given_up() == ("r",) and newest.view.drafts is not None
 
 
 def test_views_are_counted_by_their_tokens_and_by_what_asked_for_them() -> None:

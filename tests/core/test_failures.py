@@ -7,10 +7,12 @@ step, and samples a token that nobody must hear wherever a spoiled cache is read
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.core.test_scheduler_loop import BLOCK, LOOPS, prompt
 from tests.core.told_worker import Slot, ToldWorker
 from tests.core.watched_loop import UNEVEN, Watched, watch
+from vllm_kvcompress.core.scheduler import logger
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan
 
@@ -125,8 +127,6 @@ def test_a_failure_that_arrives_after_its_end_is_only_counted(loop: Spoiled) -> 
     loop.add("bad", prompt(150))
     while "bad" not in loop.scheduler.compactions._planned:
         loop.step()
-    from vllm.v1.request import RequestStatus
-
     loop.scheduler.finish_requests("bad", RequestStatus.FINISHED_ABORTED)
     other = loop.add("a", prompt(150, 1))
     loop.run()
@@ -180,6 +180,34 @@ def test_one_that_the_pool_holds_only_compressed_ends_with_an_error(probe_model:
     other = loop.add("a", prompt(100, 3), 10)
     loop.run()
     loop.check_all_is_well(other, max_tokens=10)
+
+
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_one_that_could_generate_no_more_token_ends_with_an_error(
+    num_left: int, probe_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool holds so many more without compression. A second report finds nothing to do."""
+    loop, said = made(probe_model, "sync"), list[str]()
+    monkeypatch.setattr(logger, "error", lambda text, *words: said.append(text % words))
+    request = loop.add("bad", prompt(150), 90)
+    while request.num_output_tokens < 5:
+        loop.step()
+
+    def bound(asked: Any) -> bool:
+        asked.max_tokens = 5 + num_left
+        return True
+
+    monkeypatch.setattr(loop.scheduler.longest, "bound", bound)
+    for _ in range(2):
+        loop.worker.failed = {"bad": "error"}
+        loop.step()
+    assert request.num_preemptions == 1 and loop.stats.failures == {"error": 2}
+    assert loop.stats.uncompressed == {"failed": 1}
+    loop.add("a", prompt(100, 3), 2)
+    loop.run()
+    assert request.num_output_tokens == 5 + num_left and loop.finished == {"bad", "a"}
+    is_error = request.status is RequestStatus.FINISHED_ERROR
+    assert is_error == (not num_left) == any("request bad ends with an error" in s for s in said)
 
 
 @pytest.mark.parametrize("where", ["fit", "plan"])

@@ -13,6 +13,7 @@ from tests.core.test_scheduler_loop import LOOPS, Loop, prompt
 from tests.core.watched_loop import UNEVEN, Watched, watch
 from vllm_kvcompress.core.kept_cache import Kind
 from vllm_kvcompress.core.reuse import Reuse
+from vllm_kvcompress.core.tracked_request import Phase
 
 SHARED = {"kv_shared_prefix": 192}
 
@@ -169,6 +170,24 @@ def test_beside_a_draft_models_layers_nothing_is_kept_for_others(probe_model: st
     assert loop.stats.shared_prefix_requests == {"unserved": 1}
     loop.ask("chat", prompt(200, 50), 8, {"kv_session": "chat"})
     assert not loop.stats.shared_prefixes_kept and not loop.stats.sessions_kept
+
+
+def test_a_prefix_that_is_not_ready_does_not_hold_up_another(probe_model: str) -> None:
+    """Not compacted yet, or not reported on."""
+    loop = made(probe_model)
+    prefixes, planned = loop.scheduler.reuse.prefixes, loop.scheduler.planner.requests
+    loop.scheduler.reuse.publish = lambda: None
+    for number, name in enumerate("abc"):
+        loop.add(name, [*prompt(192, 9 * number), 7], 30, SHARED)
+    while {planned[name].phase for name in "abc"} != {Phase.DONE}:
+        loop.step()
+    planned["a"].phase = Phase.ARMED
+    prefixes.publish(lambda name: name != "b")
+    assert loop.stats.shared_prefixes_kept == 1
+    assert set(prefixes._computing.values()) == {"a", "b"}
+    planned["a"].phase = Phase.DONE
+    prefixes.publish(lambda name: True)
+    assert loop.stats.shared_prefixes_kept == 3 and not prefixes._computing
 
 
 def test_what_ends_with_an_error_is_kept_for_nobody(probe_model: str) -> None:

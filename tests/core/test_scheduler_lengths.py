@@ -143,3 +143,5 @@ def test_the_parts_of_a_scheduler_know_the_engines_numbers(probe_model: str) -> 
         assert found.planner.codes_per_row == codes_per_row(8 * 4)  # of a head in float32
         assert found.longest.num_usable == 40
         assert (found.pressure._num_kept_free, found._managers[2]._num_ahead) == (0, 0)
+        found.vllm_config.scheduler_config.async_scheduling = True
+        assert found._groups()[2]._num_ahead == 1, "a step under way, while another is scheduled"

@@ -164,8 +164,8 @@ def test_a_junction_that_a_group_has_not_cached_is_pinned_where_vllm_would(
     coordinator = loop.scheduler.kv_cache_manager.coordinator
     find = coordinator.find_longest_cache_hit
     coordinator.find_longest_cache_hit = lambda *args: (*find(*args)[:2], num_uncached)
-    found = loop.scheduler._get_local_prefix_cache_hit(loop.add("second", prompt(104), 8))
-    assert found[1:] == (96, 96 + num_uncached if num_uncached else 0, False)
+    found = loop.scheduler._get_local_prefix_cache_hit(loop.add("second", prompt(103), 8))
+    assert found[1:] == (80, 80 + num_uncached if num_uncached else 0, False)
 
 
 def test_what_is_kept_has_no_junction_and_is_the_same_in_all_groups(probe_model: str) -> None:

@@ -213,7 +213,9 @@ def test_all_start_again_where_running_requests_are_reset(
     for wait in (1, 2, 3, 4, 5, 7, 9):
         for _ in range(wait):
             loop.step()
-        assert loop.scheduler.reset_prefix_cache(wait > 3, reset_connector=False) is (wait > 3)
+        options = {"reset_running_requests": wait > 3}  # by name, or by place, as vLLM does
+        by = ((), options) if wait % 2 else (tuple(options.values()), {})
+        assert loop.scheduler.reset_prefix_cache(*by[0], **by[1]) is (wait > 3)
         loop.scheduler.check_integrity()
         loop.check_blocks()
         assert not copies(loop) and not any(each.promised for each in loop.scheduler._managers)

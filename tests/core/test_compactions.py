@@ -50,7 +50,7 @@ class Step:
             CompressedAttentionManager(spec(number), kv_cache_group_id=number, **common)
             for number in range(2)
         ]
-        self.managers: list[Any] = [*own, HostGroup(host)]
+        self.managers: list[Any] = [*own, HostGroup(host, 0)]
         config = parse_config({**SETTING, **more})
         assert config is not None
         self.planner, self.stats = Planner(config, 2, BLOCK), CompressionStats()

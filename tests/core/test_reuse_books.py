@@ -172,18 +172,21 @@ def test_beside_a_draft_models_layers_nothing_is_kept_for_others(probe_model: st
     assert not loop.stats.shared_prefixes_kept and not loop.stats.sessions_kept
 
 
-def test_a_prefix_that_is_not_compacted_yet_does_not_hold_up_another(probe_model: str) -> None:
+def test_a_prefix_that_cannot_be_kept_does_not_hold_up_another(probe_model: str) -> None:
+    """One is not compacted yet, of one nothing was evicted."""
     loop = made(probe_model)
     prefixes, planned = loop.scheduler.reuse.prefixes, loop.scheduler.planner.requests
     loop.scheduler.reuse.publish = lambda: None
-    for number, name in enumerate("ab"):
+    for number, name in enumerate("abc"):
         loop.add(name, [*prompt(192, 9 * number), 7], 30, SHARED)
-    while {planned[name].phase for name in "ab"} != {Phase.DONE}:
+    while {planned[name].phase for name in "abc"} != {Phase.DONE}:
         loop.step()
-    for phase, kept in ((Phase.ARMED, 1), (Phase.DONE, 2)):
+    planned["b"].compaction.compacted_at = 0
+    for phase, kept, computing in ((Phase.ARMED, 1, {"a"}), (Phase.DONE, 2, set())):
         planned["a"].phase = phase
         prefixes.publish(lambda name: True)
         assert loop.stats.shared_prefixes_kept == kept
+        assert set(prefixes._computing.values()) == computing
 
 
 def test_what_ends_with_an_error_is_kept_for_nobody(probe_model: str) -> None:

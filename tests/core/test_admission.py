@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_kvcompress.config.reading import parse_config
+from vllm_kvcompress.core import task as tasks
 from vllm_kvcompress.core.admission import Admission, logger
 from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.tracked_request import Phase, SkipReason
@@ -78,6 +79,24 @@ def test_the_task_is_decided_here(extra: Any, classified: str | None, expected: 
     assert judge.stats.tasks == {expected: 1}
     (setup,) = judge.planner.setups_of(["r"]).values()
     assert setup.config.task == judge.planner.requests["r"].task == expected.split("/")[0]
+
+
+def test_the_classifier_reads_prompts_by_the_servers_tokenizer(monkeypatch: Any) -> None:
+    """Here one with a token for each character."""
+    model, loaded = SimpleNamespace(skip_tokenizer_init=False), list[Any]()
+
+    def load(model_config: Any) -> Any:
+        loaded.append(model_config)
+        return SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+
+    monkeypatch.setattr(tasks, "cached_tokenizer_from_config", load)
+    planner = Planner(parse_config("windowkv"), num_layer_groups=2, block_size=32)
+    server: Any = SimpleNamespace(model_config=model)
+    judge, arrives = Admission(planner, server, 4096, CompressionStats()), request()
+    text = "Write a one-page summary of the report.\n\n" + "The tower was built. " * 90
+    arrives.prompt_token_ids, arrives.mm_features = [*map(ord, text)], []
+    judge.admit(arrives)
+    assert loaded == [model] and judge.stats.tasks == {"aggregation/classifier": 1}
 
 
 def test_a_setting_that_does_not_fit_the_model_is_refused(monkeypatch: Any) -> None:

@@ -50,7 +50,7 @@ class Step:
             CompressedAttentionManager(spec(number), kv_cache_group_id=number, **common)
             for number in range(2)
         ]
-        self.managers: list[Any] = [*own, HostGroup(host)]
+        self.managers: list[Any] = [*own, HostGroup(host, 0)]
         config = parse_config({**SETTING, **more})
         assert config is not None
         self.planner, self.stats = Planner(config, 2, BLOCK), CompressionStats()
@@ -249,6 +249,17 @@ def test_a_view_leaves_what_is_set_aside(purpose: Purpose, num_free: int, is_tak
     assert step.compactions.take_starved() == [], "nobody starts over for a view"
 
 
+def test_a_view_of_blocks_that_are_there_is_not_given_up_for_others() -> None:
+    step = Step(6, **ALONE)
+    step.plan()
+    step.compactions.commit()
+    newest = step.planner.add("newest", 10 * BLOCK, RequestOptions())
+    newest.view.purpose, newest.phase = Purpose.LINKED_VIEW, Phase.DONE
+    newest.view.start(10 * BLOCK)
+    assert step.num_free == 0 and step.compactions.room.make_free(1)
+    assert step.compactions.take_given_up() == ("r",) and newest.view.drafts is not None
+
+
 def test_views_are_counted_by_their_tokens_and_by_what_asked_for_them() -> None:
     step = Step(20, mode="draft", draft={"tokens": 4, "refresh_every": 2 * BLOCK})
     step.tracked.view.lengths[0] = None
@@ -322,8 +333,11 @@ def test_what_is_raised_concerns_its_request_alone(monkeypatch: pytest.MonkeyPat
     assert len(step.plan()) == 1
 
 
-def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds() -> None:
-    step = Step(8)
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds(is_prefix: bool) -> None:
+    """Whether that would not pay, or must happen and finds no blocks, as that of a prefix."""
+    step = Step(5 if is_prefix else 8)
+    step.tracked.shared_len = 10 * BLOCK if is_prefix else None
     room = step.compactions.room
     room.kept = KeptCaches(step.pool, 64, step.stats, room.note_change)
     blocks = [list(manager.req_to_blocks["r"]) for manager in step.managers[:2]]
@@ -331,6 +345,7 @@ def test_what_is_kept_gives_way_to_a_compaction_of_blocks_that_it_holds() -> Non
         step.pool.touch(group)
     held, place = CompactionSchedule(compacted_at=1), Place("chat", None, None, Kind.SESSION)
     room.kept.put(place, Kept(tokens_of([1]), blocks, held, 1, step.planner.config))
-    assert step.plan() == [] and step.tracked.is_shared, "nothing would come free"
+    assert step.plan() == [] and step.tracked.is_shared is not is_prefix
+    assert step.compactions.take_starved() == ["r"] * is_prefix, "it must not go on uncompressed"
     assert not room.kept.held_blocks()
     assert len(step.plan()) == 1

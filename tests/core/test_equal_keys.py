@@ -122,3 +122,20 @@ def test_whoever_is_first_is_waited_for_while_it_runs() -> None:
     assert equals.equal.must_wait(a)
     equals.planner.requests["c"].phase = Phase.DUE
     assert not equals.equal.must_wait(a), "c's compaction waits for others"
+
+
+def test_of_several_prompts_each_is_offered_once_it_is_compacted() -> None:
+    """One that is not yet, or of which nothing was evicted, does not hold up the others."""
+    equals = Equals()
+    requests = {name: equals.add(name, [*PROMPT[:-1], number]) for number, name in enumerate("abc")}
+    for each in requests.values():
+        assert not equals.equal.must_wait(each)
+    equals.add("own", [*PROMPT[:-1], 2])
+    for name, compacted_at in (("b", 0), ("c", len(PROMPT)), ("own", len(PROMPT))):
+        tracked = equals.planner.requests[name]
+        tracked.phase, tracked.compaction.compacted_at = Phase.DONE, compacted_at
+    equals.equal.publish()
+    assert [name for name in "abc" if equals.equal.will_read(name)] == ["c"]
+    assert [name for name in (*"abc", "own") if equals.equal.reads(name)] == ["c"]
+    others = {name: equals.add(f"{name}2", [*PROMPT[:-1], n]) for n, name in enumerate("abc")}
+    assert [name for name, each in others.items() if equals.equal.must_wait(each)] == ["a"]

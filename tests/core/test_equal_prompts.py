@@ -143,6 +143,20 @@ def test_prompts_of_which_others_may_not_read_the_blocks(probe_model: str) -> No
     assert taken(loop) == 2 * KEPT
 
 
+def test_nothing_is_set_aside_for_those_who_read_a_copy(probe_model: str) -> None:
+    """The pool holds the copy, the whole prompt once, and what each has behind it; no more copies:
+    all begin in one step."""
+    loop = made(probe_model, 1 + 36, setting={**PLAIN, "shared_blocks": "always"})
+    first = loop.add("first", PROMPT, 60)
+    while first.num_output_tokens < 3:
+        loop.step()
+    others = [loop.add(f"r{number}", PROMPT, 5) for number in range(5)]
+    loop.step()
+    assert [each.num_computed_tokens for each in others] == [len(PROMPT)] * 5
+    loop.run()
+    assert taken(loop) == KEPT and not loop.stats.deferrals
+
+
 @pytest.mark.parametrize("end", ["abort", "preempt"])
 @pytest.mark.parametrize("at", [64, 149, 150, 152])
 def test_if_the_first_goes_another_takes_over(end: str, at: int, loop: Watched) -> None:
@@ -199,7 +213,9 @@ def test_all_start_again_where_running_requests_are_reset(
     for wait in (1, 2, 3, 4, 5, 7, 9):
         for _ in range(wait):
             loop.step()
-        assert loop.scheduler.reset_prefix_cache(wait > 3, reset_connector=False) is (wait > 3)
+        options = {"reset_running_requests": wait > 3}  # by name, or by place, as vLLM does
+        by = ((), options) if wait % 2 else (tuple(options.values()), {})
+        assert loop.scheduler.reset_prefix_cache(*by[0], **by[1]) is (wait > 3)
         loop.scheduler.check_integrity()
         loop.check_blocks()
         assert not copies(loop) and not any(each.promised for each in loop.scheduler._managers)

@@ -7,10 +7,12 @@ step, and samples a token that nobody must hear wherever a spoiled cache is read
 from typing import Any
 
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.core.test_scheduler_loop import BLOCK, LOOPS, prompt
 from tests.core.told_worker import Slot, ToldWorker
 from tests.core.watched_loop import UNEVEN, Watched, watch
+from vllm_kvcompress.core.scheduler import logger
 from vllm_kvcompress.messages import StepPlan, StepReport
 from vllm_kvcompress.plans import CompactionPlan
 
@@ -78,6 +80,11 @@ class Spoiled(Watched):
         self.sampled[name] = tokens
         return tokens
 
+    def run_without_waiting_for(self, bad: Any, others: Any) -> None:
+        """To the end; others start before it ends, which is served uncompressed."""
+        while self.step():
+            assert not bad.is_finished() or all(each.request_id in self.hits for each in others)
+
     def check_all_is_well(self, *requests: Any, max_tokens: int = 40) -> None:
         for request in requests:
             assert SPOILED not in request.output_token_ids, request.request_id
@@ -125,8 +132,6 @@ def test_a_failure_that_arrives_after_its_end_is_only_counted(loop: Spoiled) -> 
     loop.add("bad", prompt(150))
     while "bad" not in loop.scheduler.compactions._planned:
         loop.step()
-    from vllm.v1.request import RequestStatus
-
     loop.scheduler.finish_requests("bad", RequestStatus.FINISHED_ABORTED)
     other = loop.add("a", prompt(150, 1))
     loop.run()
@@ -140,7 +145,7 @@ def test_nobody_begins_with_a_prefix_that_was_spoiled(loop: Spoiled) -> None:
     requests = [
         loop.add(f"r{n}", [*prompt(128), *prompt(40, 9 * n + 1)], 40, shared) for n in range(3)
     ]
-    loop.run()
+    loop.run_without_waiting_for(requests[0], requests[1:])
     loop.check_all_is_well(*requests)
     assert loop.worker.num_compactions == {"r0": 1, "r1": 1}, "the next one computes it"
     assert loop.hits["r2"] == 128 and loop.stats.shared_prefixes_kept == 1
@@ -153,7 +158,7 @@ def test_no_equal_prompt_reads_survivors_that_were_spoiled(probe_model: str, kin
     loop = made(probe_model, kind, setting={**UNEVEN, "shared_blocks": "always"})
     loop.worker.fails_at = {"r0": 1}
     requests = [loop.add(f"r{n}", prompt(150)) for n in range(4)]
-    loop.run()
+    loop.run_without_waiting_for(requests[0], requests[1:])
     loop.check_all_is_well(*requests)
     assert loop.stats.failures == {"error": 1} and loop.stats.uncompressed["failed"] == 1
     assert loop.worker.num_copies == {"r0": 1, "r1": 1}
@@ -180,6 +185,34 @@ def test_one_that_the_pool_holds_only_compressed_ends_with_an_error(probe_model:
     other = loop.add("a", prompt(100, 3), 10)
     loop.run()
     loop.check_all_is_well(other, max_tokens=10)
+
+
+@pytest.mark.parametrize("num_left", [0, 1])
+def test_one_that_could_generate_no_more_token_ends_with_an_error(
+    num_left: int, probe_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool holds so many more without compression. A second report finds nothing to do."""
+    loop, said = made(probe_model, "sync"), list[str]()
+    monkeypatch.setattr(logger, "error", lambda text, *words: said.append(text % words))
+    request = loop.add("bad", prompt(150), 90)
+    while request.num_output_tokens < 5:
+        loop.step()
+
+    def bound(asked: Any) -> bool:
+        asked.max_tokens = 5 + num_left
+        return True
+
+    monkeypatch.setattr(loop.scheduler.longest, "bound", bound)
+    for _ in range(2):
+        loop.worker.failed = {"bad": "error"}
+        loop.step()
+    assert request.num_preemptions == 1 and loop.stats.failures == {"error": 2}
+    assert loop.stats.uncompressed == {"failed": 1}
+    loop.add("a", prompt(100, 3), 2)
+    loop.run()
+    assert request.num_output_tokens == 5 + num_left and loop.finished == {"bad", "a"}
+    is_error = request.status is RequestStatus.FINISHED_ERROR
+    assert is_error == (not num_left) == any("request bad ends with an error" in s for s in said)
 
 
 @pytest.mark.parametrize("where", ["fit", "plan"])

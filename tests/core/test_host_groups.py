@@ -42,7 +42,7 @@ def num_hashed(manager: SlidingWindowManager, name: str) -> int:
 
 
 def test_a_lossy_request_hashes_no_more(manager: SlidingWindowManager) -> None:
-    group = HostGroup(manager)
+    group = HostGroup(manager, 0)
     one, other = request("one", 32), request("other", 32)
     for each in (one, other):
         manager.allocate_new_blocks(each.request_id, 32, 32)
@@ -60,9 +60,15 @@ def test_a_lossy_request_hashes_no_more(manager: SlidingWindowManager) -> None:
 
 
 def test_books_left_behind_are_found(manager: SlidingWindowManager) -> None:
-    group = HostGroup(manager)
+    group = HostGroup(manager, 0)
+    (block,) = manager.allocate_new_blocks("r", BLOCK, BLOCK)
     group.mark_lossy("gone")
     with pytest.raises(AssertionError, match="gone left its books"):
+        group.check_integrity()
+    group.forget("gone")
+    group.check_integrity()
+    block.ref_cnt -= 1
+    with pytest.raises(AssertionError, match="held and free"):
         group.check_integrity()
 
 

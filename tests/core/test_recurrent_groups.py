@@ -43,7 +43,7 @@ class Books:
             "block_pool": self.pool, "enable_caching": True, "scheduler_block_size": BLOCK,
         }  # fmt: skip
         self.own = CompressedAttentionManager(spec(0), kv_cache_group_id=0, **common)
-        self.states = HostGroup(MambaManager(state_spec(), kv_cache_group_id=1, **common))
+        self.states = HostGroup(MambaManager(state_spec(), kv_cache_group_id=1, **common), 0)
         self.room = Room([self.own, self.states], [0, None], self.pool, 4096)
 
     def cache(self, name: str, num_tokens: int) -> None:

@@ -16,18 +16,3 @@ def test_a_request_is_complete_when_its_last_step_is_through() -> None:
     assert reports.is_complete("r") and not reports.is_complete("other")
     reports.note_planned(["r"])
     assert not reports.is_complete("r"), "the next one counts anew"
-
-
-def test_one_that_starts_again_waits_for_nothing() -> None:
-    """What is still under way then is reported for nobody."""
-    reports = Reports()
-    reports.forget("r")
-    reports.note_planned(["r"])
-    reports.forget("r")
-    assert reports.is_complete("r")
-    reports.note_reported(["r"])
-    assert reports.is_complete("r")
-    reports.note_planned(["r"])
-    assert not reports.is_complete("r")
-    reports.note_reported(["r"])
-    assert reports.is_complete("r")

@@ -12,6 +12,8 @@ from vllm.v1.request import RequestStatus
 from tests.core.test_scheduler_loop import LOOPS, Loop, prompt
 from tests.core.watched_loop import UNEVEN, Watched, watch
 from vllm_kvcompress.core.kept_cache import Kind
+from vllm_kvcompress.core.reuse import Reuse
+from vllm_kvcompress.core.tracked_request import Phase
 
 SHARED = {"kv_shared_prefix": 192}
 
@@ -146,13 +148,45 @@ def test_a_prompt_that_is_the_prefix_waits_for_nobody(probe_model: str) -> None:
     assert loop.finished >= {"first", "longer", "same", "other", "whole", "third"}
 
 
-def test_beside_windowed_layers_no_prefix_is_shared(probe_model: str) -> None:
+def test_beside_windowed_layers_nothing_is_kept_for_others(probe_model: str) -> None:
     loop = Loop(probe_model, *LOOPS["sync"], 200, UNEVEN, window=48)
     for number in range(2):
         loop.add(f"r{number}", [*prompt(192), number], 8, SHARED)
+    loop.add("chat", prompt(200, 50), 8, {"kv_session": "chat"})
     loop.run()
-    assert loop.scheduler.stats.shared_prefix_requests == {"unserved": 2}
-    assert loop.finished == {"r0", "r1"} and not loop.scheduler.stats.shared_prefixes_kept
+    stats = loop.scheduler.stats
+    assert stats.shared_prefix_requests == {"unserved": 2}
+    assert loop.finished == {"r0", "r1", "chat"}
+    assert not stats.shared_prefixes_kept and not stats.sessions_kept
+
+
+def test_beside_a_draft_models_layers_nothing_is_kept_for_others(probe_model: str) -> None:
+    """They are ours, too, and belong to no layer group."""
+    loop = made(probe_model)
+    found = loop.scheduler
+    parts = found.compactions.room, found.compactions.reports, found.stats
+    found.reuse = Reuse(found.planner, found._managers, [0, None], *parts)
+    loop.add("r", [*prompt(192), 7], 8, SHARED)
+    assert loop.stats.shared_prefix_requests == {"unserved": 1}
+    loop.ask("chat", prompt(200, 50), 8, {"kv_session": "chat"})
+    assert not loop.stats.shared_prefixes_kept and not loop.stats.sessions_kept
+
+
+def test_a_prefix_that_cannot_be_kept_does_not_hold_up_another(probe_model: str) -> None:
+    """One is not compacted yet, of one nothing was evicted."""
+    loop = made(probe_model)
+    prefixes, planned = loop.scheduler.reuse.prefixes, loop.scheduler.planner.requests
+    loop.scheduler.reuse.publish = lambda: None
+    for number, name in enumerate("abc"):
+        loop.add(name, [*prompt(192, 9 * number), 7], 30, SHARED)
+    while {planned[name].phase for name in "abc"} != {Phase.DONE}:
+        loop.step()
+    planned["b"].compaction.compacted_at = 0
+    for phase, kept, computing in ((Phase.ARMED, 1, {"a"}), (Phase.DONE, 2, set())):
+        planned["a"].phase = phase
+        prefixes.publish(lambda name: True)
+        assert loop.stats.shared_prefixes_kept == kept
+        assert set(prefixes._computing.values()) == computing
 
 
 def test_what_ends_with_an_error_is_kept_for_nobody(probe_model: str) -> None:

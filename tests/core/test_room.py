@@ -225,7 +225,7 @@ def test_growth_of_all_groups_and_no_more_than_a_window_holds() -> None:
         block_size=BLOCK, kv_cache_spec=None, max_admission_blocks_per_request=6,
         req_to_blocks={"r": [None] * 3}, cache_blocks=lambda: None,
     )  # fmt: skip
-    room = Room([pool.books, HostGroup(bound)], [0, None], pool.books.block_pool, 4096)
+    room = Room([pool.books, HostGroup(bound, 0)], [0, None], pool.books.block_pool, 4096)
     assert room.num_growth("r", 12 * BLOCK) == 2 + 6
     assert room.num_growth("r", 5 * BLOCK) == 0 + 2
     assert room.num_growth("new", 2 * BLOCK) == 2 + 2

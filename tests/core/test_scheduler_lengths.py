@@ -14,6 +14,7 @@ from vllm_kvcompress.core.planner import Planner
 from vllm_kvcompress.core.query_slots import QuerySlots
 from vllm_kvcompress.core.scheduler import num_unverified
 from vllm_kvcompress.core.tracked_request import Phase
+from vllm_kvcompress.kernels.codebook.format import codes_per_row
 from vllm_kvcompress.metrics import CompressionStats
 from vllm_kvcompress.request_options import parse_request
 
@@ -139,5 +140,8 @@ def test_the_parts_of_a_scheduler_know_the_engines_numbers(probe_model: str) -> 
         found = loop.scheduler
         assert found.planner.num_lookahead == num_drafts in (0, NUM_DRAFTS)
         assert found.planner.rations_queries
+        assert found.planner.codes_per_row == codes_per_row(8 * 4)  # of a head in float32
         assert found.longest.num_usable == 40
         assert (found.pressure._num_kept_free, found._managers[2]._num_ahead) == (0, 0)
+        found.vllm_config.scheduler_config.async_scheduling = True
+        assert found._groups()[2]._num_ahead == 1, "a step under way, while another is scheduled"

@@ -1,13 +1,17 @@
 """What our scheduler does beside compacting: answers, counts, hits, and books that must agree."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import PrefixCacheStats
+from vllm.v1.request import RequestStatus
 
 from tests.core.test_scheduler_loop import BLOCK, LOOPS, SETTING, Loop, prompt
+from tests.inside import preempt
+from vllm_kvcompress.core.continuation import Continuation
 from vllm_kvcompress.core.tracked_request import Phase
 from vllm_kvcompress.messages import take_counts
 from vllm_kvcompress.plans import RequestOptions
@@ -61,6 +65,13 @@ def test_books_that_contradict_each_other_are_found(probe_model: str) -> None:
         broken(loop.scheduler)
         with pytest.raises(AssertionError):
             loop.scheduler.check_integrity()
+
+
+def test_all_that_is_free_may_be_set_aside(probe_model: str) -> None:
+    scheduler = compacted(probe_model).scheduler
+    room = scheduler.compactions.room
+    room.num_set_aside = lambda *_: room.num_free
+    scheduler.check_integrity()
 
 
 def test_counts_are_sent_once_with_vllms(probe_model: str) -> None:
@@ -140,3 +151,75 @@ def test_prompts_are_held_back_where_vllm_says_so(probe_model: str) -> None:
         loop = compacted(probe_model)
         loop.add("late", prompt(100, 5), 5)
         assert loop.scheduler.schedule(throttle).num_scheduled_tokens == expected
+
+
+@pytest.mark.parametrize("num_uncached", [0, 2 * BLOCK])
+def test_a_junction_that_a_group_has_not_cached_is_pinned_where_vllm_would(
+    num_uncached: int, probe_model: str
+) -> None:
+    """Where a hit is cut."""
+    loop = made(probe_model, setting=SNAPKV)
+    loop.add("first", prompt(200), 8)
+    loop.run()
+    coordinator = loop.scheduler.kv_cache_manager.coordinator
+    find = coordinator.find_longest_cache_hit
+    coordinator.find_longest_cache_hit = lambda *args: (*find(*args)[:2], num_uncached)
+    found = loop.scheduler._get_local_prefix_cache_hit(loop.add("second", prompt(103), 8))
+    assert found[1:] == (80, 80 + num_uncached if num_uncached else 0, False)
+
+
+def test_what_is_kept_has_no_junction_and_is_the_same_in_all_groups(probe_model: str) -> None:
+    loop, shared = made(probe_model), {"kv_shared_prefix": 96}
+    loop.add("first", prompt(150), 8, shared)
+    loop.run()
+    found = loop.scheduler._get_local_prefix_cache_hit(loop.add("next", prompt(150), 8, shared))
+    assert isinstance(found[0], Continuation) and found[1:] == (96, 0, False)
+
+
+@pytest.mark.parametrize("args", [(True,), ()])
+def test_blocks_that_a_connector_reads_are_not_freed_at_once(
+    args: tuple[bool, ...], probe_model: str
+) -> None:
+    """vLLM says so, by place or by name."""
+    loop = compacted(probe_model)
+    request = loop.scheduler.requests["r"]
+    request.status = RequestStatus.FINISHED_ABORTED
+    loop.scheduler.running.remove(request)
+    loop.scheduler._free_request(request, *args, **{} if args else {"delay_free_blocks": True})
+    assert loop.scheduler.requests == {"r": request}
+    assert (
+        loop.scheduler._managers[0].req_to_blocks["r"]
+        and "r" not in loop.scheduler.planner.requests
+    )
+
+
+@pytest.mark.parametrize("is_preempted", [True, False])
+def test_windowed_layers_hash_again_once_a_request_is_gone(
+    is_preempted: bool, probe_model: str
+) -> None:
+    loop = Loop(probe_model, *LOOPS["sync"], 200, setting=SETTING, window=48)
+    request = loop.add("r", prompt(100), 300)
+    while request.num_output_tokens < 3:
+        loop.step()
+    beside = loop.scheduler._managers[2]
+    assert beside.lossy == {"r"}
+    if is_preempted:
+        preempt(SimpleNamespace(scheduler=loop.scheduler), request)
+    else:
+        loop.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    assert not beside.lossy
+    loop.scheduler.check_integrity()
+
+
+def test_who_starved_and_does_not_run_any_more_is_left_alone(probe_model: str) -> None:
+    """It ended meanwhile, or has been preempted. Whoever runs starts over."""
+    loop = compacted(probe_model)
+    other = loop.add("other", prompt(100, 5), 300)
+    while not other.num_output_tokens:
+        loop.step()
+    preempt(SimpleNamespace(scheduler=loop.scheduler), other)
+    loop.scheduler.compactions._starved = ["gone", "other", "r"]
+    loop.step()
+    assert other.num_preemptions == loop.scheduler.requests["r"].num_preemptions == 1
+    loop.run()
+    assert loop.finished == {"r", "other"}

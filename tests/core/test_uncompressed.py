@@ -78,3 +78,16 @@ def test_others_that_hold_its_blocks_are_why_a_request_was_not_compressed() -> N
     assert plan.note_progress("r", 2000)
     plan.decline(tracked)
     assert plan.remove("r").skip_reason == SkipReason.SHARED_PROMPT
+
+
+def test_who_has_nothing_to_give_at_its_prompts_end_was_under_budget() -> None:
+    """Behind a mark that waited there may be nothing left for the last one."""
+    plan = planner()
+    tracked = add(plan, 2000)
+    tracked.marks, tracked.next_at = (1999, 2000), 1999
+    plan.fit = lambda tracked, position: setattr(tracked, "position", position)  # type: ignore[method-assign]
+    for position, is_under in ((1999, False), (2000, True)):
+        assert not plan.note_progress("r", position)
+        assert tracked.was_under_budget is is_under
+    gone = plan.remove("r")
+    assert gone is not None and gone.skip_reason == SkipReason.UNDER_BUDGET

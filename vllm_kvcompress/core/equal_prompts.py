@@ -141,9 +141,7 @@ class EqualPrompts:
             return False
         tracked = self._planner.requests[request_id]
         # One whose compaction would not pay, because others hold its blocks, may wait for long.
-        is_declined = tracked.phase is Phase.DUE and tracked.is_shared
-        is_through = tracked.phase is Phase.DONE and self._reports.is_complete(request_id)
-        return not is_through and not is_declined
+        return tracked.phase is not Phase.DUE or not tracked.is_shared
 
     def publish(self) -> None:
         """Offer what has been compacted since the last step, to those who run already, too."""
@@ -152,7 +150,7 @@ class EqualPrompts:
             if tracked.phase is not Phase.DONE or not self._reports.is_complete(name):
                 continue
             del self._computing[key]
-            if tracked.compaction.compacted_at != tracked.prompt_len or key in self._copies:
+            if tracked.compaction.compacted_at != tracked.prompt_len:
                 continue
             blocks: list[list[KVCacheBlock] | None] = []
             for manager, number in zip(self._managers, self._layer_group_of, strict=True):
@@ -177,8 +175,8 @@ class EqualPrompts:
     def _begin(self, name: str, key: _Key) -> None:
         copy = self._copies[key]
         tracked = self._planner.requests[name]
-        if name in copy.readers or tracked.phase not in (Phase.ARMED, Phase.DUE):
-            return
+        if tracked.phase not in (Phase.ARMED, Phase.DUE):
+            return  # whoever made the copy, or one of its own
         copy.readers.add(name)
         for manager, blocks in zip(self._managers, copy.blocks, strict=True):
             if blocks is not None:

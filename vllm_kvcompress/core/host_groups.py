@@ -48,7 +48,7 @@ class HostGroup:
     evicted: Mapping[str, int] = MappingProxyType({})
     views: Mapping[str, list[KVCacheBlock]] = MappingProxyType({})
 
-    def __init__(self, manager: SingleTypeKVCacheManager, num_ahead: int = 0) -> None:
+    def __init__(self, manager: SingleTypeKVCacheManager, num_ahead: int) -> None:
         self._manager, self._num_ahead = manager, num_ahead
         self.lossy: set[str] = set()
         # On the instance: the registry has one manager per kind of layer, for all engines.
@@ -92,9 +92,8 @@ class HostGroup:
 
     # --- what happens to other groups -----------------------------------------------------
 
-    def commit(self, request_id: str) -> bool:
+    def commit(self, request_id: str) -> None:
         """Nothing was planned here."""
-        return False
 
     def commit_view(self, request_id: str) -> None:
         """Nothing was planned here."""

@@ -26,10 +26,6 @@ class Reports:
     def note_reported(self, request_ids: Iterable[str]) -> None:
         """A step that compacted something of these is through."""
         for name in request_ids:
-            left = self._open.pop(name, 1) - 1
+            left = self._open.pop(name) - 1
             if left:
                 self._open[name] = left
-
-    def forget(self, request_id: str) -> None:
-        """A request starts again: what is under way is nothing that it will have."""
-        self._open.pop(request_id, None)

@@ -156,8 +156,6 @@ class CompressionMixin(Scheduler):
         if request is not None and request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
-            # It may run again in this step, as if it had not been in the last one.
-            self.prev_step_scheduled_req_ids.discard(request_id)
 
     def _serve_uncompressed(self, request_id: str, reason: str) -> None:
         """What was done to a request's cache went wrong: start again without compression.
@@ -167,17 +165,16 @@ class CompressionMixin(Scheduler):
         the cache. Where the whole prompt does not fit into the pool, it ends with an error.
         """
         self.stats.record_failure(reason)
-        request, tracked = self.requests.get(request_id), self.planner.requests.get(request_id)
-        if request is None or tracked is None or tracked.phase is Phase.SKIPPED:
+        tracked = self.planner.requests.get(request_id)
+        if tracked is None or tracked.phase is Phase.SKIPPED:
             return
+        request = self.requests[request_id]
         self.stats.record_uncompressed(SkipReason.FAILED)
-        self.compactions.reports.forget(request_id)
         self.reuse.give_up(request_id)
         self.compactions.equal.note_ended(request_id)
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-            self.prev_step_scheduled_req_ids.discard(request_id)
         self.planner.give_up(request_id)
         fits = self.longest.bound(request)
         if not fits or request.num_output_tokens >= request.max_tokens:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from tests.core.test_scheduler_loop import LOOPS, Loop, prompt
+from tests.inside import preempt
 from vllm_kvcompress.core.draft.history import DraftHistory
 from vllm_kvcompress.messages import StepPlan, StepReport
 
@@ -128,3 +130,49 @@ def test_whoever_fails_drafts_no_more_and_gives_its_view_back(
     assert given_up == ["r"] and "r" not in loop.lengths and loop.lengths["other"] == {1, 2, 3}
     assert scheduler.stats.failures == {"drafting": 1} and not scheduler.stats.uncompressed
     assert [each.num_output_tokens for each in requests] == [60, 60]
+
+
+def test_who_is_gone_or_has_started_over_by_then_keeps_nobody_from_ending(
+    probe_model: str,
+) -> None:
+    loop = Drafting(probe_model, LOOPS["sync"][0], 0, num_blocks=200, setting=SETTING)
+    names = ("gone", "again", "r")
+    requests = [loop.add(name, prompt(100, n), 60) for n, name in enumerate(names)]
+    while loop.lengths.keys() != set(names):
+        loop.step()
+    scheduler = loop.scheduler
+    scheduler._drafts_failed = list(names)
+    scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
+    preempt(SimpleNamespace(scheduler=scheduler), requests[1])
+    assert requests[2].spec_token_ids
+    output = scheduler.schedule()
+    assert StepPlan.of(output).views_given_up == ("r",)
+    assert not requests[2].spec_token_ids and not output.scheduled_spec_decode_tokens
+    assert not any(manager.views.get("r") for manager in scheduler._managers)
+
+
+def test_who_has_no_view_drafts_nothing_and_cannot_fail(probe_model: str) -> None:
+    """One that failed already, one that is served whole, and one whose blocks a connector reads on:
+    vLLM knows it, the planner does not any more."""
+    loop = Drafting(probe_model, LOOPS["sync"][0], 0, num_blocks=200, setting=SETTING)
+    scheduler = loop.scheduler
+    assert StepPlan.of(scheduler.schedule()).num_draft_steps == 0, "a step of nobody"
+    names = ("r", "failed", "whole", "read on")
+    extra = {"whole": {"kv_compression": "none"}}
+    requests = {
+        name: loop.add(name, prompt(100, n), 60, extra.get(name)) for n, name in enumerate(names)
+    }
+    while not {"r", "failed", "read on"} <= loop.lengths.keys():
+        loop.step()
+    scheduler._drafts_failed = ["failed"]
+    read_on = requests["read on"]
+    scheduler.running.remove(read_on)
+    read_on.status = RequestStatus.FINISHED_STOPPED
+    scheduler._free_request(read_on, delay_free_blocks=True)
+    assert read_on.request_id in scheduler.requests
+    assert [name for name in (*names, "gone") if scheduler._is_drafting(name)] == ["r"]
+    for request in requests.values():
+        request.spec_token_ids = [7]
+    scheduler._clip_drafts([*names, "gone"])
+    drafting = [name for name, request in requests.items() if request.spec_token_ids]
+    assert drafting == ["r", "failed"], "that one's view is ended with the next step"

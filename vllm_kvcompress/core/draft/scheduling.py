@@ -52,10 +52,10 @@ class DraftMixin(Scheduler):
         """Those whose drafts failed draft no more; a view that is being taken is ended later."""
         names, self._drafts_failed = self._drafts_failed, []
         for name in names:
-            request, view = self.requests.get(name), self.planner.view_of(name)
-            if request is None or view is None or view.drafts is None:
+            view = self.planner.view_of(name)
+            if view is None or view.drafts is None:
                 continue  # gone, or started over without a view
-            request.spec_token_ids = []
+            self.requests[name].spec_token_ids = []
             if self.compactions.is_planned(name):
                 self._drafts_failed.append(name)
             else:

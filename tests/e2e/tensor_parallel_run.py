@@ -94,21 +94,25 @@ def main() -> None:
             extra_args=extra or None,
         )
         tokens[policy] = [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params)]
-    failed = drafts_fail(llm, prompts) if mode == "draft" else None
-    counts: dict[str, Any] = {}
-    for metric in llm.get_metrics():
-        if metric.name not in COUNTED:
-            continue
-        labels = {k: v for k, v in metric.labels.items() if k in LABELS}
-        counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
-    found = {"tokens": tokens, "counts": counts}
+    found: dict[str, Any] = {"tokens": tokens, "counts": counted(llm)}
     if mode == "evict":
         found |= {"turns": two_turns(llm, prompts), "readers": readers(llm, *prompts)}
-    if failed is not None:
-        found["failed"] = failed
+    if mode == "draft":
+        found["failed"] = drafts_fail(llm, prompts)
+        found["failures"] = counted(llm)["kv_compression_failures/drafting"]
     sys.stdout.write(json.dumps(found) + "\n")
     if mode == "draft" and int(num_ranks) > 1:
         drafts_fail_on_one(llm, prompts)
+
+
+def counted(llm: LLM) -> dict[str, Any]:
+    """Values of `COUNTED`, by name and labels."""
+    counts: dict[str, Any] = {}
+    for metric in llm.get_metrics():
+        if metric.name in COUNTED:
+            labels = {k: v for k, v in metric.labels.items() if k in LABELS}
+            counts["/".join([metric.name.split(":")[1], *labels.values()])] = metric.value
+    return counts
 
 
 def let_drafts_fail(worker: Any, rank: int | None) -> None:

@@ -76,6 +76,8 @@ def test_two_ranks_give_the_tokens_of_one(probe_model: str) -> None:
 def test_two_ranks_draft_and_accept_what_one_does(probe_model: str) -> None:
     """Views that are copies, and views of the request's own blocks (windowkv_qwen2.5), renewed."""
     one, two = (run(probe_model, num_ranks, "draft") for num_ranks in (1, 2))
+    # How many of them a failure meets is for the clock to say, which request reached the engine.
+    failures = [each.pop("failures") for each in (one, two)]
     assert two == one
     counts = one["counts"]
     accepted = counts["spec_decode_num_accepted_tokens"]
@@ -86,7 +88,7 @@ def test_two_ranks_draft_and_accept_what_one_does(probe_model: str) -> None:
         assert counts[f"kv_compression_views/{policy}/refresh"] >= 2
     # Where drafting fails on both ranks, they go on without drafts, and later requests draft.
     assert one["failed"] == 2 * one["tokens"]["snapkv"]
-    assert counts["kv_compression_failures/drafting"] in (1, 2)
+    assert set(failures) <= {1, 2}
 
 
 @needs_two_cores

@@ -27,9 +27,8 @@ check mkdocs build --strict --config-file docs/site/mkdocs.yml
 if [ -z "${KVCOMPRESS_VLLM_SOURCES:-}" ] && sources="$(.venv/bin/python scripts/vllm_sources.py)"; then
     export KVCOMPRESS_VLLM_SOURCES="$sources"
 fi
-# Engines are bound by one core each, and for two cores there is one more, as tests also wait for
-# servers and processes. On a GPU engines would compete for its memory.
-workers=3
+# Engines are bound by one core each. On a GPU they would compete for its memory.
+workers=2
 if command -v nvidia-smi >/dev/null; then workers=0; fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A hundred processes import the same files: whatever the shell says, what is compiled is kept.

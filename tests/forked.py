@@ -40,15 +40,15 @@ def plugin(folder: Path, environment: Mapping[str, str] = os.environ) -> dict[st
     Parameters
     ----------
     folder : pathlib.Path
-        Empty; what pip would leave of the plugin is written there.
+        Where the plugin's metadata is written.
     environment : mapping, default os.environ
         What it is added to.
     """
-    info = folder / "kvcompress_forked-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-forked\nVersion: 1\n")
-    entry = f"kvcompress_forked = {fork_workers.__module__}:{fork_workers.__name__}"
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entry}\n")
+    # Not above: this file is also run by itself, where `lab` is nowhere to be found.
+    from lab.places import leave_entry_point
+
+    target = f"{fork_workers.__module__}:{fork_workers.__name__}"
+    leave_entry_point(folder, "kvcompress_forked", "vllm.general_plugins", target)
     path = [str(folder), str(FORKED.parents[1]), environment.get("PYTHONPATH", "")]
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, path))}
 

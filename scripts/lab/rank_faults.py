@@ -18,8 +18,10 @@ from typing import Any
 
 import httpx
 
+from lab.places import leave_entry_point
 from lab.random_models import distinct_tokens
 from lab.servers import free_port, log_tail, running_server, wait_until_ready
+from vllm_kvcompress.registry import POLICY_GROUP
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,11 +52,7 @@ STOPPED_FOR = 5
 def install(folder: Path) -> None:
     """What pip leaves of a package that registers the policy."""
     (folder / "faulty.py").write_text(POLICY)
-    info = folder / "faulty-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty\nVersion: 1\n")
-    entry = "[vllm_kvcompress.policies]\nfaulty = faulty:Faulty\n"
-    (info / "entry_points.txt").write_text(entry)
+    leave_entry_point(folder, "faulty", POLICY_GROUP, "faulty:Faulty")
 
 
 def processes(session: int) -> dict[int, str]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lab.places import importable
+from lab.places import importable, leave_entry_point
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +22,5 @@ def register() -> None:
 
 def environment(folder: Path) -> Mapping[str, str]:
     """Environment with the plugin; its metadata is written to `folder`."""
-    info = folder / "ray_on_cpu-1.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ray-on-cpu\nVersion: 1\n")
-    target = f"{__name__}:register"
-    (info / "entry_points.txt").write_text(f"[vllm.platform_plugins]\nray_on_cpu = {target}\n")
+    leave_entry_point(folder, "ray_on_cpu", "vllm.platform_plugins", f"{__name__}:register")
     return {**os.environ, **importable(folder), "RAY_USAGE_STATS_ENABLED": "0"}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.places import importable
+from lab.places import importable, leave_entry_point
 from vllm_kvcompress.kernels.dispatch import interpret_on_cpu
 
 VARIABLE = "KVCOMPRESS_GPU_PATH_BACKEND"
@@ -92,11 +92,6 @@ def environment(folder: Path, name: str = "strided") -> Mapping[str, str]:
     name : str
         One of `BACKENDS`.
     """
-    info = folder / "kvcompress_gpu_path-1.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-gpu-path\nVersion: 1\n")
     target = f"{__name__}:register"
-    (info / "entry_points.txt").write_text(
-        f"[vllm.general_plugins]\nkvcompress_gpu_path = {target}\n"
-    )
+    leave_entry_point(folder, "kvcompress_gpu_path", "vllm.general_plugins", target)
     return {**os.environ, **importable(folder), VARIABLE: name}

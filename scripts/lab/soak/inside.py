@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from lab.places import importable
+from lab.places import importable, leave_entry_point
 
 FOLDER, FAULT = "KVCOMPRESS_SOAK_FOLDER", "KVCOMPRESS_SOAK_FAULT"
 """Environment variables."""
@@ -51,11 +51,7 @@ def environment(folder: Path, faults: Sequence[str] = ()) -> dict[str, str]:
     faults : sequence of str
         Of `FAULTS`.
     """
-    info = folder / "kvcompress_soak-1.dist-info"
-    info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvcompress-soak\nVersion: 1\n")
-    target = f"{__name__}:register"
-    (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\nkvcompress_soak = {target}\n")
+    leave_entry_point(folder, "kvcompress_soak", "vllm.general_plugins", f"{__name__}:register")
     more = {FOLDER: str(folder), FAULT: ",".join(faults), "VLLM_SERVER_DEV_MODE": "1"}
     more |= NO_COMPILED_SHAPES | _PATIENT
     dropped = {"VLLM_ENABLE_V1_MULTIPROCESSING"}  # keeps engines in the process of tests
